@@ -1,0 +1,345 @@
+"""models.toml as frozen dataclasses, and the options that override it.
+
+`load_config` reads and checks the whole file; `override` puts the command line's options, or the chat's
+`/set`, on top. In what comes out every default is filled in, paths are absolute, weights sum to 1 and each
+member's sampling is resolved: nobody else needs to know the file's layout. The rule for a value is the
+annotation of its field and exists once, for the file, the options and `/set`. The first problem is raised as
+a `ConfigError` of one line that names the file and the key, or the option. Whether a GGUF exists is for the
+member's loader to say.
+"""
+
+import json
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+
+from me_local.errors import ConfigError
+
+Strategy = Literal["me", "ce"]
+Decode = Literal["sample", "argmax"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+
+_UNQUANTISED = ("f32", "f16", "bf16")
+_INT32_MAX = 2**31 - 1  # llama.cpp's own sizes and indices are 32-bit
+_NAME = re.compile(r"(?!\s)[^=,\x00-\x1f\x7f-\x9f\u2028\u2029]+(?<!\s)")
+_HF_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*:(?:[^\s/:\\.][^\s/:\\]*/)*[^\s/:\\.][^\s/:\\]*\.gguf", re.ASCII)
+
+
+def _must(problem: str, holds: Callable[[Any], object]) -> AfterValidator:
+    def check(value: object) -> object:
+        if not holds(value):
+            raise ValueError(f"must {problem}")
+        return value
+
+    return AfterValidator(check)
+
+
+_Number = Annotated[float, Strict(), AllowInfNan(False)]
+_AtLeast0 = Annotated[_Number, Field(ge=0)]
+_Int = Annotated[int, Strict(), Field(le=_INT32_MAX)]
+_Text = Annotated[str, Field(min_length=1)]
+_Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: (raw,) if isinstance(raw, str) else raw)]
+_Name = Annotated[str, _must('be a name without "=", ",", control characters and outer spaces', _NAME.fullmatch)]
+_HfFile = Annotated[str, _must('look like "owner/repo:file.gguf"', _HF_FILE.fullmatch)]
+_Split = Annotated[tuple[_AtLeast0, ...], _must("have a number above 0", any)]
+_File = Annotated[Path, _must("be the path of a file", lambda path: path.name and "\0" not in str(path))]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one member's distribution is shaped before it is mixed with the others."""
+
+    temperature: _AtLeast0 = 1.0  # 0 = argmax
+    top_k: Annotated[_Int, Field(ge=0)] = 10  # 0 = no limit
+    top_p: Annotated[_Number, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[_Number, Field(ge=0, le=1)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemberConfig:
+    """One model of the ensemble: which file, what share, how it is loaded and prompted."""
+
+    name: _Name
+    path: _File | None = None  # absolute; exactly one of path and hf is set
+    hf: _HfFile | None = None  # "owner/repo:file.gguf"
+    weight: _AtLeast0 = 1.0  # in a loaded Config the weights sum to 1
+    sampling: Sampling = Sampling()
+    n_ctx: Annotated[_Int, Field(ge=0)] = 4096  # tokens; 0 = the length that the model was trained with
+    n_gpu_layers: Annotated[_Int, Field(ge=-1)] = -1  # -1 = all, where the build supports it
+    n_threads: Annotated[_Int, Field(ge=1)] | None = None  # None = llama.cpp's choice
+    n_batch: Annotated[_Int, Field(ge=1)] = 512  # tokens
+    flash_attn: Annotated[bool, Strict()] = False
+    type_k: CacheType | None = None  # None = llama.cpp's default, f16
+    type_v: CacheType | None = None
+    main_gpu: Annotated[_Int, Field(ge=0)] = 0
+    tensor_split: _Split | None = None  # share of each GPU
+    lora: _File | None = None  # absolute
+    system: str | None = None  # None = the ensemble's
+    chat_template: _Text | None = None  # None = the GGUF's; "plain"; a built-in's name; an absolute path
+    tokenizer: _File | None = None  # tokenizer.json, absolute
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A checked models.toml."""
+
+    path: Path  # as it was given
+    members: tuple[MemberConfig, ...]
+    strategy: Strategy = "me"
+    decode: Decode = "sample"  # "argmax", of the mixture, exists for "ce" alone
+    seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
+    router: _Text = "constant"  # name of an entry point, looked up by its loader
+    alignment: _Text = "top_k"  # the same
+    system: str | None = None
+    max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
+    stop: _Texts = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Overrides:
+    """Options that beat the file, for every member; None leaves the file's value. Checked by `override`."""
+
+    strategy: Strategy | None = None
+    decode: Decode | None = None
+    seed: int | None = None
+    system: str | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    weights: Mapping[str, float] | None = None  # member's name → weight; the members not named keep theirs
+
+
+_SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
+_REPLY_KEYS = ("max_tokens", "stop")
+_ENSEMBLE_KEYS = ("strategy", "decode", "seed", "router", "alignment", "system")
+_MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
+_PATH_KEYS = ("path", "lora", "tokenizer")
+_NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
+_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy")
+
+
+def load_config(path: Path) -> Config:
+    """The checked contents of a models.toml; raises ConfigError for the first thing that is wrong with it."""
+    document = _read_toml(path)
+    for key, value in document.items():
+        kind = "table" if isinstance(value, dict | list) else "key"
+        _require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
+    ensemble = _table(document.get("ensemble", {}), _ENSEMBLE_KEYS, f"{path}: [ensemble]")
+    sampling = _table(document.get("sampling", {}), (*_SAMPLING_KEYS, *_REPLY_KEYS), f"{path}: [sampling]")
+    reply = {key: sampling.pop(key) for key in _REPLY_KEYS if key in sampling}
+    members = _members(document.get("members", []), path, Sampling(**sampling))
+    config = Config(path=path, members=members, **ensemble, **reply)
+    _require_decodable(config, f"{path}: [ensemble].decode")
+    return config
+
+
+def override(config: Config, overrides: Overrides) -> Config:
+    """The config with the given options on top; raises ConfigError that names the option, such as --top-k.
+
+    A member's own sampling and system prompt give way to an option. Weights are normalised again.
+    """
+    options = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
+    named = options.pop("weights") or {}
+    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: _check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
+    shape = {key: given.pop(key) for key in _SAMPLING_KEYS if key in given}
+    weights = _checked_weights(named, [member.name for member in config.members])
+    members = tuple(
+        replace(
+            member,
+            weight=weights.get(member.name, member.weight),
+            sampling=replace(member.sampling, **shape),
+            system=None if "system" in given else member.system,
+        )
+        for member in config.members
+    )
+    changed = replace(config, members=_normalised(members, "--weights") if weights else members, **given)
+    _require_decodable(changed, "--decode" if "decode" in given else "--strategy")
+    return changed
+
+
+def parse_weights(text: str, names: Sequence[str]) -> dict[str, float]:
+    """The value of --weights, "a=0.7,b=0.3" or "0.7,0.3" in the members' order, as name → weight.
+
+    Raises ConfigError for a name that no member has or that comes twice, a wrong count and a bad weight.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if "=" not in text and len(parts) != len(names):
+        raise ConfigError(f"--weights: needs a weight for each of {', '.join(names)}, got {_shown(text)}")
+    pairs = [part.partition("=")[::2] for part in parts] if "=" in text else zip(names, parts, strict=True)
+    weights: dict[str, object] = {}
+    for name, value in pairs:
+        if name.strip() in weights:
+            raise ConfigError(f"--weights: {_shown(name.strip())} is named twice")
+        weights[name.strip()] = _number(value)
+    return _checked_weights(weights, names)
+
+
+def parse_setting(key: str, value: str) -> Overrides:
+    """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
+    if key not in _SETTINGS:
+        raise ConfigError(f"/set: unknown key {_shown(key)}; {_nearest(key, _SETTINGS)}")
+    typed = _number(value) if key in _NUMBER_SETTINGS else value
+    return Overrides(**{key: _check(key, typed, f"/set {key}")})
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        data = path.read_bytes()
+        return tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} in line {line})") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # tomllib lets the two through on absurd numbers and nesting
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _table(raw: object, allowed: Sequence[str], place: str) -> dict[str, Any]:
+    """The checked values of one table of the file."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{place}: must be a table, got {_shown(raw)}")
+    for key in raw:
+        _require_known(key, allowed, f"{place}.", "key")
+    return {key: _check(key, value, f"{place}.{key}") for key, value in raw.items()}
+
+
+def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig, ...]:
+    if not isinstance(raw, list):
+        raise ConfigError(f"{path}: members: must be a list of tables, each headed [[members]]")
+    if not raw:
+        raise ConfigError(f"{path}: no members; add a [[members]] table with name and path")
+    members: dict[str, MemberConfig] = {}
+    for index, table in enumerate(raw):
+        name = table.get("name") if isinstance(table, dict) else None
+        place = f"{path}: members[{index}]" + (f" {_shown(name)}" if name and isinstance(name, str) else "")
+        member = _member(table, place, path.parent, sampling)
+        if member.name in members:
+            raise ConfigError(f"{place}.name: already used by members[{list(members).index(member.name)}]")
+        members[member.name] = member
+    return _normalised(tuple(members.values()), f"{path}: members")
+
+
+def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> MemberConfig:
+    values = _table(raw, _MEMBER_KEYS, place)
+    if "name" not in values:
+        raise ConfigError(f"{place}.name: is missing")
+    if ("path" in values) == ("hf" in values):
+        raise ConfigError(f"{place}: needs exactly one of path and hf")
+    if values.get("type_v", "f16") not in _UNQUANTISED and not values.get("flash_attn"):
+        raise ConfigError(f'{place}.type_v: "{values["type_v"]}" needs flash_attn = true')
+    own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
+    paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
+    template = values.get("chat_template", "")
+    if "/" in template or template.endswith((".jinja", ".j2", ".txt")):
+        values["chat_template"] = str(_absolute(template, folder))
+    return MemberConfig(sampling=replace(sampling, **own), **(values | paths))
+
+
+def _absolute(path: str | Path, folder: Path) -> Path:
+    # Links stay as they are: llama.cpp finds the other parts of a split GGUF by the name of the first.
+    return Path(os.path.abspath(folder / os.path.expanduser(path)))
+
+
+def _checked_weights(weights: Mapping[str, object], names: Sequence[str]) -> dict[str, float]:
+    for name in weights:
+        if name not in names:
+            raise ConfigError(f"--weights: unknown member {_shown(name)}; {_nearest(name, names)}")
+    return {name: _check("weight", value, f"--weights: {_shown(name)}") for name, value in weights.items()}
+
+
+def _normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberConfig, ...]:
+    if not any(member.weight for member in members):
+        raise ConfigError(f"{place}: every weight is 0; one must be above 0")
+    # A power of two changes no digit and keeps the sum of huge weights finite.
+    exponent = math.frexp(max(member.weight for member in members))[1]
+    scaled = [math.ldexp(member.weight, -exponent) for member in members]
+    total = math.fsum(scaled)
+    return tuple(replace(member, weight=share / total) for member, share in zip(members, scaled, strict=True))
+
+
+def _require_decodable(config: Config, place: str) -> None:
+    if config.decode == "argmax" and config.strategy == "me":
+        reason = '"me" runs one member per step and never sees the mixture'
+        raise ConfigError(f'{place}: decode "argmax" needs strategy "ce"; {reason}')
+
+
+def _require_known(key: str, allowed: Sequence[str], place: str, kind: str) -> None:
+    if key not in allowed:
+        shown = key if re.fullmatch(r"[\w-]+", key) else _shown(key)
+        raise ConfigError(f"{place}{shown}: unknown {kind}; {_nearest(key, allowed)}")
+
+
+def _nearest(word: str, allowed: Sequence[str]) -> str:
+    near = get_close_matches(word, allowed, n=1)
+    return f"did you mean {_shown(near[0])}?" if near else f"allowed: {', '.join(allowed)}"
+
+
+def _number(text: str) -> object:
+    """The number that the text is; else the text, for the rule to word the error."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+_PROBLEMS = {
+    "bool_type": "must be true or false",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be an integer",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "path_type": "must be a string",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a string",
+    "tuple_type": "must be a list",
+    "value_error": "{error}",
+}
+
+
+@cache
+def _rule(key: str) -> TypeAdapter[Any]:
+    hints = [get_type_hints(kind, include_extras=True) for kind in (Sampling, MemberConfig, Config)]
+    return TypeAdapter(next(hint[key] for hint in hints if key in hint))
+
+
+def _check(key: str, value: object, place: str) -> Any:
+    """The value, checked by the annotation of the field of that name."""
+    try:
+        return _rule(key).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+    context = {name: str(part).removesuffix(".0") for name, part in first.get("ctx", {}).items()}
+    if "expected" in context:
+        context["expected"] = context["expected"].replace("'", '"')
+    problem = _PROBLEMS.get(first["type"], "{msg}").format(msg=first["msg"], **context)
+    index = "".join(f"[{step}]" for step in first["loc"])
+    raise ConfigError(f"{place}{index}: {problem}, got {_shown(first['input'])}")
+
+
+def _shown(value: object) -> str:
+    """A value on one line, about as TOML writes it, cut where it is long."""
+    text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
+    if not text.isprintable():
+        text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
