@@ -1,0 +1,74 @@
+"""What the tests share: the tiny models, ensembles of them, and the demo ensemble where it is there."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import make_tiny_models
+import pytest
+
+from me_local import Ensemble, load
+from me_local.config import MemberConfig
+from me_local.member import Member
+
+ROOT = Path(__file__).parents[1]
+DEMO_FILES = [ROOT / "models" / name for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")]
+
+WriteModels = Callable[..., Path]
+OpenEnsemble = Callable[..., Ensemble]
+OpenMember = Callable[..., Member]
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Without the demo models their tests are skipped, but never in CI."""
+    if os.environ.get("CI") or all(path.exists() for path in DEMO_FILES):
+        return
+    for item in items:
+        if item.get_closest_marker("demo"):
+            item.add_marker(pytest.mark.skip(reason="no demo models: run scripts/fetch_demo_models.py"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models by name: bpe_a and bpe_b share a vocabulary, bpe_c and spm have their own."""
+    return make_tiny_models.make_all(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def write_models(tiny: dict[str, Path], tmp_path: Path) -> WriteModels:
+    """Writes a models.toml of tiny models: `write_models("bpe_a", "spm", weights=..., top="...", member="...")`.
+
+    `top` stands before the members, `member` in each of them.
+    """
+
+    def write(*names: str, weights: Sequence[float] | None = None, top: str = "", member: str = "") -> Path:
+        lines = [top]
+        for i, name in enumerate(names):
+            weight = weights[i] if weights else 1.0
+            lines.append(f'[[members]]\nname = "{name}"\npath = "{tiny[name]}"\nweight = {weight}\nn_ctx = 512')
+            lines.append(f"n_threads = 1\n{member}")
+        path = tmp_path / "models.toml"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def open_ensemble(write_models: WriteModels) -> Iterator[OpenEnsemble]:
+    """Loads an ensemble of tiny models; takes what `write_models` takes."""
+    with ExitStack() as stack:
+        yield lambda *names, **kwargs: stack.enter_context(load(write_models(*names, **kwargs)))
+
+
+@pytest.fixture
+def open_member(tiny: dict[str, Path]) -> Iterator[OpenMember]:
+    """Loads a tiny model by name as a member of its own."""
+    with ExitStack() as stack:
+
+        def open_one(name: str, **settings: object) -> Member:
+            values = {"n_ctx": 512, "n_threads": 1} | settings
+            return stack.enter_context(Member(MemberConfig(name=name, path=tiny[name], **values)))  # type: ignore[arg-type]
+
+        yield open_one
