@@ -1,0 +1,37 @@
+"""me-local: one better answer from several local language models.
+
+    import me_local
+    with me_local.load("models.toml") as ensemble:
+        print(ensemble.generate("What is the capital of France?").text)
+
+`ensemble.stream(...)` yields a `Step` for each piece, `Chat(ensemble)` holds a conversation.
+"""
+
+from me_local.chat import Chat, Turn
+from me_local.config import Config, MemberConfig, Overrides, Sampling, load_config
+from me_local.ensemble import Ensemble, load
+from me_local.errors import ConfigError, InputError, LoadError, MeLocalError, RunError
+from me_local.reply import MemberUsage, Reply, ReplyStream, Step
+from me_local.templates import Message
+
+__all__ = [
+    "Chat",
+    "Config",
+    "ConfigError",
+    "Ensemble",
+    "InputError",
+    "LoadError",
+    "MeLocalError",
+    "MemberConfig",
+    "MemberUsage",
+    "Message",
+    "Overrides",
+    "Reply",
+    "ReplyStream",
+    "RunError",
+    "Sampling",
+    "Step",
+    "Turn",
+    "load",
+    "load_config",
+]

@@ -1,0 +1,247 @@
+"""The loop: route, sync, align, sample, append.
+
+A `Generation` is one reply in the making. Its state is the text, as bytes; each member's context is its prompt
+followed by the canonical ids of that text. ME draws one member by the weights and samples from its distribution; CE
+runs all of them and samples from the mixture. Both use the same distributions, so that replies have the same
+probability under both. Knows nothing of files, of chat, or of when a reply should stop.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from me_local.alignment import Alignment, Distribution, FloatArray, argmax, mix, pick, sample
+from me_local.config import Sampling, Strategy
+from me_local.errors import RunError
+from me_local.member import Evaluated, LogitArray
+from me_local.routing import Router, route
+from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
+
+
+class Model(Protocol):
+    """What the engine needs of a member."""
+
+    name: str
+    n_ctx: int
+    vocabulary: Vocabulary
+
+    def prepare(self, ids: IntArray, interrupted: Callable[[], bool]) -> Evaluated:
+        """Bring the member's cache to exactly `ids`."""
+
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool]) -> tuple[LogitArray, Evaluated]:
+        """Bring the member's cache to exactly `ids` and return the logits after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one reply is made from.
+
+    `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
+    the beginning of the text, where that is given: the prompt of a raw completion, with which a document starts.
+    """
+
+    prompts: tuple[IntArray, ...]
+    weights: FloatArray
+    sampling: tuple[Sampling, ...]
+    strategy: Strategy
+    argmax: bool
+    seed: int
+    head: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sampled piece.
+
+    `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME, the
+    mixture's for CE. `shares` are each member's part in it, sum 1; `member` is the index of the largest.
+    """
+
+    number: int
+    piece: bytes
+    member: int
+    probability: float
+    shares: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Work:
+    """What a member did for one reply: pieces predicted, tokens evaluated, and seconds inside llama.cpp."""
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    text_tokens: int = 0
+    prompt_seconds: float = 0.0
+    text_seconds: float = 0.0
+
+
+class Engine:
+    """Members, their unified vocabulary, a router and an alignment: what all replies have in common."""
+
+    def __init__(self, models: Sequence[Model], router: Router, alignment: Alignment) -> None:
+        self.models = tuple(models)
+        self.router = router
+        self.alignment = alignment
+        self.unified = UnifiedVocabulary([model.vocabulary for model in models])
+        identities: list[tuple[object, ...]] = []
+        for model in models:
+            if model.vocabulary.identity not in identities:
+                identities.append(model.vocabulary.identity)
+        self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
+
+
+@dataclass(slots=True)
+class Text:
+    """The text so far, with the bytes in it that are not, or not yet, part of a whole UTF-8 character."""
+
+    whole: bytes = b""
+    strays: frozenset[int] = frozenset()
+    _past_strays: frozenset[int] = field(default=frozenset(), repr=False)
+    _open: bytes = field(default=b"", repr=False)
+
+    def append(self, piece: bytes) -> None:
+        """Add the bytes of a piece."""
+        self.whole += piece
+        runs = list(utf8_runs(self._open + piece))
+        self._open = runs.pop()[0] if runs and _may_continue(runs[-1]) else b""
+        stray = b"".join(run for run, valid in runs if not valid)
+        self._past_strays |= frozenset(stray)
+        self.strays = self._past_strays | frozenset(self._open)
+
+
+def _may_continue(run: tuple[bytes, bool]) -> bool:
+    """Whether a last run of bytes is the beginning of a character that is still to be completed."""
+    text, valid = run
+    if valid:
+        return False
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return error.reason == "unexpected end of data"
+    return False
+
+
+class Generation:
+    """One reply in the making; each `step` samples one piece and appends it.
+
+    `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
+    counts what the member did.
+    """
+
+    def __init__(self, engine: Engine, request: Request, interrupted: Callable[[], bool]) -> None:
+        self._engine = engine
+        self._request = request
+        self._interrupted = interrupted
+        self._text = Text()
+        self._text.append(request.head)
+        self._contexts = self._make_contexts()
+        self.given = tuple(
+            len(prompt) + len(context.ids(request.head))
+            for prompt, context in zip(request.prompts, self._contexts, strict=True)
+        )
+        self.work = tuple(Work() for _ in engine.models)
+        route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
+        self._route_random = np.random.default_rng(route_seed)
+        self._piece_random = np.random.default_rng(piece_seed)
+
+    @property
+    def text(self) -> bytes:
+        """Head and reply so far."""
+        return self._text.whole
+
+    def step(self) -> Draw | None:
+        """Sample the next piece and append it to the text; None when a member's context has no room for the text.
+
+        Raises RunError when a member fails, `member.EvaluationInterruptedError` when the user stops it; the text is
+        then as before.
+        """
+        weights = self._weights()
+        # Members that are not drawn count too: where a reply ends must not depend on the route.
+        if not all(self._fits(int(i)) for i in np.flatnonzero(weights)):
+            return None
+        draw = self._step_me(weights) if self._request.strategy == "me" else self._step_ce(weights)
+        if draw.number != END:
+            self._append(draw)
+        return draw
+
+    def _step_me(self, weights: FloatArray) -> Draw:
+        member = pick(weights, self._route_random.random())
+        distribution = self._predict(member)
+        number, probability = sample(distribution, self._piece_random.random())
+        shares = tuple(float(i == member) for i in range(len(weights)))
+        return Draw(number, self._engine.unified.pieces[number], member, probability, shares)
+
+    def _step_ce(self, weights: FloatArray) -> Draw:
+        members = np.flatnonzero(weights)
+        distributions = [self._predict(int(i)) for i in members]
+        mixture = mix(distributions, weights[members].tolist())
+        uniform = self._piece_random.random()
+        number, probability = argmax(mixture) if self._request.argmax else sample(mixture, uniform)
+        parts = np.zeros(len(weights))
+        parts[members] = [w * d.of(number) for w, d in zip(weights[members], distributions, strict=True)]
+        parts /= parts.sum()
+        piece = self._engine.unified.pieces[number]
+        return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()))
+
+    def _predict(self, member: int) -> Distribution:
+        """The member's distribution over the next piece, after bringing it up to date."""
+        model = self._engine.models[member]
+        ids = np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
+        if self.work[member].calls == 0:
+            self._prepare(member, ids)
+        logits, evaluated = model.sync(ids, self._interrupted)
+        self._count(member, evaluated, len(ids))
+        try:
+            return self._engine.alignment(logits, self._engine.unified.numbers[member], self._request.sampling[member])
+        except ValueError as error:
+            raise RunError(f'member "{model.name}", after token {len(ids) - 1}: {error}') from None
+
+    def _prepare(self, member: int, ids: IntArray) -> None:
+        """Evaluate the prompt but for its last token, and drop what an earlier reply left behind it.
+
+        Logits differ a little with the size of a batch. This way batches do not depend on what the cache held, and a
+        seed gives the same reply when the prompt is evaluated and when it is found in the cache.
+        """
+        evaluated = self._engine.models[member].prepare(ids[: self.given[member] - 1], self._interrupted)
+        self.work[member].prompt_tokens += evaluated.tokens
+        self.work[member].prompt_seconds += evaluated.seconds
+
+    def _count(self, member: int, evaluated: Evaluated, length: int) -> None:
+        work = self.work[member]
+        of_prompt = max(0, self.given[member] - (length - evaluated.tokens))
+        work.calls += 1
+        work.prompt_tokens += of_prompt
+        work.text_tokens += evaluated.tokens - of_prompt
+        work.text_seconds += evaluated.seconds
+
+    def _append(self, draw: Draw) -> None:
+        self._text.append(draw.piece)
+        if self._engine.unified.same:
+            sampled = self._contexts[0]
+            assert isinstance(sampled, SampledText)
+            sampled.append(draw.number - 1)
+
+    def _weights(self) -> FloatArray:
+        able = [self._can_write(model.vocabulary) for model in self._engine.models]
+        return route(self._engine.router, self.text, self._request.weights, able)
+
+    def _can_write(self, vocabulary: Vocabulary) -> bool:
+        return self._engine.unified.same or vocabulary.can_write(self._text.strays)
+
+    def _fits(self, member: int) -> bool:
+        room = self._engine.models[member].n_ctx - len(self._request.prompts[member])
+        # A token has a byte at least, but for a space that the tokenizer may put in front.
+        return len(self.text) + 1 <= room or len(self._contexts[member].ids(self.text)) <= room
+
+    def _make_contexts(self) -> Sequence[TokenizedText | SampledText]:
+        models, head = self._engine.models, self._request.head
+        at_start = bool(head)
+        if self._engine.unified.same:
+            shared = SampledText(models[0].vocabulary.encode(head, at_start=at_start))
+            return [shared] * len(models)
+        texts: dict[int, TokenizedText] = {}
+        for group, model in zip(self._engine.groups, models, strict=True):
+            texts.setdefault(group, TokenizedText(model.vocabulary, at_start=at_start))
+        return [texts[group] for group in self._engine.groups]

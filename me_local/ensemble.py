@@ -1,0 +1,184 @@
+"""An ensemble that is loaded and ready: members, their prompts, and replies.
+
+Brings together what the configuration names. One reply is made at a time; several streams of one ensemble may be
+read in turn, in one thread.
+"""
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from me_local.alignment import Alignment
+from me_local.config import Config, MemberConfig, Overrides, load_config, override
+from me_local.engine import Engine, Generation, Request
+from me_local.errors import ConfigError, InputError
+from me_local.member import Member, supports_gpu
+from me_local.plugins import find
+from me_local.reply import Reply, ReplyStream
+from me_local.routing import Router
+from me_local.templates import PLAIN_STOP, Message, PromptWriter, choose_render
+from me_local.vocabulary import IntArray
+
+OnLoad = Callable[[MemberConfig], None]
+
+
+class Ensemble:
+    """Several GGUF models that write one reply together. Use as a context manager, or call `close`.
+
+    `config` is what it was loaded from; `notices` are one-line remarks for its user.
+    Raises ConfigError and LoadError.
+    """
+
+    def __init__(self, config: Config, on_load: OnLoad = lambda _: None) -> None:
+        self.config = config
+        self.notices: list[str] = []
+        self.plain_stop: tuple[str, ...] = ()
+        router: Router = _plugin(config, "router", config.router)
+        alignment: Alignment = _plugin(config, "alignment", config.alignment)
+        with ExitStack() as stack:
+            self.members = tuple(self._load(stack, member, on_load) for member in config.members)
+            self.writers = tuple(self._writer(member) for member in self.members)
+            self.engine = Engine(self.members, router, alignment)
+            self._stack = stack.pop_all()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names, in the order of all weights and shares."""
+        return tuple(member.name for member in self.members)
+
+    def stream(
+        self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
+    ) -> ReplyStream:
+        """A reply to a prompt or a conversation, as a stream of steps; with `raw`, a completion of the prompt.
+
+        `overrides` go before the configuration. Raises ConfigError for them, InputError for a prompt that is empty
+        or too long for a member.
+        """
+        config = override(self.config, overrides or Overrides())
+        if raw:
+            head, prompts = self._raw_prompts(prompt)
+            return self.start(config, prompts, head)
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        check_conversation(messages)
+        prompts = self.prompts(messages, config)
+        self.check_lengths([len(prompt) for prompt in prompts])
+        return self.start(config, prompts)
+
+    def generate(
+        self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
+    ) -> Reply:
+        """The whole reply to a prompt or a conversation; see `stream`."""
+        return self.stream(prompt, overrides, raw=raw).finish()
+
+    def prompts(self, messages: Sequence[Message], config: Config) -> tuple[IntArray, ...]:
+        """Each member's ids for a conversation.
+
+        One without a system message opens with the member's own, or else with the ensemble's.
+        """
+        if any(m.role == "system" for m in messages):
+            return tuple(writer.prompt(messages) for writer in self.writers)
+        systems = [member.system or config.system for member in config.members]
+        opened = [[Message("system", system), *messages] if system else messages for system in systems]
+        return tuple(writer.prompt(turns) for writer, turns in zip(self.writers, opened, strict=True))
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raise InputError when a prompt, in tokens, is longer than its member's context."""
+        for member, length in zip(self.members, lengths, strict=True):
+            if length > member.n_ctx:
+                raise InputError(
+                    f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
+                    f"shorten it, or raise n_ctx in {self.config.path.name}"
+                )
+
+    def start(self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"") -> ReplyStream:
+        """A reply after these prompts; `head` is the given beginning of a raw completion."""
+        cancelled = threading.Event()
+        request = Request(
+            prompts=prompts,
+            weights=np.array([member.weight for member in config.members]),
+            sampling=tuple(member.sampling for member in config.members),
+            strategy=config.strategy,
+            argmax=config.decode == "argmax",
+            seed=secrets.randbits(32) if config.seed is None else config.seed,
+            head=head,
+        )
+        return ReplyStream(
+            Generation(self.engine, request, cancelled.is_set),
+            request,
+            names=self.names,
+            max_tokens=config.max_tokens,
+            stop=config.stop if head else config.stop + self.plain_stop,
+            cancelled=cancelled,
+        )
+
+    def close(self) -> None:
+        """Free all members."""
+        self._stack.close()
+
+    def __enter__(self) -> "Ensemble":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _raw_prompts(self, prompt: str | Sequence[Message]) -> tuple[bytes, tuple[IntArray, ...]]:
+        """The bytes to complete, and each member's ids in front of them."""
+        if not isinstance(prompt, str):
+            raise InputError("a raw completion takes a text, not a conversation")
+        if not prompt:
+            raise InputError("the prompt is empty: there is nothing to complete")
+        head = Message("user", prompt).content.encode()
+        prompts = tuple(writer.raw_prompt() for writer in self.writers)
+        heads = [member.vocabulary.encode(head, at_start=True) for member in self.members]
+        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)])
+        return head, prompts
+
+    def _load(self, stack: ExitStack, config: MemberConfig, on_load: OnLoad) -> Member:
+        on_load(config)
+        member = stack.enter_context(Member(config))
+        if member.n_ctx < config.n_ctx:
+            self.notices.append(f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained")
+        if config.n_gpu_layers > 0 and not supports_gpu():
+            self.notices.append(f"{member.name}: this build of llama.cpp has no GPU support, so it runs on the CPU")
+        return member
+
+    def _writer(self, member: Member) -> PromptWriter:
+        try:
+            render, plain = choose_render(member.config.chat_template, member.chat_template, member.token_texts)
+        except ConfigError as error:
+            raise ConfigError(f'{self.config.path}: member "{member.name}": {error}') from None
+        if plain:
+            self.plain_stop = (PLAIN_STOP,)
+        if plain and member.config.chat_template is None:
+            self.notices.append(
+                f"{member.name}: it has no chat template, so it sees a plain transcript; "
+                f'"{PLAIN_STOP.strip()}" at the start of a line ends a reply'
+            )
+        return PromptWriter(member.vocabulary, render)
+
+
+def load(path: str | Path = "models.toml", overrides: Overrides | None = None) -> Ensemble:
+    """The ensemble of a models.toml, loaded. Raises ConfigError and LoadError."""
+    return Ensemble(override(load_config(Path(path)), overrides or Overrides()))
+
+
+def check_conversation(messages: Sequence[Message]) -> None:
+    """Raise InputError for a conversation that cannot be answered."""
+    if not any(m.role == "user" for m in messages):
+        raise InputError("the conversation has no user message")
+    if messages[-1].role != "user":
+        raise InputError(f"the conversation ends with the {messages[-1].role}, not with a user message to answer")
+    if not messages[-1].content.strip():
+        raise InputError("the prompt is empty")
+
+
+def _plugin(config: Config, key: str, name: str) -> Any:
+    try:
+        return find(f"me_local.{key}s", name)
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: [ensemble].{key}: {error}") from None

@@ -1,0 +1,251 @@
+"""A reply as its reader sees it: a stream of steps that ends by a stop string, the end of generation or a limit."""
+
+import codecs
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from me_local.engine import Draw, Generation, Request, Work
+from me_local.member import EvaluationInterruptedError
+from me_local.vocabulary import END
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One piece of a reply.
+
+    `text` has the characters that this piece completes (U+FFFD for bytes that are none); `member` the name of the
+    member that wrote it, under CE of the one with the largest share; `probability` that of the piece in the
+    distribution that it was sampled from, the drawn member's for ME and the mixture's for CE; `shares` each member's
+    part in it, in the order of the ensemble, sum 1.
+    """
+
+    piece: bytes
+    text: str
+    member: str
+    probability: float
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberUsage:
+    """What one member did for a reply. Counts are in tokens, times in seconds inside llama.cpp.
+
+    `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
+    `text_evaluated` the tokens of the reply that went through it, in `calls` backlogs. `pieces` counts the pieces
+    that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's last token, whose
+    evaluation gives the first piece.
+    """
+
+    member: str
+    pieces: float
+    calls: int
+    prompt_length: int
+    prompt_evaluated: int
+    text_evaluated: int
+    prompt_seconds: float
+    text_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A finished reply.
+
+    `text` leaves out a character that was not completed. `finish_reason`: "stop" (end of generation or a stop
+    string), "length" (max_tokens, or a context is full), "cancelled" or "error". `seconds` is the time of the whole
+    reply, prompt included.
+    """
+
+    text: str
+    finish_reason: FinishReason
+    strategy: str
+    seed: int
+    steps: tuple[Step, ...]
+    usage: tuple[MemberUsage, ...]
+    seconds: float
+
+    @property
+    def prompt_seconds(self) -> float:
+        """Time inside llama.cpp for the prompts."""
+        return sum(usage.prompt_seconds for usage in self.usage)
+
+    @property
+    def decode_seconds(self) -> float:
+        """All the time inside llama.cpp."""
+        return sum(usage.prompt_seconds + usage.text_seconds for usage in self.usage)
+
+    @property
+    def pieces_per_second(self) -> float:
+        """Speed of the generation, prompt time left out; 0 for a reply without pieces."""
+        seconds = self.seconds - self.prompt_seconds
+        return len(self.steps) / seconds if seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The reply as JSON can hold it; pieces appear as `text` and, in full, as `bytes`."""
+        return {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "pieces": [
+                {
+                    "text": step.text,
+                    "bytes": list(step.piece),
+                    "member": step.member,
+                    "probability": step.probability,
+                    "shares": list(step.shares),
+                }
+                for step in self.steps
+            ],
+            "usage": {"pieces": len(self.steps), "members": [asdict(usage) for usage in self.usage]},
+            "timings": {
+                "seconds": self.seconds,
+                "prompt_seconds": self.prompt_seconds,
+                "decode_seconds": self.decode_seconds,
+                "pieces_per_second": self.pieces_per_second,
+            },
+        }
+
+
+class StopFilter:
+    """Holds back pieces that may be the beginning of a stop string, and cuts the text where one is complete."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = [stop.encode() for stop in stops]
+        self._held: list[Draw] = []
+        self.stopped = False
+
+    def push(self, draw: Draw) -> list[Draw]:
+        """Pieces that may be shown after this one; the last of them is cut when `stopped` becomes true."""
+        self._held.append(draw)
+        text = b"".join(held.piece for held in self._held)
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found), cut=True)
+        return self._release(len(text) - self._longest_start(text), cut=False)
+
+    def flush(self) -> list[Draw]:
+        """What is still held back, once the reply has ended for another reason."""
+        return self._release(sum(len(held.piece) for held in self._held), cut=False)
+
+    def _longest_start(self, text: bytes) -> int:
+        """The length of the longest end of `text` with which a stop string begins."""
+        starts = (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(starts, default=0)
+
+    def _release(self, end: int, *, cut: bool) -> list[Draw]:
+        """Take pieces up to byte `end` of what is held; the one across it stays, or is cut there."""
+        released: list[Draw] = []
+        while self._held and len(self._held[0].piece) <= end:
+            released.append(self._held.pop(0))
+            end -= len(released[-1].piece)
+        if cut:
+            if end > 0:
+                last = self._held[0]
+                released.append(Draw(last.number, last.piece[:end], last.member, last.probability, last.shares))
+            self._held.clear()
+        return released
+
+
+class ReplyStream(Iterator[Step]):
+    """Iterates over the steps of a reply while they are made; `reply` is what there is so far.
+
+    `cancel` may be called from another thread or a signal handler: the stream then ends before the next piece.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        request: Request,
+        *,
+        names: tuple[str, ...],
+        max_tokens: int,
+        stop: tuple[str, ...],
+        cancelled: threading.Event,
+    ) -> None:
+        self._generation = generation
+        self._request = request
+        self._names = names
+        self._max_tokens = max_tokens
+        self._filter = StopFilter(stop)
+        self._cancelled = cancelled
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._steps: list[Step] = []
+        self._finish_reason: FinishReason = "error"
+        self._seconds = 0.0
+        self._source = self._run()
+
+    def __next__(self) -> Step:
+        started = time.perf_counter()
+        try:
+            step = next(self._source)
+        finally:
+            self._seconds += time.perf_counter() - started
+        self._steps.append(step)
+        return step
+
+    def cancel(self) -> None:
+        """End the reply before its next piece."""
+        self._cancelled.set()
+
+    def finish(self) -> Reply:
+        """Run to the end, and return the reply."""
+        for _ in self:
+            pass
+        return self.reply
+
+    @property
+    def reply(self) -> Reply:
+        """The reply so far; its finish_reason is "error" until the stream has ended."""
+        request = self._request
+        text = "".join(step.text for step in self._steps)
+        usage = tuple(self._usage(i, work) for i, work in enumerate(self._generation.work))
+        steps = tuple(self._steps)
+        return Reply(text, self._finish_reason, request.strategy, request.seed, steps, usage, self._seconds)
+
+    def _run(self) -> Iterator[Step]:
+        drawn = 0
+        while True:
+            draw = self._next_draw() if drawn < self._max_tokens else None
+            if draw is None or draw.number == END:
+                break
+            drawn += 1
+            yield from self._shown(self._filter.push(draw))
+            if self._filter.stopped:
+                self._finish_reason = "stop"
+                return
+        yield from self._shown(self._filter.flush())
+        if self._cancelled.is_set():
+            self._finish_reason = "cancelled"
+        else:
+            self._finish_reason = "length" if draw is None else "stop"
+
+    def _next_draw(self) -> Draw | None:
+        if self._cancelled.is_set():
+            return None
+        try:
+            return self._generation.step()
+        except EvaluationInterruptedError:
+            return None
+
+    def _shown(self, draws: list[Draw]) -> Iterator[Step]:
+        for draw in draws:
+            text = self._decoder.decode(draw.piece)
+            yield Step(draw.piece, text, self._names[draw.member], draw.probability, draw.shares)
+
+    def _usage(self, member: int, work: Work) -> MemberUsage:
+        return MemberUsage(
+            member=self._names[member],
+            pieces=sum(step.shares[member] for step in self._steps),
+            calls=work.calls,
+            prompt_length=self._generation.given[member],
+            prompt_evaluated=work.prompt_tokens,
+            text_evaluated=work.text_tokens,
+            prompt_seconds=work.prompt_seconds,
+            text_seconds=work.text_seconds,
+        )

@@ -1,0 +1,45 @@
+"""Which member writes the next piece: the weights for this step, and the random draw."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from me_local.alignment import FloatArray
+from me_local.errors import RunError
+
+
+class Router(Protocol):
+    """Weights of the members for the next piece, a function of the text alone.
+
+    A package provides one through the entry-point group `me_local.routers`.
+    """
+
+    def __call__(self, text: bytes, weights: FloatArray) -> FloatArray:
+        """`text` is what stands before the piece (a raw prompt included); `weights` float64 (members,), sum 1, are
+        the configured ones. Returns float64 (members,), not negative; they need not sum to 1.
+        """
+
+
+def constant(text: bytes, weights: FloatArray) -> FloatArray:
+    """The configured weights, whatever the text."""
+    return weights
+
+
+def route(router: Router, text: bytes, weights: FloatArray, able: Sequence[bool]) -> FloatArray:
+    """The router's weights, zero for members that cannot represent the text, normalised: float64 (members,).
+
+    Raises RunError when the router gives no usable weights, or when no member is left.
+    """
+    wanted = np.asarray(router(text, weights), dtype=np.float64)
+    if wanted.shape != weights.shape or not np.isfinite(wanted).all() or (wanted < 0).any():
+        raise RunError(f"the router gave {wanted.tolist()}: not one weight, 0 or more, for each member")
+    possible = np.where(able, wanted, 0.0)
+    total = possible.sum()
+    if total <= 0:
+        raise RunError(
+            f"no member with a weight above 0 can write the next piece after {len(text)} bytes of text"
+            + ("" if all(able) else ": none has tokens for the bytes that are not whole characters")
+        )
+    normalised: FloatArray = possible / total
+    return normalised

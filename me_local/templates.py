@@ -1,0 +1,223 @@
+"""From a conversation to one member's prompt: its chat template, and ids in which user text stays text.
+
+A template is rendered with the real contents, in which every look-alike of a control token is broken up by a mark
+that occurs nowhere else. Control tokens found in the result are therefore the template's own. A second mark stands
+in front of each reply in the history, so that the ids of a reply are the same there as when it was written, and the
+next turn evaluates only what is new.
+"""
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import jinja2.ext
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from me_local.errors import ConfigError, InputError
+from me_local.member import render_built_in
+from me_local.vocabulary import IntArray, Vocabulary
+
+Role = Literal["system", "user", "assistant"]
+Render = Callable[[Sequence["Message"]], str]
+
+PLAIN_STOP = "\nUser:"
+"""Ends the reply of an ensemble in which a member sees a plain transcript: the next speaker's label."""
+
+# Code points that Unicode reserves for internal use: no text that is interchanged has them.
+_NONCHARACTERS = [chr(0xFDD0 + i) for i in range(32)]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str
+
+    def __post_init__(self) -> None:
+        """Raises InputError for text that UTF-8 cannot hold."""
+        try:
+            self.content.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the {self.role} message has half a surrogate pair at character {error.start}, which is no text"
+            ) from None
+
+
+class PromptWriter:
+    """Writes one member's prompts, by its template and in its vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary, render: Render) -> None:
+        self._vocabulary = vocabulary
+        self._render = render
+        # A mark cannot break up a single character, so such tokens are not recognised in templates either.
+        names = sorted((text for text in vocabulary.control if len(text) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._control_starts = {name[:n] for name in names for n in range(1, len(name))}
+        self._control_ends = {name[n:] for name in names for n in range(1, len(name))}
+
+    def prompt(self, messages: Sequence[Message]) -> IntArray:
+        """The ids of the prompt up to where the reply starts, BOS exactly once: int32 (tokens,).
+
+        Raises InputError when the template refuses the conversation.
+        """
+        break_mark, reply_mark, nul = _free_marks(messages)
+        marked = [
+            Message(m.role, reply_mark * (m.role == "assistant") + self._protected(m.content, break_mark, nul))
+            for m in messages
+        ]
+        ids: list[int] = []
+        for i, part in enumerate(self._render(marked).split(reply_mark)):
+            ids += self._encode(part, at_start=i == 0, plain=lambda s: s.replace(break_mark, "").replace(nul, "\0"))
+        return np.array(self._with_bos(ids), dtype=np.int32)
+
+    def raw_prompt(self) -> IntArray:
+        """The ids in front of a raw completion: BOS where the vocabulary wants one."""
+        return np.array(self._with_bos([]), dtype=np.int32)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        bos = self._vocabulary.bos
+        return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    def _protected(self, content: str, mark: str, nul: str) -> str:
+        """The content with `mark` inside each look-alike of a control token, and where one could be completed."""
+        content = content.replace("\0", nul)
+        while self._control.search(content):
+            content = self._control.sub(lambda match: mark.join(match[0]), content)
+        if any(content.endswith(start) for start in self._control_starts if start[-1:] == content[-1:]):
+            content += mark
+        if any(content.startswith(end) for end in self._control_ends if end[:1] == content[:1]):
+            content = mark + content
+        return content
+
+    def _encode(self, text: str, *, at_start: bool, plain: Callable[[str], str]) -> list[int]:
+        """The ids of a rendered part: control tokens by name, what stands between them tokenised as text."""
+        ids: list[int] = []
+        for fragment, token in self._fragments(text):
+            # llama.cpp treats what follows a control token as the start of a text.
+            ids += self._vocabulary.encode(plain(fragment).encode(), at_start=at_start)
+            if token is not None:
+                ids.append(token)
+                at_start = True
+        return ids
+
+    def _fragments(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Texts, each with the control token that follows it; None after the last."""
+        position, strip_right = 0, False
+        for match in self._control.finditer(text):
+            token = self._vocabulary.control[match[0]]
+            left, right = self._vocabulary.stripping.get(token, (False, False))
+            fragment = text[position : match.start()]
+            fragment = fragment.lstrip() if strip_right else fragment
+            yield fragment.rstrip() if left else fragment, token
+            position, strip_right = match.end(), right
+        yield text[position:].lstrip() if strip_right else text[position:], None
+
+
+def choose_render(wanted: str | None, own: str | None, tokens: dict[str, str]) -> tuple[Render, bool]:
+    """The template a member is to use, and whether it is the plain transcript.
+
+    `wanted` is the member's `chat_template` setting: None, "plain", an absolute path or one of llama.cpp's names;
+    `own` is the template in the GGUF; `tokens` has the texts of `bos_token` and `eos_token`. Raises ConfigError when
+    the template cannot be used.
+    """
+    if wanted == "plain" or (wanted is None and own is None):
+        return render_plain, True
+    if wanted is None:
+        return jinja_render(str(own), tokens, "the chat template in the GGUF"), False
+    if Path(wanted).is_absolute():
+        return jinja_render(_read(Path(wanted)), tokens, wanted), False
+    render = built_in_render(wanted)
+    render([Message("user", "Hello")])  # an unknown name shows here
+    return render, False
+
+
+def render_plain(messages: Sequence[Message]) -> str:
+    """A transcript with the speakers' names on lines of their own, for models without a chat template."""
+    labels = {"system": "", "user": "User:\n", "assistant": "Assistant:\n"}
+    return "".join(f"{labels[m.role]}{m.content.rstrip()}\n\n" for m in messages) + "Assistant:\n"
+
+
+def built_in_render(name: str) -> Render:
+    """One of llama.cpp's built-in templates, by its name there."""
+    return lambda messages: render_built_in(name, [(m.role, m.content) for m in messages])
+
+
+def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
+    """A Jinja chat template, in the dialect of Hugging Face's transformers. `where` names it in errors."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=_now, **tokens)
+    try:
+        template = environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ConfigError(f"{where} is not a template that Jinja can read: {error}") from None
+
+    def render(messages: Sequence[Message]) -> str:
+        try:
+            return _rendered(template, messages)
+        except jinja2.TemplateError as error:
+            raise InputError(f"{where} refuses the conversation: {error}") from None
+
+    return render
+
+
+def _rendered(template: jinja2.Template, messages: Sequence[Message]) -> str:
+    def attempt(turns: Sequence[Message]) -> str:
+        listed = [{"role": m.role, "content": m.content} for m in turns]
+        return template.render(messages=listed, add_generation_prompt=True, tools=None)
+
+    try:
+        return attempt(messages)
+    except jinja2.TemplateError:
+        if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
+            raise
+        # Some templates know no system role: its text then opens the first message.
+        first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
+        return attempt([first, *messages[2:]])
+
+
+def _free_marks(messages: Sequence[Message]) -> list[str]:
+    used = set().union(*(m.content for m in messages))
+    free = [mark for mark in _NONCHARACTERS if mark not in used]
+    if len(free) < 3:
+        raise InputError("the conversation uses up the code points U+FDD0 to U+FDEF, which are not characters")
+    return free[:3]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"chat_template = {path}: cannot be read: {reason}") from None
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+class _Generation(jinja2.ext.Extension):
+    """Lets `{% generation %}` through, which marks the replies for training."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,314 @@
+"""Token ids and bytes: one GGUF vocabulary, its canonical tokenising, and the vocabulary that members share.
+
+The contract: the shared state of an ensemble is bytes. A `Vocabulary` turns token ids into bytes (pieces) and any
+bytes into the ids that its tokenizer gives them; `TokenizedText` does the second for a text that grows, at the cost
+of its tail only; `UnifiedVocabulary` numbers the pieces of all members, so that mixing is arithmetic on arrays.
+Knows nothing of weights, contexts or sampling.
+"""
+
+import ctypes
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from me_local.errors import LoadError
+
+IntArray = npt.NDArray[np.int32]
+Encoder = Callable[[bytes], list[int]]
+
+END = 0
+"""The number of the end of generation in every unified vocabulary."""
+
+_SEAM = re.compile(rb"[A-Za-z0-9](?= )")
+_ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
+_HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_PROBE = (
+    "The quick brown fox doesn't jump over 13 lazy dogs, café naïve Straße 你好 Привет 🙂👍🏽\n\n"
+    "  def f(x):\n\treturn x**2  # 3.14159e-10\n<b>HTTP</b> www.example.org; 1,234,567 ... \u200d ﬁ"
+).encode()
+
+
+def utf8_runs(text: bytes) -> Iterator[tuple[bytes, bool]]:
+    """Split `text` into maximal runs of valid UTF-8 (True) and of bytes that are not, or not yet (False)."""
+    while text:
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            if error.start:
+                yield text[: error.start], True
+            yield text[error.start : error.end], False
+            text = text[error.end :]
+        else:
+            yield text, True
+            return
+
+
+class Vocabulary:
+    """The vocabulary of one model, read once when it is loaded.
+
+    `pieces[id]` holds the bytes of a token, empty for control tokens and the like; `end_ids` the ids that end a
+    generation, `removed` those that the model itself says are never to be sampled; `control` maps the text of a
+    control token to its id, `stripping` has those that swallow white space around them; `bos` is the id that
+    starts every context, or None.
+    """
+
+    def __init__(self, model: llama_cpp.llama_model_p, tokenizer: Path | None = None) -> None:
+        self._pointer = llama_cpp.llama_model_get_vocab(model)
+        self.size: int = llama_cpp.llama_vocab_n_tokens(self._pointer)
+        self.kind = _KINDS.get(llama_cpp.llama_vocab_type(self._pointer), "none")
+        self.pieces = [_piece(self._pointer, id_) for id_ in range(self.size)]
+        self.end_ids = [i for i in range(self.size) if llama_cpp.llama_vocab_is_eog(self._pointer, i)]
+        self.removed = _suppressed(self._pointer)
+        self.bos = self._first_id()
+        self._read_control_tokens()
+        self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
+        self._byte_ids = self._find_byte_ids()
+        self.has_seams = _SEAM.search(b"\n".join(self.pieces)) is None
+        self.adds_space = self.joined(self._encode(b"a")) == b" a"
+        self._anchor, self._anchor_length = self._find_anchor() if self.adds_space else (b"", 0)
+
+    def text_of(self, token: int) -> str:
+        """The name of a token in the vocabulary, such as "<|im_end|>"."""
+        return str(llama_cpp.llama_vocab_get_text(self._pointer, token).decode("utf-8", "replace"))
+
+    def joined(self, ids: Sequence[int]) -> bytes:
+        """The bytes that a sequence of ids stands for."""
+        return b"".join([self.pieces[i] for i in ids])
+
+    def encode(self, text: bytes, *, at_start: bool = False) -> list[int]:
+        """The canonical ids of `text`; bytes that are not UTF-8 become single-byte tokens.
+
+        `at_start` says that nothing stands before the text, where some vocabularies put a space of their own.
+        Control tokens in the text stay text. Raises KeyError when the vocabulary lacks a byte that it needs;
+        `can_write` tells so beforehand.
+        """
+        ids: list[int] = []
+        for run, valid in utf8_runs(text):
+            if not valid:
+                ids += [self._byte_ids[byte] for byte in run]
+            elif at_start and not ids:
+                ids += self._encode(run)
+            else:
+                ids += self._encode(self._anchor + run)[self._anchor_length :]
+        return ids
+
+    def can_write(self, strays: frozenset[int]) -> bool:
+        """Whether the vocabulary has a token for each of these single bytes."""
+        return strays <= self._byte_ids.keys()
+
+    @functools.cached_property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two vocabularies that number, render and tokenise alike."""
+        return (self.kind, self.adds_space, tuple(self.pieces), tuple(self.encode(_PROBE)))
+
+    def _first_id(self) -> int | None:
+        bos: int = llama_cpp.llama_vocab_bos(self._pointer)
+        wanted = llama_cpp.llama_vocab_get_add_bos(self._pointer)
+        return bos if wanted and bos != llama_cpp.LLAMA_TOKEN_NULL else None
+
+    def _read_control_tokens(self) -> None:
+        self.control: dict[str, int] = {}
+        self.stripping: dict[int, tuple[bool, bool]] = {}
+        for token, piece in enumerate(self.pieces):
+            if piece:
+                continue
+            attributes = llama_cpp.llama_vocab_get_attr(self._pointer, token)
+            if attributes & _HIDDEN and (text := self.text_of(token)):
+                self.control[text] = token
+                left = bool(attributes & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP)
+                right = bool(attributes & llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP)
+                if left or right:
+                    self.stripping[token] = (left, right)
+
+    def _own_encoder(self, path: Path) -> Encoder:
+        encode, names = _file_encoder(path)
+        for token in range(0, self.size, max(1, self.size // 4096)):
+            if names(token) not in (None, self.text_of(token)):
+                raise LoadError(
+                    f'{path}: token {token} is "{names(token)}" here and "{self.text_of(token)}" in the GGUF: '
+                    "the tokenizer belongs to another model"
+                )
+        return encode
+
+    def _find_byte_ids(self) -> dict[int, int]:
+        """The id of each byte's own token. A byte token goes before a character of the same byte."""
+        found: dict[int, int] = {}
+        for token, piece in enumerate(self.pieces):
+            if len(piece) == 1:
+                is_byte = llama_cpp.llama_vocab_get_attr(self._pointer, token) & llama_cpp.LLAMA_TOKEN_ATTR_BYTE
+                if is_byte or piece[0] not in found:
+                    found[piece[0]] = token
+        return found
+
+    def _find_anchor(self) -> tuple[bytes, int]:
+        """A text that never merges with what follows, and its number of ids.
+
+        Put in front and dropped again, it keeps the tokenizer from adding its space.
+        """
+        for anchor in _ANCHORS:
+            ids = self._encode(anchor)
+            alone = not any(anchor in piece and piece != anchor for piece in self.pieces)
+            if alone and self.joined(self._encode(anchor + b"a")[len(ids) :]) == b"a":
+                return anchor, len(ids)
+        raise LoadError("its tokenizer puts a space in front of every text, and no anchor keeps it from that")
+
+
+class TokenizedText:
+    """The canonical ids of a growing text in one vocabulary.
+
+    Tokens on either side of a seam (a position between an ASCII letter or digit and a space) do not depend on each
+    other, so ids in front of the last seam are final and only what follows is tokenised again. Where a token of the
+    vocabulary has a seam inside it, the rule does not hold, and the whole text is tokenised each time.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, at_start: bool) -> None:
+        self._vocabulary = vocabulary
+        self._at_start = at_start
+        self._ids = np.empty(1024, dtype=np.int32)
+        self._final = 0  # ids in front of the last seam
+        self._length = 0  # all ids
+        self._seam = 0  # bytes in front of the last seam
+        self._seen = 0  # bytes tokenised so far
+
+    def ids(self, text: bytes) -> IntArray:
+        """Ids of `text`, which starts with the text of the call before: int32 view, shape (tokens,)."""
+        if len(text) != self._seen:
+            self._advance(text)
+        return self._ids[: self._length]
+
+    def _advance(self, text: bytes) -> None:
+        seam = self._last_seam(text)
+        if seam > self._seam:
+            self._final = self._write(self._final, text[self._seam : seam])
+            self._seam = seam
+        self._length = self._write(self._final, text[self._seam :])
+        self._seen = len(text)
+
+    def _last_seam(self, text: bytes) -> int:
+        if not self._vocabulary.has_seams:
+            return 0
+        seams = [match.end() for match in _SEAM.finditer(text, max(self._seam, self._seen - 1))]
+        return seams[-1] if seams else self._seam
+
+    def _write(self, position: int, text: bytes) -> int:
+        ids = self._vocabulary.encode(text, at_start=self._at_start and self._seam == 0)
+        end = position + len(ids)
+        if end > len(self._ids):
+            self._ids = np.concatenate([self._ids[:position], np.empty(2 * end - position, dtype=np.int32)])
+        self._ids[position:end] = ids
+        return end
+
+
+class SampledText:
+    """The ids of a text as they were sampled, for members that all share one vocabulary: nothing to tokenise."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids = np.empty(max(1024, 2 * len(ids)), dtype=np.int32)
+        self._ids[: len(ids)] = ids
+        self._length = len(ids)
+
+    def append(self, token: int) -> None:
+        """Add one sampled id."""
+        if self._length == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.empty_like(self._ids)])
+        self._ids[self._length] = token
+        self._length += 1
+
+    def ids(self, text: bytes) -> IntArray:
+        """All ids: int32 view, shape (tokens,). The text itself is not looked at."""
+        return self._ids[: self._length]
+
+
+class UnifiedVocabulary:
+    """All pieces of all members, numbered once.
+
+    `pieces[number]` are bytes, with `pieces[END]` empty; `numbers[member][id]` is int32, -1 for ids that are never
+    sampled. Ids with the same bytes have the same number, and every end-of-generation id is END; but where
+    `same` is true, all members share one vocabulary and each id keeps a number of its own, id + 1.
+    """
+
+    def __init__(self, vocabularies: Sequence[Vocabulary]) -> None:
+        self.same = all(v.identity == vocabularies[0].identity for v in vocabularies)
+        self.pieces: list[bytes] = [b""]
+        self._number_of: dict[bytes, int] = {b"": END}
+        if self.same:
+            self.pieces += vocabularies[0].pieces
+        self.numbers = tuple(self._numbers(vocabulary) for vocabulary in vocabularies)
+
+    def _numbers(self, vocabulary: Vocabulary) -> IntArray:
+        numbers = np.arange(1, vocabulary.size + 1) if self.same else self._shared_numbers(vocabulary.pieces)
+        empty = [token for token, piece in enumerate(vocabulary.pieces) if not piece]
+        numbers[empty] = -1
+        numbers[vocabulary.removed] = -1
+        numbers[vocabulary.end_ids] = END
+        return numbers.astype(np.int32)
+
+    def _shared_numbers(self, pieces: list[bytes]) -> npt.NDArray[np.int64]:
+        number_of, known = self._number_of, self.pieces
+        numbers = []
+        for piece in pieces:
+            number = number_of.get(piece)
+            if number is None:
+                number = number_of[piece] = len(known)
+                known.append(piece)
+            numbers.append(number)
+        return np.array(numbers)
+
+
+_KINDS = {
+    llama_cpp.LLAMA_VOCAB_TYPE_SPM: "SPM",
+    llama_cpp.LLAMA_VOCAB_TYPE_BPE: "BPE",
+    llama_cpp.LLAMA_VOCAB_TYPE_WPM: "WPM",
+    llama_cpp.LLAMA_VOCAB_TYPE_UGM: "UGM",
+    llama_cpp.LLAMA_VOCAB_TYPE_RWKV: "RWKV",
+    llama_cpp.LLAMA_VOCAB_TYPE_PLAMO2: "PLaMo-2",
+}
+
+_BUFFER = ctypes.create_string_buffer(256)
+
+
+def _piece(pointer: llama_cpp.llama_vocab_p, token: int) -> bytes:
+    """The bytes of a token (llama.cpp's wrappers stop at 32 of them)."""
+    length = llama_cpp.llama_token_to_piece(pointer, token, _BUFFER, len(_BUFFER), 0, False)
+    if length >= 0:
+        return _BUFFER.raw[:length]
+    buffer = ctypes.create_string_buffer(-length)
+    return buffer.raw[: llama_cpp.llama_token_to_piece(pointer, token, buffer, -length, 0, False)]
+
+
+def _suppressed(pointer: llama_cpp.llama_vocab_p) -> list[int]:
+    count = ctypes.c_int32()
+    tokens = llama_cpp.llama_vocab_get_suppress_tokens(pointer, ctypes.byref(count))
+    return list(tokens[: count.value]) if count.value else []
+
+
+def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
+    def encode(text: bytes) -> list[int]:
+        size = len(text) + 8
+        buffer = (llama_cpp.llama_token * size)()
+        length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, size, False, False)
+        if length < 0:
+            buffer = (llama_cpp.llama_token * -length)()
+            length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, -length, False, False)
+        return list(buffer[:length])
+
+    return encode
+
+
+def _file_encoder(path: Path) -> tuple[Encoder, Callable[[int], str | None]]:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise LoadError(f"{path}: not a tokenizer.json that the tokenizers library can read: {error}") from None
+    tokenizer.encode_special_tokens = True  # a control token in a text stays text
+
+    def encode(text: bytes) -> list[int]:
+        return list(tokenizer.encode(text.decode(), add_special_tokens=False).ids)
+
+    return encode, tokenizer.id_to_token
