@@ -92,8 +92,8 @@ class Chat:
 class Turn(Iterator[Step]):
     """A reply in a conversation, as a stream of steps.
 
-    Once the stream ends, also by `cancel` or by a failure, message and reply belong to the conversation; a reply
-    of which nothing was written does not.
+    Once the stream ends, also by `cancel` or by a failure, message and reply belong to the conversation. Where it
+    was cut off before anything was written, the conversation stays as it was.
     """
 
     def __init__(self, chat: Chat, asked: list[Message], stream: ReplyStream) -> None:
@@ -124,8 +124,9 @@ class Turn(Iterator[Step]):
         return self._stream.reply
 
     def _keep(self) -> None:
-        text = self.reply.text
-        self._chat.messages = [*self._asked, Message("assistant", text)] if text else list(self._asked)
+        reply = self.reply
+        if reply.text or reply.finish_reason in ("stop", "length"):
+            self._chat.messages = [*self._asked, Message("assistant", reply.text)]
 
 
 def parse_messages(listed: Any) -> list[Message]:

@@ -39,7 +39,8 @@ class Request:
     """What one reply is made from.
 
     `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
-    the beginning of the text, where that is given: the prompt of a raw completion, with which a document starts.
+    the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
+    document starts.
     """
 
     prompts: tuple[IntArray, ...]

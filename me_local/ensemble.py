@@ -21,7 +21,7 @@ from me_local.member import Member, supports_gpu
 from me_local.plugins import find
 from me_local.reply import Reply, ReplyStream
 from me_local.routing import Router
-from me_local.templates import PLAIN_STOP, Message, PromptWriter, choose_render
+from me_local.templates import PLAIN_STOPS, Message, PromptWriter, choose_render
 from me_local.vocabulary import IntArray
 
 OnLoad = Callable[[MemberConfig], None]
@@ -37,7 +37,7 @@ class Ensemble:
     def __init__(self, config: Config, on_load: OnLoad = lambda _: None) -> None:
         self.config = config
         self.notices: list[str] = []
-        self.plain_stop: tuple[str, ...] = ()
+        self.plain_stops: tuple[str, ...] = ()
         router: Router = _plugin(config, "router", config.router)
         alignment: Alignment = _plugin(config, "alignment", config.alignment)
         with ExitStack() as stack:
@@ -112,7 +112,7 @@ class Ensemble:
             request,
             names=self.names,
             max_tokens=config.max_tokens,
-            stop=config.stop if head else config.stop + self.plain_stop,
+            stop=config.stop if head else config.stop + self.plain_stops,
             cancelled=cancelled,
         )
 
@@ -153,11 +153,11 @@ class Ensemble:
         except ConfigError as error:
             raise ConfigError(f'{self.config.path}: member "{member.name}": {error}') from None
         if plain:
-            self.plain_stop = (PLAIN_STOP,)
+            self.plain_stops = PLAIN_STOPS
         if plain and member.config.chat_template is None:
             self.notices.append(
                 f"{member.name}: it has no chat template, so it sees a plain transcript; "
-                f'"{PLAIN_STOP.strip()}" at the start of a line ends a reply'
+                f'"{PLAIN_STOPS[0].strip()}" at the start of a line ends a reply'
             )
         return PromptWriter(member.vocabulary, render)
 

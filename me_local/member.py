@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -223,30 +224,36 @@ def _from_hub(config: MemberConfig) -> Path:
 def _load(config: MemberConfig, path: Path) -> llama_cpp.Llama:
     _send_log()
     _last_errors.clear()
-    threads = config.n_threads or usable_cores()
     # verbose=False would point the whole process's stdout and stderr to nowhere while it loads.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            return llama_cpp.Llama(
-                str(path),
-                n_ctx=-(-config.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP,
-                n_batch=config.n_batch,
-                n_ubatch=min(config.n_batch, 512),
-                n_threads=threads,
-                n_threads_batch=threads,
-                n_gpu_layers=config.n_gpu_layers if supports_gpu() else 0,
-                main_gpu=config.main_gpu,
-                tensor_split=list(config.tensor_split) if config.tensor_split else None,
-                flash_attn=config.flash_attn,
-                type_k=_cache_type(config.type_k),
-                type_v=_cache_type(config.type_v),
-                lora_path=str(config.lora) if config.lora else None,
-                no_perf=True,
-                verbose=True,
-            )
+            llama = llama_cpp.Llama(str(path), **_settings(config), no_perf=True, verbose=True)
         except Exception as error:  # ValueError, RuntimeError, and what a broken chat template raises
             reason = "; ".join(_last_errors) or str(error)
             raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}') from None
+    # A null pointer is not None: llama-cpp-python takes an adapter that failed to load for one.
+    if config.lora and not llama._lora_adapter:
+        llama.close()
+        reason = "; ".join(_last_errors) or "llama.cpp refuses it"
+        raise LoadError(f'member "{config.name}": lora = {config.lora} cannot be loaded: {reason}')
+    return llama
+
+
+def _settings(config: MemberConfig) -> dict[str, Any]:
+    threads = config.n_threads or usable_cores()
+    return {
+        "n_ctx": -(-config.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP,
+        "n_batch": config.n_batch,
+        "n_threads": threads,
+        "n_threads_batch": threads,
+        "n_gpu_layers": config.n_gpu_layers if supports_gpu() else 0,
+        "main_gpu": config.main_gpu,
+        "tensor_split": list(config.tensor_split) if config.tensor_split else None,
+        "flash_attn": config.flash_attn,
+        "type_k": _cache_type(config.type_k),
+        "type_v": _cache_type(config.type_v),
+        "lora_path": str(config.lora) if config.lora else None,
+    }
 
 
 def _cache_type(name: str | None) -> int | None:

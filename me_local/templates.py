@@ -26,8 +26,10 @@ from me_local.vocabulary import IntArray, Vocabulary
 Role = Literal["system", "user", "assistant"]
 Render = Callable[[Sequence["Message"]], str]
 
-PLAIN_STOP = "\nUser:"
-"""Ends the reply of an ensemble in which a member sees a plain transcript: the next speaker's label."""
+PLAIN_STOPS = ("\nUser:", "\n\nUser:")
+"""End the reply of an ensemble in which a member sees a plain transcript: the next speaker's label on a new line."""
+
+_PLAIN_OPENING = "The following is a conversation between a user and a helpful, knowledgeable assistant."
 
 # Code points that Unicode reserves for internal use: no text that is interchanged has them.
 _NONCHARACTERS = [chr(0xFDD0 + i) for i in range(32)]
@@ -139,9 +141,15 @@ def choose_render(wanted: str | None, own: str | None, tokens: dict[str, str]) -
 
 
 def render_plain(messages: Sequence[Message]) -> str:
-    """A transcript with the speakers' names on lines of their own, for models without a chat template."""
+    """A transcript with the speakers' names on lines of their own, for models without a chat template.
+
+    Without a system message it opens with a sentence that says what it is: base models then answer, where they would
+    otherwise go on asking.
+    """
     labels = {"system": "", "user": "User:\n", "assistant": "Assistant:\n"}
-    return "".join(f"{labels[m.role]}{m.content.rstrip()}\n\n" for m in messages) + "Assistant:\n"
+    opening = [] if messages[0].role == "system" else [_PLAIN_OPENING]
+    turns = [f"{labels[m.role]}{m.content.rstrip()}" for m in messages]
+    return "\n\n".join([*opening, *turns, labels["assistant"]])
 
 
 def built_in_render(name: str) -> Render:

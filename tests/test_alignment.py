@@ -117,7 +117,9 @@ def test_a_mixture_is_the_weighted_mean() -> None:
     assert argmax(mixture) == (2, pytest.approx(0.425))
 
 
-@pytest.mark.parametrize(("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 4), (0.7499, 4), (0.75, 6), (0.9999, 6)])
+@pytest.mark.parametrize(
+    ("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 4), (0.7499, 4), (0.75, 6), (0.9999, 6)]
+)
 def test_sampling_inverts_the_cumulative_distribution(uniform: float, expected: int) -> None:
     distribution = Distribution(numbers(1, 4, 6), np.array([0.25, 0.5, 0.25]))
     assert sample(distribution, uniform)[0] == expected

@@ -2,14 +2,14 @@
 
 import hashlib
 import os
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pytest
-
 import fetch_demo_models as fetch
+import pytest
 
 ONE, FIRST, SECOND = b"one" * 1000, b"first half, " * 500, b"second half" * 700
 

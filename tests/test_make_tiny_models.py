@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import llama_cpp
+import make_tiny_models as tiny
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
-import make_tiny_models as tiny
 
 TEXT = "Hello wörld 👋\n"
 GGML_LEVEL_WARN, GGML_LEVEL_ERROR = 3, 4

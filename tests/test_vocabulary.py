@@ -56,7 +56,12 @@ def test_control_tokens_in_a_text_stay_text(open_member: OpenMember, name: str) 
 def test_bytes_that_are_no_characters_become_single_byte_tokens(open_member: OpenMember, name: str) -> None:
     vocabulary = open_member(name).vocabulary
     ids = vocabulary.encode(b"the\xff\xc3 cat\xf0\x9f")
-    assert [vocabulary.pieces[i] for i in ids if max(vocabulary.pieces[i]) >= 0x80] == [b"\xff", b"\xc3", b"\xf0", b"\x9f"]
+    assert [vocabulary.pieces[i] for i in ids if max(vocabulary.pieces[i]) >= 0x80] == [
+        b"\xff",
+        b"\xc3",
+        b"\xf0",
+        b"\x9f",
+    ]
     assert vocabulary.joined(ids) == b"the\xff\xc3 cat\xf0\x9f"
     assert vocabulary.can_write(frozenset({0xFF, 0x80}))
 
@@ -74,8 +79,24 @@ def test_the_facts_of_the_tiny_vocabularies(open_member: OpenMember) -> None:
 def words() -> st.SearchStrategy[bytes]:
     """Texts that are likely to merge in odd ways: words, white space, cut characters, control look-alikes."""
     parts = st.sampled_from(
-        [b" the", b"the", b" cat", b"s", b" ", b"  ", b"\n", b"a1", b" 12", b"\xc3\xa9", b"\xc3", b"\xa9", b"\xff"]
-        + ["👋".encode()[:2], "👋".encode()[2:], b"<|im_end|>", b"</s>", b"\x00", "你好".encode(), b" Hello", b"."]
+        [
+            *(
+                b" the",
+                b"the",
+                b" cat",
+                b"s",
+                b" ",
+                b"  ",
+                b"\n",
+                b"a1",
+                b" 12",
+                b"\xc3\xa9",
+                b"\xc3",
+                b"\xa9",
+                b"\xff",
+            ),
+            *("👋".encode()[:2], "👋".encode()[2:], b"<|im_end|>", b"</s>", b"\x00", "你好".encode(), b" Hello", b"."),
+        ]
     )
     return st.lists(parts | st.binary(max_size=3), max_size=12).map(b"".join)
 

@@ -1,0 +1,127 @@
+"""Many prompts from a JSON Lines file: one record per prompt, written as soon as it is there.
+
+An input line is an object with `prompt` (a text) or `messages` (objects with `role` and `content`), and optionally
+`id`, `seed` and `max_tokens`; without an id, a line's number is its id. A line that cannot be used becomes an error
+record, and the run goes on.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from me_local.chat import parse_messages
+from me_local.config import Overrides
+from me_local.ensemble import Ensemble
+from me_local.errors import InputError, MeLocalError
+from me_local.templates import Message
+
+_KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One line of the input: a prompt or a conversation with its settings, or the reason why it is none."""
+
+    id: str | int
+    line: int
+    prompt: str | tuple[Message, ...] = ""
+    overrides: Overrides = field(default_factory=Overrides)
+    error: str | None = None
+
+
+def read_jobs(source: IO[bytes], name: str) -> Iterator[Job]:
+    """The jobs of a JSON Lines file, one for each line that is not blank. `name` stands for it in errors."""
+    seen: set[str | int] = set()
+    for number, line in enumerate(source, start=1):
+        if not line.strip():
+            continue
+        job = _parse(line, number, f"{name}, line {number}")
+        if job.id in seen:
+            job = Job(job.id, number, error=f"{name}, line {number}: the id {job.id!r} stands on an earlier line too")
+        seen.add(job.id)
+        yield job
+
+
+def run(ensemble: Ensemble, jobs: Iterable[Job], *, raw: bool) -> Iterator[dict[str, Any]]:
+    """A record for each job: `id` with the reply's `as_dict`, or `id` with `error`."""
+    for job in jobs:
+        try:
+            if job.error:
+                raise InputError(job.error)
+            prompt = job.prompt if isinstance(job.prompt, str) else list(job.prompt)
+            yield {"id": job.id, **ensemble.generate(prompt, job.overrides, raw=raw).as_dict()}
+        except MeLocalError as error:
+            yield {"id": job.id, "error": str(error)}
+
+
+def finished_ids(path: Path) -> set[str | int]:
+    """The ids in an output file of an earlier run, from which a last line without an end is cut off.
+
+    Raises InputError when the file holds something else than records.
+    """
+    if not path.is_file():
+        return set()
+    with path.open("r+b") as file:
+        whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        file.truncate(len(whole))
+    return {_finished_id(line, f"{path}, line {i}") for i, line in enumerate(whole.splitlines(), start=1)}
+
+
+def _finished_id(line: bytes, where: str) -> str | int:
+    try:
+        id_ = json.loads(line)["id"]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{where}: not a record of an earlier run; give another --output") from None
+    return id_ if isinstance(id_, int) else str(id_)
+
+
+def _parse(line: bytes, number: int, where: str) -> Job:
+    id_: str | int = number
+    try:
+        record = _record(line, where)
+        given = record.get("id", number)
+        if isinstance(given, bool) or not isinstance(given, str | int):
+            raise InputError(f"{where}: id: must be a text or an integer, got {json.dumps(given)}")
+        id_ = given
+        return Job(id_, number, _prompt(record, where), _overrides(record, where))
+    except InputError as error:
+        return Job(id_, number, error=str(error))
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: must be an object")
+    unknown = [key for key in record if key not in _KEYS]
+    if unknown:
+        raise InputError(f'{where}: unknown key "{unknown[0]}"; there are {", ".join(_KEYS)}')
+    return record
+
+
+def _prompt(record: dict[str, Any], where: str) -> str | tuple[Message, ...]:
+    if ("prompt" in record) == ("messages" in record):
+        raise InputError(f'{where}: either "prompt" or "messages" is needed')
+    if "messages" in record:
+        try:
+            return tuple(parse_messages(record["messages"]))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+    if not isinstance(record["prompt"], str):
+        raise InputError(f"{where}: prompt: must be a text")
+    return record["prompt"]
+
+
+def _overrides(record: dict[str, Any], where: str) -> Overrides:
+    for key in ("seed", "max_tokens"):
+        value = record.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise InputError(f"{where}: {key}: must be an integer of at least 0, got {json.dumps(value)}")
+    return Overrides(seed=record.get("seed"), max_tokens=record.get("max_tokens"))

@@ -1,0 +1,112 @@
+"""`me-local chat`: a conversation at the terminal, or one turn per line of standard input."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from me_local.chat import Chat
+from me_local.cli.commands import COMMANDS, Session, run_command
+from me_local.cli.display import Painter, make_console
+from me_local.cli.options import configured, load, models_option, sampling_options
+from me_local.errors import InputError, MeLocalError
+
+
+@click.command()
+@models_option
+@click.option("--no-color", is_flag=True, help="No colours. NO_COLOR does the same.")
+@sampling_options
+def chat(models: Path, no_color: bool, **given: Any) -> None:
+    """Chat with the ensemble. /help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves.
+
+    Without a terminal on standard input each line is a turn.
+    """
+    config = configured(models, given)
+    console = make_console(no_color=no_color)
+    with load(config) as ensemble:
+        session = Session(
+            Chat(ensemble), Painter(console, ensemble.names), make_console(no_color=no_color, stderr=True)
+        )
+        session.greet()
+        lines = _typed(session) if sys.stdin.isatty() else _piped()
+        for line in lines:
+            if not _turn(session, line):
+                break
+
+
+def _turn(session: Session, line: str) -> bool:
+    """Answer a line or run the command in it; false when it ends the chat."""
+    try:
+        if line.startswith("/"):
+            return run_command(session, line)
+        if line.strip():
+            session.show(session.chat.say(line))
+    except MeLocalError as error:
+        if not sys.stdin.isatty():
+            raise
+        session.note(f"Error: {error}")
+    except KeyboardInterrupt:
+        session.note("")
+    return True
+
+
+def _piped() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        try:
+            yield line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input, line {number}: not UTF-8 at byte {error.start + 1}") from None
+
+
+def _typed(session: Session) -> Iterator[str]:
+    """Lines that the user types, until Ctrl-D; Ctrl-C gives up the one being typed."""
+    prompt = _prompt_session()
+    while True:
+        try:
+            yield prompt()
+        except KeyboardInterrupt:
+            session.note("(Ctrl-D or /exit leaves)")
+        except EOFError:
+            return
+
+
+def _prompt_session() -> Any:
+    # Imported here: scripted chats and the other commands do not pay for it.
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(_history_file()),
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+        completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
+        complete_while_typing=False,
+    )
+    return lambda: session.prompt("> ")
+
+
+def _history_file() -> str:
+    import os
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "me-local"
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        (state / "history").touch()
+    except OSError:
+        return os.devnull
+    return str(state / "history")

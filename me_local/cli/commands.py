@@ -1,0 +1,182 @@
+"""The commands inside a chat, /help and its kin, and the session that they work on."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from me_local.chat import Chat, Turn
+from me_local.cli.display import Painter, stats_line
+from me_local.cli.interrupt import cancels
+from me_local.config import Overrides, parse_setting, parse_weights
+from me_local.errors import InputError
+from me_local.reply import Reply
+
+_STRATEGIES = {"me": "ME draws one member for each piece", "ce": "CE averages all members for each piece"}
+
+
+@dataclass(slots=True)
+class Session:
+    """A chat on a terminal: replies go to the painter's console, everything else to `notes`."""
+
+    chat: Chat
+    painter: Painter
+    notes: Console
+    last: Reply | None = None
+
+    def greet(self) -> None:
+        """Show the members and what their user should know about them."""
+        self.notes.print(self.painter.legend(self._weights()))
+        self.note(f"{_STRATEGIES[self.chat.config.strategy]}. /help lists the commands.")
+        for notice in self.chat.ensemble.notices:
+            self.note(f"Note: {notice}")
+
+    def note(self, text: str) -> None:
+        """Write a line that is not part of a reply."""
+        self.notes.print(text, style="dim", soft_wrap=not self.notes.is_terminal)
+
+    def show(self, turn: Turn) -> None:
+        """Stream a reply, then its line of figures; Ctrl-C ends it early."""
+        if self.chat.dropped:
+            self.note(f"Note: the context is full: this reply does not see the oldest {self.chat.dropped} messages")
+        try:
+            with cancels(turn.cancel):
+                for step in turn:
+                    self.painter.write(step.text, step.member)
+        finally:
+            self.painter.console.print()
+            self.last = turn.reply
+            self.note(stats_line(self.last))
+
+    def _weights(self) -> list[float]:
+        return [member.weight for member in self.chat.config.members]
+
+
+def run_command(session: Session, line: str) -> bool:
+    """Run a line that starts with a slash; false when it ends the chat. Raises MeLocalError."""
+    name, _, argument = line[1:].strip().partition(" ")
+    if name in ("exit", "quit"):
+        return False
+    if name not in COMMANDS:
+        raise InputError(f'there is no command "/{name}"; /help lists them')
+    COMMANDS[name][1](session, argument.strip())
+    return True
+
+
+def _help(session: Session, _: str) -> None:
+    session.note("\n".join(f"/{name:<9} {text}" for name, (text, _) in COMMANDS.items()))
+    session.note("Alt-Enter starts a new line, Ctrl-C stops a reply, Ctrl-D leaves.")
+
+
+def _clear(session: Session, _: str) -> None:
+    session.chat.clear()
+    session.note("The conversation is empty.")
+
+
+def _regen(session: Session, _: str) -> None:
+    session.show(session.chat.again())
+
+
+def _system(session: Session, text: str) -> None:
+    session.chat.set_system(text or None)
+    session.note(f"System message: {text}" if text else "No system message.")
+
+
+def _set(session: Session, argument: str) -> None:
+    key, _, value = argument.partition(" ")
+    session.chat.set(parse_setting(key, value.strip()))
+    session.note(f"{key} = {value.strip()}")
+
+
+def _weights(session: Session, argument: str) -> None:
+    if argument:
+        session.chat.set(Overrides(weights=parse_weights(argument, session.chat.ensemble.names)))
+    session.notes.print(session.painter.legend([member.weight for member in session.chat.config.members]))
+
+
+def _strategy(session: Session, argument: str) -> None:
+    if argument:
+        session.chat.set(parse_setting("strategy", argument))
+    session.note(f"strategy = {session.chat.config.strategy}")
+
+
+def _members(session: Session, _: str) -> None:
+    table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
+    for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
+        template = settings.chat_template or ("GGUF" if member.chat_template else "plain")
+        table.add_row(member.name, f"{settings.weight:.3f}", member.description, str(member.n_ctx), template)
+    session.notes.print(table)
+
+
+def _stats(session: Session, _: str) -> None:
+    if session.last is None:
+        session.note("There is no reply yet.")
+        return
+    titles = ("member", "pieces", "calls", "prompt new", "prompt cached", "text tokens", "prompt s", "text s")
+    table = Table(*titles, box=None, pad_edge=False)
+    for u in session.last.usage:
+        counts = (u.calls, u.prompt_evaluated, u.prompt_length - u.prompt_evaluated, u.text_evaluated)
+        seconds = (f"{u.prompt_seconds:.2f}", f"{u.text_seconds:.2f}")
+        table.add_row(u.member, f"{u.pieces:.1f}", *map(str, counts), *seconds)
+    session.notes.print(table)
+    session.note(stats_line(session.last))
+
+
+def _save(session: Session, name: str) -> None:
+    path = _file(name, "/save")
+    text = json.dumps(session.chat.as_dict(), ensure_ascii=False, indent=1) + "\n"
+    try:
+        _write_whole(path, text)
+    except OSError as error:
+        raise InputError(f"/save: {path}: {error.strerror}") from None
+    session.note(f"Saved {len(session.chat.messages)} messages to {path}.")
+
+
+def _load(session: Session, name: str) -> None:
+    path = _file(name, "/load")
+    try:
+        session.chat.restore(json.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise InputError(f"/load: {path}: {error.strerror}") from None
+    except (ValueError, InputError) as error:
+        raise InputError(f"/load: {path}: {error}") from None
+    session.note(f"Loaded {len(session.chat.messages)} messages from {path}.")
+
+
+def _file(name: str, command: str) -> Path:
+    if not name:
+        raise InputError(f"{command}: the name of a file is missing")
+    return Path(name).expanduser()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace a file in one go, so that a failure leaves the old one as it was."""
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+        try:
+            file.write(text)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
+    "help": ("list the commands", _help),
+    "clear": ("forget the conversation", _clear),
+    "regen": ("another reply to the last message", _regen),
+    "system": ("TEXT: set the system message; without a text, remove it", _system),
+    "set": ("KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode", _set),
+    "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
+    "strategy": ("show the strategy, or set it: me or ce", _strategy),
+    "members": ("show the members", _members),
+    "stats": ("show the figures of the last reply", _stats),
+    "save": ("FILE: write the conversation to a file", _save),
+    "load": ("FILE: read a conversation from a file", _load),
+    "exit": ("leave", lambda _session, _: None),
+}

@@ -1,0 +1,65 @@
+"""How replies look: a colour for each member, a legend, and the line of figures after a reply."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.console import Console
+from rich.text import Text
+
+from me_local.reply import Reply
+
+COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
+
+# Models may write any character; these would move the cursor or change the terminal.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def make_console(*, no_color: bool = False, stderr: bool = False) -> Console:
+    """A console without any escape sequence where colours are off, unwanted (NO_COLOR) or not understood."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    plain = no_color or bool(os.environ.get("NO_COLOR")) or not terminal
+    colours: Literal["auto"] | None = None if plain else "auto"
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, color_system=colours)
+
+
+class Painter:
+    """Writes text in the colours of its members."""
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self.console = console
+        self._colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+
+    def write(self, text: str, member: str) -> None:
+        """Show what a member wrote, at once."""
+        if self.console.is_terminal:
+            text = _CONTROLS.sub("\ufffd", text)
+        if text:
+            self.console.print(Text(text, style=self._colours[member]), end="", soft_wrap=True)
+
+    def legend(self, weights: Sequence[float]) -> Text:
+        """The members in their colours, with their weights."""
+        legend = Text()
+        for (name, colour), weight in zip(self._colours.items(), weights, strict=True):
+            legend.append(f"■ {name} {weight:.2f}  ", style=colour)
+        return legend
+
+
+def stats_line(reply: Reply) -> str:
+    """One line of figures on a reply: pieces, speed, shares, and the times for prompt and text.
+
+    For each member the prompt's tokens appear as new + cached.
+    """
+    pieces = len(reply.steps)
+    shares = ", ".join(f"{u.member} {u.pieces / max(pieces, 1):.0%}" for u in reply.usage)
+    prompts = ", ".join(
+        f"{u.member} {u.prompt_evaluated}+{u.prompt_length - u.prompt_evaluated}" for u in reply.usage if u.calls
+    )
+    text_seconds = sum(u.text_seconds for u in reply.usage)
+    return (
+        f"{reply.strategy}: {pieces} pieces, {reply.pieces_per_second:.1f} pieces/s | {shares} | "
+        f"prompt {reply.prompt_seconds:.2f} s, tokens new+cached: {prompts or 'none'} | "
+        f"sync {text_seconds:.2f} s | {reply.finish_reason}, seed {reply.seed}"
+    )

@@ -1,0 +1,152 @@
+"""`me-local generate`: one prompt, or a file of them, without a conversation."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from me_local.batch import Job, finished_ids, read_jobs, run
+from me_local.cli.interrupt import cancels
+from me_local.cli.options import configured, load, models_option, sampling_options
+from me_local.config import Overrides
+from me_local.ensemble import Ensemble
+from me_local.errors import InputError, RunError
+from me_local.reply import ReplyStream
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@models_option
+@click.option("--raw", is_flag=True, help="Complete the prompt as it stands, without chat templates.")
+@click.option("-n", "count", type=click.IntRange(1), default=1, help="Replies; the i-th has the seed + i.")
+@click.option("--json", "as_json", is_flag=True, help="Print each reply as a line of JSON, with all its pieces.")
+@click.option(
+    "--input", "source", type=click.Path(path_type=Path, dir_okay=False), help="Prompts, a JSON object per line."
+)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where --input's records go.")
+@click.option("--resume", is_flag=True, help="Skip ids that --output already has.")
+@sampling_options
+def generate(
+    prompt: str | None,
+    models: Path,
+    raw: bool,
+    count: int,
+    as_json: bool,
+    source: Path | None,
+    output: Path | None,
+    resume: bool,
+    **given: Any,
+) -> None:
+    """Reply to PROMPT, or complete it with --raw. PROMPT is read from standard input if it is - or left out.
+
+    With --input and --output, reply to each line of a JSON Lines file: {"prompt": "..."} or {"messages": [...]},
+    optionally with "id", "seed" and "max_tokens". A line that cannot be used becomes a record with "error", and the
+    status is 1 in the end.
+    """
+    config = configured(models, given)
+    if source is None:
+        if output or resume:
+            raise click.UsageError("--output and --resume go with --input")
+        text = _prompt(prompt)
+        with load(config) as ensemble:
+            _replies(ensemble, text, count, raw=raw, as_json=as_json)
+        return
+    if prompt is not None or output is None or count > 1:
+        raise click.UsageError("--input goes with --output, and not with a PROMPT or -n")
+    jobs, skipped = _open_jobs(source, output, resume)
+    try:
+        records = output.open("ab", buffering=0)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
+    with records, load(config) as ensemble:
+        _batch(ensemble, jobs, records, raw=raw, skipped=skipped)
+
+
+def _prompt(argument: str | None) -> str:
+    if argument is not None and argument != "-":
+        text = argument
+    else:
+        data = sys.stdin.buffer.read()
+        try:
+            text = data.decode().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: not UTF-8 at byte {error.start + 1}") from None
+    if not text.strip():
+        raise InputError("the prompt is empty; give it as an argument or on standard input")
+    return text
+
+
+def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: bool) -> None:
+    for notice in ensemble.notices if not raw else ():
+        click.echo(notice, err=True)
+    for i in range(count):
+        seed = ensemble.config.seed
+        stream = ensemble.stream(text, Overrides(seed=None if seed is None else seed + i), raw=raw)
+        with cancels(stream.cancel):
+            if as_json:
+                click.echo(json.dumps(stream.finish().as_dict(), ensure_ascii=False))
+            else:
+                _print(stream)
+        if stream.reply.finish_reason == "cancelled":
+            click.get_current_context().exit(130)
+
+
+def _print(stream: ReplyStream) -> None:
+    try:
+        for step in stream:
+            click.echo(step.text, nl=False)
+    finally:
+        click.echo("" if stream.reply.text.endswith("\n") else "\n", nl=False)
+
+
+def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int]:
+    """The jobs that are still to be done, and how many are not."""
+    try:
+        with source.open("rb") as file:
+            jobs = list(read_jobs(file, str(source)))
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror}") from None
+    if not jobs:
+        raise InputError(f"{source}: it has no line with a prompt")
+    if output.is_file() and not resume:
+        raise InputError(f"{output}: it exists already; continue it with --resume, or give another --output")
+    done = finished_ids(output)
+    todo = [job for job in jobs if job.id not in done]
+    return todo, len(jobs) - len(todo)
+
+
+def _batch(ensemble: Ensemble, jobs: list[Job], records: IO[bytes], *, raw: bool, skipped: int) -> None:
+    failed = 0
+    with _progress(len(jobs) + skipped, skipped) as advance:
+        for record in run(ensemble, jobs, raw=raw):
+            _write(records, record)
+            failed += "error" in record
+            advance()
+    if failed:
+        click.echo(f"{failed} of {len(jobs)} prompts failed; their records say why", err=True)
+        click.get_current_context().exit(1)
+
+
+def _write(records: IO[bytes], record: dict[str, Any]) -> None:
+    line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    try:
+        while line:
+            line = line[records.write(line) :]
+    except OSError as error:
+        raise RunError(
+            f"{records.name}: cannot be written: {error.strerror}; what is there stays, and --resume continues it"
+        ) from None
+
+
+@contextmanager
+def _progress(total: int, completed: int) -> Iterator[Any]:
+    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("prompts", total=total, completed=completed)
+        yield lambda: progress.advance(task)

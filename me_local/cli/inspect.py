@@ -1,0 +1,116 @@
+"""`me-local inspect`: what the members are and take up, and how well their vocabularies go together."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from me_local.cli.display import make_console
+from me_local.cli.options import load, models_option
+from me_local.config import load_config
+from me_local.inspection import MemberReport, PairReport, compare, inspect_member
+
+_UNFOLDED = 10_000  # columns; a table takes no more of them than it needs
+
+_LEGEND = """\
+shared     pieces that both have, of those that either has
+a in b     pieces of a that b has too, of all that a has; b in a likewise
+same cuts  places in a sample text where both cut it, of those where either does"""
+
+
+@click.command()
+@models_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes, contexts in tokens.")
+def inspect(models: Path, as_json: bool) -> None:
+    """Show what the members are and take up, and how well their vocabularies go together."""
+    with load(load_config(models)) as ensemble:
+        members = [inspect_member(member) for member in ensemble.members]
+        pairs = [compare(a, b) for a, b in combinations(ensemble.members, 2)]
+    if as_json:
+        report = {"members": [asdict(m) for m in members], "pairs": [asdict(p) for p in pairs]}
+        click.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        _print(members, pairs)
+    for note in (*ensemble.notices, *(_warning(pair) for pair in pairs if pair.risky)):
+        click.echo(note, err=True)
+
+
+def _print(members: Sequence[MemberReport], pairs: Sequence[PairReport]) -> None:
+    console = make_console()
+    if not console.is_terminal:
+        console.width = _UNFOLDED
+    for member in members:
+        console.print(Text(member.name, style="bold"))
+        console.print(_member_table(member))
+        console.print()
+    if pairs:
+        _print_pairs(console, pairs)
+
+
+def _print_pairs(console: Console, pairs: Sequence[PairReport]) -> None:
+    console.print(_pair_table(pairs))
+    console.print()
+    console.print(_LEGEND)
+    if all(pair.same_vocabulary for pair in pairs):
+        console.print("One vocabulary: pieces are token ids.")
+
+
+def _member_table(member: MemberReport) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in _rows(member):
+        table.add_row(f"  {label}", _printable(value))
+    return table
+
+
+def _rows(member: MemberReport) -> list[tuple[str, str]]:
+    return [
+        ("file", Path(member.path).name),
+        ("architecture", member.architecture),
+        ("size", f"{decimal(member.weights_bytes)}, {member.parameters:,} parameters"),
+        ("quantisation", member.quantisation),
+        ("context", f"{member.context:,} tokens, trained with {member.trained_context:,}"),
+        ("vocabulary", f"{member.vocabulary}, {member.vocabulary_size:,} tokens"),
+        ("template", Path(member.template).name),
+        ("ends a reply", "  ".join(member.end_tokens) or "-"),
+        ("attention", member.memory),
+        ("KV cache", _size(member.kv_cache_bytes)),
+        ("batch buffer", _size(member.working_bytes)),
+        ("memory", _size(member.total_bytes)),
+    ]
+
+
+def _pair_table(pairs: Sequence[PairReport]) -> Table:
+    table = Table("a", "b", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("shared", "a in b", "b in a", "same cuts"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for pair in pairs:
+        shares = (pair.shared_pieces, pair.first_in_second, pair.second_in_first, pair.agreement)
+        remark = "one vocabulary" if pair.same_vocabulary else "risky" if pair.risky else ""
+        table.add_row(pair.first, pair.second, *(f"{share:.1%}" for share in shares), remark)
+    return table
+
+
+def _warning(pair: PairReport) -> str:
+    return (
+        f"Warning: {pair.first} and {pair.second} cut a text at the same places only {pair.agreement:.0%} of the time: "
+        "where one has written a piece, the other often has to go on from inside a word that it would never cut there"
+    )
+
+
+def _size(count: int | None) -> str:
+    return "-" if count is None else decimal(count)
+
+
+def _printable(text: str) -> str:
+    """The text without what would move the cursor: a file may name its tokens as it likes."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)

@@ -1,0 +1,81 @@
+"""Options that several commands have, and what they make of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
+from me_local.ensemble import Ensemble
+
+Command = Callable[..., Any]
+Decorator = Callable[[Command], Command]
+
+
+def _option(name: str, **attributes: Any) -> Decorator:
+    variable = "ME_LOCAL_" + name.strip("-").replace("-", "_").upper()
+    return click.option(name, envvar=variable, show_envvar=True, **attributes)
+
+
+_MODELS = _option(
+    "--models",
+    type=click.Path(path_type=Path),
+    default=Path("models.toml"),
+    show_default=True,
+    help="The file that describes the ensemble.",
+)
+
+_SAMPLING: list[Decorator] = [
+    _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
+    _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3."),
+    _option("--seed", type=int, help="Makes a reply repeatable."),
+    _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
+    _option("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
+    _option("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
+    _option("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
+    _option("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
+    _option("--max-tokens", type=int, help="The largest number of pieces in a reply."),
+    click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
+    _option("--system", help="The system message."),
+]
+
+
+def models_option(command: Command) -> Command:
+    """Add --models."""
+    return _MODELS(command)
+
+
+def sampling_options(command: Command) -> Command:
+    """Add the options that override [ensemble] and [sampling] of models.toml."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def configured(models: Path, given: dict[str, Any]) -> Config:
+    """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
+    config = load_config(models)
+    weights, stop = given.pop("weights"), given.pop("stop")
+    names = [member.name for member in config.members]
+    parsed = parse_weights(weights, names) if weights is not None else None
+    return override(config, Overrides(weights=parsed, stop=stop or None, **given))
+
+
+def load(config: Config) -> Ensemble:
+    """Load an ensemble while stderr, if it is a terminal, shows which member is being loaded."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        count = len(config.members)
+        tasks: list[Any] = []
+
+        def announce(member: MemberConfig) -> None:
+            if tasks:
+                progress.stop_task(tasks[-1])
+            source = member.path.name if member.path else member.hf
+            tasks.append(progress.add_task(f"loading {member.name} ({len(tasks) + 1} of {count}): {source}"))
+
+        return Ensemble(config, announce)

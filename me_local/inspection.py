@@ -1,0 +1,234 @@
+"""Reports on a loaded ensemble: what each member is and takes up, and how well two vocabularies go together.
+
+Reads what members know about themselves and tokenises a sample text; evaluates nothing. Sizes are in bytes, contexts
+in tokens, shares between 0 and 1.
+"""
+
+import re
+from collections.abc import Set
+from dataclasses import dataclass
+from itertools import accumulate
+
+from me_local.config import MemberConfig
+from me_local.member import Member
+from me_local.vocabulary import Vocabulary
+
+RISKY_AGREEMENT = 0.6
+"""A pair whose agreement on the sample text is lower is risky.
+
+Vocabularies of language models have 0.65 (GPT-2 and Qwen2) to 1 with each other, small ones of a few hundred pieces at
+most 0.47 with any of them.
+"""
+
+SAMPLE = '''\
+When the ferry finally left the harbour, most of the passengers had already fallen asleep on the wooden benches. \
+Nobody noticed that the old lighthouse, which hadn't worked since the autumn of 1987, was flashing again: twice, then \
+a long pause, then three times. "That's impossible," said the engineer, wiping her glasses. "We removed the lamp \
+ourselves!" She was right, of course. Photosynthesis, thermodynamics and the misunderstood second law weren't her \
+speciality, but she knew electricity; and there was no cable, no battery, no generator left on that island.
+
+Questions to answer before you start:
+  1. How quickly does the temperature change, and what is it measured with?
+  2. Who is responsible if something goes wrong - the owner, the manufacturer or the user?
+  3. Why shouldn't we simply re-use last year's numbers?
+
+Im Frühling öffnete die Bürgermeisterin das kleine Museum am Flussufer wieder. Die Ausstellung erzählt von \
+Handwerkern, Fischern und Straßenmusikanten, die im neunzehnten Jahrhundert hier lebten; besonders schön ist die \
+vollständig erhaltene Werkstatt eines Geigenbauers. Natürlich gab es Schwierigkeiten: Die Feuchtigkeit hatte viele \
+Gemälde beschädigt, und für eine sorgfältige Wiederherstellung fehlte zunächst das Geld.
+
+def moving_average(values: list[float], window: int = 3) -> list[float]:
+    """The mean of each run of `window` values."""
+    if window < 1 or len(values) < window:
+        raise ValueError(f"window must be between 1 and {len(values)}, got {window}")
+    total = sum(values[:window])
+    averages = [total / window]
+    for old, new in zip(values, values[window:]):
+        total += new - old
+        averages.append(total / window)
+    return averages
+
+#include <stdio.h>
+int main(void) {
+	for (size_t i = 0; i != 10; ++i) {
+		printf("%zu squared is %zu\\n", i, i * i);
+	}
+	return 0;
+}
+
+SELECT name, COUNT(*) AS orders FROM customers WHERE city = 'Oslo' GROUP BY name HAVING COUNT(*) >= 5;
+{"id": 40721, "active": true, "tags": ["new", "blue-green"], "price": 1299.95, "url": "https://example.org/a?b=c"}
+
+The budget rose from 1,204,500 to 3,250,075 euros (+169.8 %) between 2009-03-31 and 2024-12-05; pi is about \
+3.14159265358979, the speed of light 299792458 m/s, and 7 * 8 = 56.
+
+春天来了，河边的小博物馆重新开放。展览介绍了当地的渔民和工匠，门票每人三十元。
+彼女は電車の窓から海を見ていた。明日は雨が降るかもしれません。
+'''  # noqa: RUF001
+"""English, German, code, numbers, a little Chinese and Japanese."""
+
+_BLOCKS = {  # bytes and elements of a block, as in ggml's ggml-common.h
+    "f32": (4, 1),
+    "f16": (2, 1),
+    "bf16": (2, 1),
+    "q8_0": (34, 32),
+    "q5_1": (24, 32),
+    "q5_0": (22, 32),
+    "q4_1": (20, 32),
+    "q4_0": (18, 32),
+    "iq4_nl": (18, 32),
+}
+_CONTEXT_STEP = 256  # llama.cpp pads contexts to a multiple of this
+_LARGEST_BATCH = 512  # tokens that go through a model at once
+# Where one of these is set, layers differ, share a cache or hold something else than keys and values.
+_IRREGULAR = re.compile(r"\.attention\.(key_length_(mla|swa)|value_length_(mla|swa)|shared_kv_layers|indexer\..*)\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class MemberReport:
+    """What a member is and takes up: sizes in bytes, contexts in tokens; None for what cannot be computed."""
+
+    name: str
+    path: str
+    architecture: str
+    parameters: int
+    quantisation: str  # in llama.cpp's words
+    context: int
+    trained_context: int
+    memory: str  # "full", "sliding window N", "recurrent" or "hybrid"
+    vocabulary: str  # "BPE", "SPM", ...
+    vocabulary_size: int
+    template: str  # "GGUF", "plain", the name of a built-in or a path
+    end_tokens: tuple[str, ...]
+    weights_bytes: int
+    kv_cache_bytes: int | None
+    working_bytes: int  # the logits of a batch, the largest of llama.cpp's buffers besides
+    total_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairReport:
+    """How two members' vocabularies go together; all shares are between 0 and 1."""
+
+    first: str
+    second: str
+    same_vocabulary: bool
+    shared_pieces: float  # of the pieces that either has
+    first_in_second: float  # of the first one's pieces, those that the second has
+    second_in_first: float
+    agreement: float  # of the places where either cuts the sample text, those where both do
+    risky: bool
+
+
+def inspect_member(member: Member) -> MemberReport:
+    """Report on a loaded member."""
+    cells = allocated_context(member.config.n_ctx, member.trained_context)
+    kv_cache = kv_cache_bytes(member.metadata, member.memory, member.config, cells)
+    vocabulary = member.vocabulary
+    working = 4 * vocabulary.size * min(member.config.n_batch, _LARGEST_BATCH)
+    return MemberReport(
+        name=member.name,
+        path=str(member.path),
+        architecture=member.metadata.get("general.architecture", "unknown"),
+        parameters=member.parameters,
+        quantisation=quantisation(member.description),
+        context=member.n_ctx,
+        trained_context=member.trained_context,
+        memory=member.memory,
+        vocabulary=vocabulary.kind,
+        vocabulary_size=vocabulary.size,
+        template=member.config.chat_template or ("GGUF" if member.chat_template else "plain"),
+        end_tokens=tuple(vocabulary.text_of(token) for token in vocabulary.end_ids),
+        weights_bytes=member.size,
+        kv_cache_bytes=kv_cache,
+        working_bytes=working,
+        total_bytes=None if kv_cache is None else member.size + kv_cache + working,
+    )
+
+
+def compare(a: Member, b: Member) -> PairReport:
+    """Report on how the vocabularies of two loaded members go together."""
+    same = a.vocabulary.identity == b.vocabulary.identity
+    pieces, others = sampleable(a.vocabulary), sampleable(b.vocabulary)
+    shared = len(pieces & others)
+    cuts = 1.0 if same else overlap(boundaries(a.vocabulary, SAMPLE), boundaries(b.vocabulary, SAMPLE))
+    return PairReport(
+        first=a.name,
+        second=b.name,
+        same_vocabulary=same,
+        shared_pieces=overlap(pieces, others),
+        first_in_second=shared / len(pieces),
+        second_in_first=shared / len(others),
+        agreement=cuts,
+        risky=cuts < RISKY_AGREEMENT,
+    )
+
+
+def sampleable(vocabulary: Vocabulary) -> set[bytes]:
+    """The pieces that a member can add to a text."""
+    never = {*vocabulary.end_ids, *vocabulary.removed}
+    return {piece for token, piece in enumerate(vocabulary.pieces) if piece and token not in never}
+
+
+def boundaries(vocabulary: Vocabulary, text: str) -> set[int]:
+    """Where the tokens of a text meet, as byte offsets inside it: its start and its end are left out."""
+    encoded = text.encode()
+    ends = accumulate(len(vocabulary.pieces[token]) for token in vocabulary.encode(encoded))
+    return set(ends) - {0, len(encoded)}
+
+
+def overlap(a: Set[object], b: Set[object]) -> float:
+    """The share of what either has that both have; 1 where neither has any."""
+    return len(a & b) / len(a | b) if a or b else 1.0
+
+
+def quantisation(description: str) -> str:
+    """The file type in llama.cpp's description of a model: "Q4_K - Medium" of "llama 8B Q4_K - Medium"."""
+    match = re.fullmatch(r"\S+ \S+(?: \((?:Scout|Maverick)\))? (.+)", description)
+    return match[1] if match else description
+
+
+def allocated_context(wanted: int, trained: int) -> int:
+    """The number of tokens that llama.cpp makes room for; `wanted` is n_ctx, 0 for the trained length."""
+    return -(-(wanted or trained) // _CONTEXT_STEP) * _CONTEXT_STEP
+
+
+def kv_cache_bytes(metadata: dict[str, str], memory: str, config: MemberConfig, cells: int) -> int | None:
+    """The size of a KV cache for `cells` tokens; None where the metadata does not tell.
+
+    Layers with a sliding window count in full, as llama.cpp allocates them (`swa_full`).
+    """
+    if memory in ("recurrent", "hybrid") or any(_IRREGULAR.search(key) for key in metadata):
+        return None
+    sizes = _layer_sizes(metadata, may_vary=memory != "full")
+    if sizes is None:
+        return None
+    layers, keys, values = sizes
+    return layers * cells * (_row_bytes(keys, config.type_k) + _row_bytes(values, config.type_v))
+
+
+def _layer_sizes(metadata: dict[str, str], *, may_vary: bool) -> tuple[int, int, int] | None:
+    """The number of layers, and the elements of a layer's keys and values for one token.
+
+    llama.cpp leaves arrays out of the metadata that it gives. A count of heads for each layer therefore looks like
+    none at all, which otherwise stands for as many as there are queries; only models whose layers differ have it.
+    """
+    prefix = metadata.get("general.architecture", "") + "."
+
+    def number(key: str, default: int | None = None) -> int:
+        return int(metadata[prefix + key]) if default is None or prefix + key in metadata else default
+
+    try:
+        heads = number("attention.head_count")
+        heads_kv = number("attention.head_count_kv", None if may_vary else heads)
+        width = number("embedding_length") // heads
+        layers = number("block_count") - number("nextn_predict_layers", 0)
+        keys, values = number("attention.key_length", width), number("attention.value_length", width)
+    except (KeyError, ValueError, ZeroDivisionError):
+        return None
+    return layers, heads_kv * keys, heads_kv * values
+
+
+def _row_bytes(elements: int, cache_type: str | None) -> int:
+    size, block = _BLOCKS[cache_type or "f16"]
+    return elements * size // block

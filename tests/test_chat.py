@@ -1,0 +1,141 @@
+"""Conversations on tiny models: what a turn evaluates, what a full context drops, saving and restoring."""
+
+from collections.abc import Callable
+
+import pytest
+
+from me_local import Chat, ConfigError, Ensemble, InputError, Message, Overrides, RunError
+
+OpenEnsemble = Callable[..., Ensemble]
+
+
+def test_a_turn_evaluates_only_what_is_new(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(max_tokens=25, strategy="ce", seed=1))
+    before = chat.say("Hello there").finish()
+    for text in ("the cat", "and the dog", "12 times"):
+        reply = chat.say(text).finish()
+        for old, new, member in zip(before.usage, reply.usage, chat.ensemble.members, strict=True):
+            said = len(member.vocabulary.encode(before.text.encode()))
+            # What the cache held: the prompt before and its reply, whose last tokens may merge with what follows.
+            assert new.prompt_length - new.prompt_evaluated >= old.prompt_length + said - 4
+            assert new.prompt_evaluated < 40
+        before = reply
+
+
+def test_a_conversation_grows_by_message_and_reply(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(max_tokens=8, seed=5))
+    first = chat.say("Hello").finish()
+    second = chat.say("Again").finish()
+    assert [m.content for m in chat.messages] == ["Hello", first.text, "Again", second.text]
+    assert (first.seed, second.seed) == (5, 6)
+
+
+def test_another_reply_takes_the_place_of_the_last(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(max_tokens=12, seed=5))
+    with pytest.raises(InputError, match="no message to answer"):
+        chat.again()
+    first = chat.say("Hello").finish()
+    second = chat.again().finish()
+    assert first.text != second.text
+    assert [m.content for m in chat.messages] == ["Hello", second.text]
+
+
+def test_a_cancelled_reply_stays_in_the_conversation(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(max_tokens=100, seed=5))
+    turn = chat.say("Hello")
+    next(turn)
+    next(turn)
+    turn.cancel()
+    reply = turn.finish()
+    assert reply.finish_reason == "cancelled"
+    assert [m.content for m in chat.messages] == ["Hello", reply.text]
+
+
+def test_a_failed_reply_leaves_the_chat_usable(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a"))
+    chat.set(Overrides(max_tokens=10, seed=5))
+    member = chat.ensemble.members[0]
+    decode, member._llama._ctx.decode = member._llama._ctx.decode, _fail
+    with pytest.raises(RunError):
+        chat.say("Hello").finish()
+    member._llama._ctx.decode = decode
+    assert chat.messages == []
+    assert chat.say("Hello").finish().text
+    assert len(chat.messages) == 2
+
+
+def _fail(_: object) -> None:
+    raise RuntimeError("llama_decode returned -3")
+
+
+def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(max_tokens=20, seed=5, system="Be brief."))
+    dropped = []
+    for turn in range(12):
+        text = f"number {turn} " + "the cat sat on the mat " * 5
+        chat.say(text).finish()
+        dropped.append(chat.dropped)
+    assert dropped[0] == 0
+    assert dropped[-1] > 0
+    assert dropped == sorted(dropped)
+    assert all(count % 2 == 0 for count in dropped)
+    assert len(chat.messages) == 24
+    prompts, _ = chat._fitting([*chat.messages, Message("user", "x")])
+    for member, prompt in zip(chat.ensemble.members, prompts, strict=True):
+        seen = member.vocabulary.joined(prompt.tolist())
+        assert b"Be brief." in seen
+        assert b"number 0" not in seen
+        assert b"number 11" in seen
+        assert len(prompt) + 20 <= member.n_ctx
+
+
+def test_a_message_that_does_not_fit_is_an_error_and_changes_nothing(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a"))
+    chat.set(Overrides(max_tokens=5, seed=5))
+    chat.say("Hello").finish()
+    before = list(chat.messages)
+    with pytest.raises(InputError, match=r"the prompt has \d+ tokens"):
+        chat.say("word " * 500)
+    assert chat.messages == before
+
+
+def test_saving_and_restoring(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    chat = Chat(ensemble)
+    chat.set(Overrides(max_tokens=10, seed=5, system="Be brief."))
+    chat.say("Hello").finish()
+    other = Chat(ensemble)
+    other.restore(chat.as_dict())
+    assert other.messages == chat.messages
+    assert other.config.system == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([], "not a saved conversation"),
+        ({"system": 3, "messages": []}, "not a saved conversation"),
+        ({"system": None}, '"messages" must be a list'),
+        ({"messages": ["x"]}, r"messages\[0\]: must be an object"),
+        ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\]: must be an object"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\]\.role: must be .* got 'robot'"),
+    ],
+)
+def test_files_that_are_no_conversations(open_ensemble: OpenEnsemble, saved: object, message: str) -> None:
+    chat = Chat(open_ensemble("bpe_a"))
+    chat.messages = [Message("user", "kept")]
+    with pytest.raises(InputError, match=message):
+        chat.restore(saved)
+    assert chat.messages == [Message("user", "kept")]
+
+
+def test_settings_that_cannot_be(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_a"))
+    with pytest.raises(ConfigError, match="argmax"):
+        chat.set(Overrides(decode="argmax"))
+    assert chat.config.decode == "sample"

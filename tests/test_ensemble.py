@@ -1,0 +1,211 @@
+"""Loaded ensembles on tiny models: prompts, lengths, notices, and what a caller gets back."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import me_local
+from me_local import ConfigError, Ensemble, InputError, LoadError, Message, Overrides, RunError
+
+OpenEnsemble = Callable[..., Ensemble]
+WriteModels = Callable[..., Path]
+
+
+def test_three_lines_from_import_to_reply(write_models: WriteModels) -> None:
+    with me_local.load(write_models("bpe_a", "spm")) as ensemble:
+        reply = ensemble.generate("Hello", Overrides(seed=1, max_tokens=20))
+    assert reply.text == "".join(step.text for step in reply.steps)
+    assert reply.finish_reason in ("stop", "length")
+    assert {step.member for step in reply.steps} == {"bpe_a", "spm"}
+
+
+@pytest.mark.parametrize("strategy", ["me", "ce"])
+@pytest.mark.parametrize("names", [("bpe_a", "bpe_b"), ("bpe_a", "spm"), ("bpe_c",)])
+def test_figures_add_up(open_ensemble: OpenEnsemble, strategy: str, names: tuple[str, ...]) -> None:
+    ensemble = open_ensemble(*names)
+    reply = ensemble.generate("Hello there", Overrides(seed=4, max_tokens=15, strategy=strategy))  # type: ignore[arg-type]
+    ended = reply.finish_reason == "stop"
+    assert len(reply.steps) <= 15
+    assert sum(u.pieces for u in reply.usage) == pytest.approx(len(reply.steps))
+    calls = sum(u.calls for u in reply.usage)
+    assert calls == (len(reply.steps) + ended) * (len(names) if strategy == "ce" else 1)
+    for usage in reply.usage:
+        assert usage.prompt_evaluated == (usage.prompt_length if usage.calls else 0)
+    assert 0 < reply.decode_seconds < reply.seconds
+    assert json.loads(json.dumps(reply.as_dict()))["usage"]["pieces"] == len(reply.steps)
+
+
+def test_a_prompt_in_the_cache_is_not_evaluated_again(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    settings = Overrides(seed=2, max_tokens=30, strategy="ce")
+    first = ensemble.generate("Hello there", settings)
+    again = ensemble.generate("Hello there", settings)
+    assert again.text == first.text
+    # The last token gives the logits of the first piece.
+    assert [u.prompt_evaluated for u in again.usage] == [1, 1]
+
+
+def test_max_tokens_zero_is_an_empty_reply(open_ensemble: OpenEnsemble) -> None:
+    reply = open_ensemble("bpe_a").generate("Hello", Overrides(max_tokens=0))
+    assert (reply.text, reply.finish_reason, reply.steps) == ("", "length", ())
+
+
+def test_raw_completions_end_at_a_stop_string(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "bpe_c")
+    whole = ensemble.generate("the cat", Overrides(seed=3, max_tokens=60), raw=True)
+    stop = whole.text[5:8]
+    cut = ensemble.generate("the cat", Overrides(seed=3, max_tokens=60, stop=(stop,)), raw=True)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+
+
+def test_cancelling_keeps_what_is_there(open_ensemble: OpenEnsemble) -> None:
+    stream = open_ensemble("bpe_a", "spm").stream("Hello", Overrides(seed=1, max_tokens=200))
+    for count, _ in enumerate(stream, start=1):
+        if count == 3:
+            stream.cancel()
+    assert stream.reply.finish_reason == "cancelled"
+    assert len(stream.reply.steps) == 3
+
+
+def test_cancelling_from_another_thread(open_ensemble: OpenEnsemble) -> None:
+    # Temperature 0 in a loop of its own argmax seldom ends by itself.
+    stream = open_ensemble("bpe_a").stream("Hello", Overrides(temperature=0, max_tokens=10**6))
+    threading.Timer(0.2, stream.cancel).start()
+    assert stream.finish().finish_reason in ("cancelled", "stop", "length")
+
+
+def test_a_reply_that_fails_keeps_what_is_there(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a")
+    stream = ensemble.stream("Hello", Overrides(seed=1, max_tokens=50))
+    first = [next(stream), next(stream)]
+    member = ensemble.members[0]
+    member._llama._ctx.decode = _fail
+    with pytest.raises(RunError, match='member "bpe_a"'):
+        stream.finish()
+    assert stream.reply.steps == tuple(first)
+    assert stream.reply.finish_reason == "error"
+
+
+def _fail(_: object) -> None:
+    raise RuntimeError("llama_decode returned -3")
+
+
+def test_two_streams_may_be_read_in_turn(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    settings = [Overrides(seed=seed, max_tokens=12) for seed in (1, 2)]
+    alone = [ensemble.generate("Hello", s).text for s in settings]
+    streams = [ensemble.stream("Hello", s) for s in settings]
+    together = ["", ""]
+    for _ in range(12):
+        for i, stream in enumerate(streams):
+            together[i] += next(stream).text if len(stream.reply.steps) < 12 else ""
+            if stream.reply.finish_reason != "error":
+                break
+    for i, stream in enumerate(streams):
+        together[i] += "".join(step.text for step in stream)
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty"),
+        ("  \n", "the prompt is empty"),
+        ([Message("system", "x")], "no user message"),
+        ([Message("user", "x"), Message("assistant", "y")], "ends with the assistant"),
+        ("word " * 600, r'the prompt has \d+ tokens for member "bpe_a", whose context holds 512: shorten it'),
+    ],
+)
+def test_prompts_that_cannot_be_answered(open_ensemble: OpenEnsemble, prompt: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_ensemble("bpe_a").generate(prompt)  # type: ignore[arg-type]
+
+
+def test_raw_prompts_that_cannot_be_completed(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a")
+    for prompt, message in (
+        ("", "empty"),
+        ([Message("user", "x")], "not a conversation"),
+        ("cat " * 900, "tokens for"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ensemble.generate(prompt, raw=True)  # type: ignore[arg-type]
+
+
+def test_a_reply_may_fill_the_context(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    for seed in range(200):
+        reply = ensemble.generate("Hi", Overrides(seed=seed, max_tokens=10**6, top_k=3))
+        if reply.finish_reason == "length":
+            break
+    else:
+        pytest.fail("no reply was long enough")
+    lengths = [u.prompt_length + u.text_evaluated for u in reply.usage]
+    assert max(lengths) >= 500
+
+
+def test_the_system_message_of_a_member_goes_before_the_ensembles(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm", top='[ensemble]\nsystem = "all"')
+    for config, expected in (
+        (ensemble.config, [b"all", b"all"]),
+        (me_local.config.override(ensemble.config, Overrides(system="new")), [b"new", b"new"]),
+    ):
+        for member, prompt, said in zip(
+            ensemble.members, ensemble.prompts([Message("user", "Hi")], config), expected, strict=True
+        ):
+            assert said in member.vocabulary.joined(prompt.tolist())
+    own = open_ensemble("bpe_a", "spm", top='[ensemble]\nsystem = "all"', member='system = "own"')
+    prompts = own.prompts([Message("user", "Hi")], own.config)
+    assert all(b"own" in m.vocabulary.joined(p.tolist()) for m, p in zip(own.members, prompts, strict=True))
+    prompts = own.prompts([Message("system", "said"), Message("user", "Hi")], own.config)
+    assert all(b"own" not in m.vocabulary.joined(p.tolist()) for m, p in zip(own.members, prompts, strict=True))
+
+
+def test_notices_say_what_a_user_may_not_expect(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm", member="n_gpu_layers = 5")
+    assert any(n.startswith("spm: it has no chat template, so it sees a plain transcript") for n in ensemble.notices)
+    assert not any(n.startswith("bpe_a: it has no chat template") for n in ensemble.notices)
+    if not me_local.member.supports_gpu():
+        assert any("no GPU support" in n for n in ensemble.notices)
+
+
+def test_plugins_that_are_not_there(write_models: WriteModels) -> None:
+    path = write_models("bpe_a", top='[ensemble]\nrouter = "gate"')
+    with pytest.raises(
+        ConfigError, match=r'models\.toml: \[ensemble\]\.router: "gate": no installed package .* constant'
+    ):
+        me_local.load(path)
+
+
+def test_a_plugin_of_an_installed_package(
+    write_models: WriteModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site"
+    (package / "gates-1.0.dist-info").mkdir(parents=True)
+    (package / "gates-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: gates\nVersion: 1.0\n")
+    (package / "gates-1.0.dist-info" / "entry_points.txt").write_text(
+        "[me_local.routers]\nlast = gates:last\nbroken = gates:missing\n"
+    )
+    (package / "gates.py").write_text(
+        "import numpy as np\ndef last(text, weights):\n    return np.eye(len(weights))[-1]\n"
+    )
+    monkeypatch.syspath_prepend(str(package))
+    with me_local.load(write_models("bpe_a", "spm", top='[ensemble]\nrouter = "last"')) as ensemble:
+        reply = ensemble.generate("Hello", Overrides(seed=1, max_tokens=10))
+        assert {step.member for step in reply.steps} == {"spm"}
+        assert reply.usage[0].calls == 0
+    with pytest.raises(
+        ConfigError, match=r'router: "broken" of me_local\.routers cannot be imported from gates:missing'
+    ):
+        me_local.load(write_models("bpe_a", top='[ensemble]\nrouter = "broken"'))
+
+
+def test_a_member_that_fails_to_load_frees_the_others(write_models: WriteModels, tmp_path: Path) -> None:
+    path = write_models("bpe_a")
+    path.write_text(path.read_text() + '\n[[members]]\nname = "gone"\npath = "gone.gguf"\n')
+    with pytest.raises(LoadError, match=rf'member "gone": {tmp_path}/gone\.gguf: there is no such file'):
+        me_local.load(path)

@@ -1,0 +1,186 @@
+"""One member: its mirror against fresh evaluations, its failures, and what it refuses to load."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from me_local.config import MemberConfig
+from me_local.errors import LoadError, RunError
+from me_local.member import EvaluationInterruptedError, Member, render_built_in
+from me_local.vocabulary import IntArray
+
+OpenMember = Callable[..., Member]
+
+
+def ids(*values: int) -> IntArray:
+    return np.array(values, dtype=np.int32)
+
+
+def fresh(open_member: OpenMember, name: str, context: IntArray) -> np.ndarray:
+    """The logits of a clean context that evaluates everything in one pass."""
+    with open_member(name) as member:
+        return member.sync(context)[0].copy()
+
+
+def test_the_backlog_goes_in_at_once(open_member: OpenMember) -> None:
+    member = open_member("bpe_a")
+    assert member.sync(ids(5, 6, 7))[1].tokens == 3
+    logits, evaluated = member.sync(ids(5, 6, 7, 8, 9))
+    assert evaluated.tokens == 2
+    np.testing.assert_allclose(logits, fresh(open_member, "bpe_a", ids(5, 6, 7, 8, 9)), atol=1e-4)
+
+
+def test_a_changed_tail_is_evaluated_again(open_member: OpenMember) -> None:
+    member = open_member("spm")
+    member.sync(ids(10, 11, 12, 13))
+    logits, evaluated = member.sync(ids(10, 11, 20))
+    assert evaluated.tokens == 1
+    np.testing.assert_allclose(logits, fresh(open_member, "spm", ids(10, 11, 20)), atol=1e-4)
+
+
+def test_the_same_ids_again_evaluate_the_last_one(open_member: OpenMember) -> None:
+    member = open_member("bpe_a")
+    first = member.sync(ids(5, 6, 7))[0].copy()
+    again, evaluated = member.sync(ids(5, 6, 7))
+    assert evaluated.tokens == 1
+    np.testing.assert_allclose(again, first, atol=1e-4)
+
+
+def test_prepare_cuts_what_is_longer(open_member: OpenMember) -> None:
+    member = open_member("bpe_a")
+    member.sync(ids(5, 6, 7, 8))
+    assert member.prepare(ids(5, 6)).tokens == 0
+    assert member.sync(ids(5, 6, 7, 8))[1].tokens == 2
+
+
+contexts = st.lists(st.integers(3, 40), min_size=1, max_size=30).map(lambda values: ids(*values))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.tuples(contexts, st.booleans()), min_size=1, max_size=6))
+def test_any_sequence_of_contexts_equals_fresh_evaluations(
+    open_member: OpenMember, steps: list[tuple[IntArray, bool]]
+) -> None:
+    with open_member("bpe_c", n_batch=8) as member, open_member("bpe_c") as reference:
+        for context, fails in steps:
+            if fails:
+                _fail_in_the_middle(member, context)
+            reference.forget()
+            expected = reference.sync(context)[0]
+            np.testing.assert_allclose(member.sync(context)[0], expected, atol=1e-4)
+
+
+def _fail_in_the_middle(member: Member, context: IntArray) -> None:
+    """An evaluation that decodes and then dies before the bookkeeping, as an interrupt can."""
+    decode = member._llama._ctx.decode
+
+    def dying(batch: object) -> None:
+        decode(batch)
+        raise KeyboardInterrupt
+
+    member._llama._ctx.decode = dying
+    with pytest.raises(KeyboardInterrupt):
+        member.sync(np.concatenate([context, ids(3)]))
+    member._llama._ctx.decode = decode
+
+
+def test_an_interrupt_between_batches_leaves_the_mirror_right(open_member: OpenMember) -> None:
+    member = open_member("bpe_a", n_batch=4)
+    answers = iter([False, True])
+    with pytest.raises(EvaluationInterruptedError, match="stopped at token 4 of 10"):
+        member.sync(ids(*range(5, 15)), lambda: next(answers))
+    logits, evaluated = member.sync(ids(*range(5, 15)))
+    assert evaluated.tokens == 6
+    np.testing.assert_allclose(logits, fresh(open_member, "bpe_a", ids(*range(5, 15))), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(1, "no room is left"), (2, "aborted"), (-1, "batch invalid"), (-3, "llama.cpp failed")],
+)
+def test_a_failed_decode_names_member_and_position(open_member: OpenMember, code: int, message: str) -> None:
+    member = open_member("bpe_a")
+    member.sync(ids(5, 6, 7))
+    decode = member._llama._ctx.decode
+
+    def failing(batch: object) -> None:
+        raise RuntimeError(f"llama_decode returned {code}")
+
+    member._llama._ctx.decode = failing
+    with pytest.raises(RunError, match=rf'member "bpe_a", tokens 3 to 4: .*{message}'):
+        member.sync(ids(5, 6, 7, 8, 9))
+    member._llama._ctx.decode = decode
+    assert member.sync(ids(5, 6, 7, 8, 9))[1].tokens == 2
+
+
+def test_the_context_ends_where_the_training_did(open_member: OpenMember) -> None:
+    assert open_member("bpe_a", n_ctx=0).n_ctx == 2048
+    assert open_member("bpe_a", n_ctx=4096).n_ctx == 2048
+    assert open_member("bpe_a", n_ctx=300).n_ctx == 512
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no such file"),
+        (b"", "not a GGUF file"),
+        (b"PK\x03\x04 something else", "not a GGUF file"),
+        (b"GGUF", "cannot be loaded"),
+        (b"GGUF" + bytes(range(256)) * 10, "cannot be loaded"),
+    ],
+)
+def test_files_that_are_no_models(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "model.gguf"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(LoadError, match=message) as raised:
+        Member(MemberConfig(name="broken", path=path))
+    assert 'member "broken"' in str(raised.value)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
+def test_truncated_files(tiny: dict[str, Path], tmp_path: Path, part: float) -> None:
+    whole = tiny["bpe_a"].read_bytes()
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(LoadError, match=r'member "cut": .*cut\.gguf cannot be loaded: .'):
+        Member(MemberConfig(name="cut", path=path))
+
+
+def test_a_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="cannot be read"):
+        Member(MemberConfig(name="folder", path=tmp_path))
+
+
+def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tiny["bpe_a"])
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    with Member(MemberConfig(name="hub", hf="owner/repo:model.gguf", n_ctx=256)) as member:
+        assert member.vocabulary.size == 400
+    assert asked == [("owner/repo", "model.gguf")]
+
+    def offline(repository: str, file: str) -> str:
+        raise OSError("no connection\nand more")
+
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(LoadError, match=r'hf = "owner/repo:model\.gguf" cannot be fetched: no connection$'):
+        Member(MemberConfig(name="hub", hf="owner/repo:model.gguf"))
+
+
+def test_built_in_templates() -> None:
+    chat = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
+    expected = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in chat) + "<|im_start|>assistant\n"
+    assert render_built_in("chatml", chat) == expected
+    long = [("user", "ä" * 5000)]
+    assert "ä" * 5000 in render_built_in("chatml", long)

@@ -1,0 +1,135 @@
+"""The chat on a real pseudo-terminal: colours, Ctrl-C, several lines, history."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pexpect
+import pytest
+
+WriteModels = Callable[..., Path]
+Terminal = Callable[..., pexpect.spawn]
+
+ME_LOCAL = Path(sys.executable).with_name("me-local")
+COLOUR = re.compile(r"\x1b\[3[0-7]m")
+
+
+def spawn(arguments: list[str], home: Path, **env: str) -> pexpect.spawn:
+    """The command on a pseudo-terminal of its own, with a home of its own."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "XDG_STATE_HOME") and "ME_LOCAL" not in k}
+    environment = clean | {"TERM": "xterm-256color", "HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1"} | env
+    return pexpect.spawn(
+        str(ME_LOCAL),
+        arguments,
+        env=environment,
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=20,
+        dimensions=(40, 200),
+    )
+
+
+@pytest.fixture
+def terminal(write_models: WriteModels, tmp_path: Path) -> Iterator[Terminal]:
+    """Opens a chat with bpe_a and spm, which hardly ever end a reply by themselves."""
+    models = write_models("bpe_a", "spm", top="[ensemble]\nseed = 1\n[sampling]\ntop_k = 3\nmax_tokens = 8")
+    models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))
+    with ExitStack() as stack:
+
+        def open_one(*options: str, **env: str) -> pexpect.spawn:
+            child = spawn(["chat", "--models", str(models), *options], tmp_path, **env)
+            stack.callback(child.close, force=True)
+            child.expect(r">(?: |\x08)")
+            return child
+
+        yield open_one
+
+
+def test_pieces_have_the_colour_of_their_member(terminal: Terminal) -> None:
+    child = terminal()
+    assert "\x1b[36m■ bpe_a" in child.before
+    assert "\x1b[33m■ spm" in child.before
+    child.sendline("Hello")
+    child.expect("8 pieces")
+    assert {"\x1b[36m", "\x1b[33m"} <= set(COLOUR.findall(child.before))
+
+
+@pytest.mark.parametrize(("options", "env"), [(["--no-color"], {}), ([], {"NO_COLOR": "1"})])
+def test_colours_can_be_turned_off(terminal: Terminal, options: list[str], env: dict[str, str]) -> None:
+    child = terminal(*options, **env)
+    assert not COLOUR.search(child.before)
+    child.sendline("Hello")
+    child.expect("8 pieces")
+    assert not COLOUR.search(child.before)
+
+
+def test_ctrl_c_stops_the_reply_and_keeps_the_chat(terminal: Terminal) -> None:
+    child = terminal()
+    child.sendline("/set max_tokens 100000")
+    child.expect("max_tokens = 100000")
+    child.sendline("Hello")
+    child.expect("Hello.*\n.*\\w")
+    child.sendintr()
+    child.expect(r"me: (\d+) pieces")
+    pieces = int(child.match.group(1))
+    child.expect("cancelled, seed 1")
+    assert 0 < pieces < 2048
+    child.sendline("/set max_tokens 5")
+    child.sendline("Again")
+    child.expect(r"bpe_a (\d+)\+(\d+)")
+    # The conversation, the cancelled reply included, is in the cache.
+    new, cached = map(int, child.match.groups())
+    assert new < 60
+    assert cached > 20
+    child.sendintr()
+    child.expect("Ctrl-D or /exit leaves")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_an_error_keeps_the_chat(terminal: Terminal) -> None:
+    child = terminal()
+    child.sendline("/set temperature hot")
+    child.expect("Error: /set temperature: must be a number")
+    child.sendline("Hello")
+    child.expect("8 pieces")
+    child.sendline("/exit")
+    child.expect(pexpect.EOF)
+
+
+def test_several_lines_make_one_message(terminal: Terminal, tmp_path: Path) -> None:
+    child = terminal()
+    child.send("first line\x1b\rsecond line\r")
+    child.expect("8 pieces")
+    child.sendline(f"/save {tmp_path}/chat.json")
+    child.expect("Saved 2 messages")
+    assert '"first line\\nsecond line"' in (tmp_path / "chat.json").read_text()
+
+
+def test_the_history_lasts_from_one_run_to_the_next(terminal: Terminal) -> None:
+    child = terminal()
+    child.sendline("remember me")
+    child.expect("8 pieces")
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    child = terminal()
+    child.send("\x1b[A")
+    child.expect("remember me")
+
+
+def test_ctrl_c_ends_generate_with_what_there_is(write_models: WriteModels, tmp_path: Path) -> None:
+    models = write_models("bpe_a", "spm")
+    models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))
+    options = ["--top-k", "3", "--seed", "1", "--max-tokens", "100000"]
+    child = spawn(["generate", "--models", str(models), "--raw", "the cat", *options], tmp_path)
+    child.expect(r"\w\w")
+    child.sendintr()
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130
+    assert "Traceback" not in child.before
