@@ -25,7 +25,7 @@ def chat(models: Path, no_color: bool, **given: Any) -> None:
     """
     config = configured(models, given)
     console = make_console(no_color=no_color)
-    with load(config) as ensemble:
+    with load(config, no_color=no_color) as ensemble:
         session = Session(
             Chat(ensemble), Painter(console, ensemble.names), make_console(no_color=no_color, stderr=True)
         )

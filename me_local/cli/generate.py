@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from me_local.batch import Job, finished_ids, read_jobs, run
+from me_local.cli.display import make_console
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
 from me_local.config import Overrides
@@ -147,6 +147,6 @@ def _write(records: IO[bytes], record: dict[str, Any]) -> None:
 @contextmanager
 def _progress(total: int, completed: int) -> Iterator[Any]:
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=make_console(stderr=True)) as progress:
         task = progress.add_task("prompts", total=total, completed=completed)
         yield lambda: progress.advance(task)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from me_local.cli.display import make_console
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.ensemble import Ensemble
 
@@ -64,9 +64,9 @@ def configured(models: Path, given: dict[str, Any]) -> Config:
     return override(config, Overrides(weights=parsed, stop=stop or None, **given))
 
 
-def load(config: Config) -> Ensemble:
+def load(config: Config, *, no_color: bool = False) -> Ensemble:
     """Load an ensemble while stderr, if it is a terminal, shows which member is being loaded."""
-    console = Console(stderr=True)
+    console = make_console(no_color=no_color, stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         count = len(config.members)
