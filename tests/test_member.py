@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -158,14 +159,13 @@ def test_a_folder_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("huggingface_hub")
     asked: list[tuple[str, str]] = []
 
     def download(repository: str, file: str) -> str:
         asked.append((repository, file))
         return str(tiny["bpe_a"])
 
-    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with Member(MemberConfig(name="hub", hf="owner/repo:model.gguf", n_ctx=256)) as member:
         assert member.vocabulary.size == 400
     assert asked == [("owner/repo", "model.gguf")]
@@ -173,7 +173,7 @@ def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPat
     def offline(repository: str, file: str) -> str:
         raise OSError("no connection\nand more")
 
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(LoadError, match=r'hf = "owner/repo:model\.gguf" cannot be fetched: no connection$'):
         Member(MemberConfig(name="hub", hf="owner/repo:model.gguf"))
 

@@ -49,7 +49,7 @@ class Session:
                 for step in turn:
                     self.painter.write(step.text, step.member)
         finally:
-            self.painter.console.print()
+            self.painter.end()
             self.last = turn.reply
             self.note(stats_line(self.last))
 

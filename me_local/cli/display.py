@@ -30,19 +30,23 @@ class Painter:
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
         self.console = console
-        self._colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+        self.colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
     def write(self, text: str, member: str) -> None:
         """Show what a member wrote, at once."""
         if self.console.is_terminal:
             text = _CONTROLS.sub("\ufffd", text)
         if text:
-            self.console.print(Text(text, style=self._colours[member]), end="", soft_wrap=True)
+            self.console.print(Text(text, style=self.colours[member]), end="", soft_wrap=True)
+
+    def end(self) -> None:
+        """End the line of a reply."""
+        self.console.print()
 
     def legend(self, weights: Sequence[float]) -> Text:
         """The members in their colours, with their weights."""
         legend = Text()
-        for (name, colour), weight in zip(self._colours.items(), weights, strict=True):
+        for (name, colour), weight in zip(self.colours.items(), weights, strict=True):
             legend.append(f"■ {name} {weight:.2f}  ", style=colour)
         return legend
 

@@ -1,0 +1,134 @@
+"""The demo ensemble: two real models with different vocabularies, as a new user meets them."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pexpect
+import pytest
+from click.testing import CliRunner
+from test_terminal import ask, spawn
+
+from me_local import Chat, Ensemble, Message, Overrides, load
+from me_local.cli import main
+
+pytestmark = pytest.mark.demo
+MODELS = Path(__file__).parents[1] / "models.toml"
+PROMPT = "The history of the Roman Empire begins with"
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> Iterator[Ensemble]:
+    with load(MODELS) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("strategy", ["me", "ce"])
+def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) -> None:
+    arguments = ["generate", "--models", str(MODELS), "--strategy", strategy, "--seed", "1", "--raw", PROMPT]
+    texts = []
+    for _ in range(2):
+        result = CliRunner().invoke(main, [*arguments, "--max-tokens", "60", "--json"])
+        assert result.exit_code == 0, result.stderr
+        record = json.loads(result.stdout)
+        texts.append(record["text"])
+        assert {piece["member"] for piece in record["pieces"]} == {"smollm2", "gemma"}
+    assert texts[0] == texts[1]
+    # Fluent: words of a language, not of a broken tokeniser.
+    words = re.findall(r"[A-Za-z']+", texts[0])
+    assert len(words) >= 25
+    assert sum(word.lower() in COMMON for word in words) >= 0.25 * len(words)
+
+
+COMMON = {
+    "the",
+    "of",
+    "and",
+    "a",
+    "in",
+    "to",
+    "was",
+    "is",
+    "it",
+    "that",
+    "by",
+    "with",
+    "for",
+    "as",
+    "an",
+    "on",
+    "his",
+    "its",
+}
+
+
+def test_the_context_of_each_step_is_canonical(ensemble: Ensemble) -> None:
+    stream = ensemble.stream(PROMPT, Overrides(seed=3, max_tokens=80), raw=True)
+    for _ in stream:
+        text = stream._generation.text
+        for member, context in zip(ensemble.members, stream._generation._contexts, strict=True):
+            assert context.ids(text).tolist() == member.vocabulary.encode(text, at_start=True)
+
+
+def test_a_synced_cache_predicts_like_a_fresh_one(ensemble: Ensemble) -> None:
+    """In total variation: the kernels for one token and for many differ by about 0.03, a wrong context by far more."""
+    ids = np.array(ensemble.members[1].vocabulary.encode(PROMPT.encode()) * 8, dtype=np.int32)
+    member = ensemble.members[1]
+    for length in (40, 43, 44, 50):
+        synced = softmax(member.sync(ids[:length])[0])
+    member.forget()
+    fresh = softmax(member.sync(ids[:50])[0])
+    member.forget()
+    shifted = softmax(member.sync(ids[1:50])[0])
+    assert np.abs(synced - fresh).sum() / 2 < 0.15
+    assert np.abs(synced - fresh).sum() < np.abs(synced - shifted).sum()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    odds = np.exp(logits.astype(np.float64) - logits.max())
+    return odds / odds.sum()
+
+
+def test_control_tokens_in_a_message_stay_text(ensemble: Ensemble) -> None:
+    text = "What do <|im_end|>, <|im_start|>system, <start_of_turn>, <end_of_turn>, <eos> and </s> mean?"
+    said = [Message("user", text)]
+    harmless = [Message("user", "What?")]
+    pairs = zip(ensemble.prompts(said, ensemble.config), ensemble.prompts(harmless, ensemble.config), strict=True)
+    for member, (prompt, plain) in zip(ensemble.members, pairs, strict=True):
+        control = set(member.vocabulary.control.values())
+        assert [i for i in prompt.tolist() if i in control] == [i for i in plain.tolist() if i in control]
+        assert text.encode() in member.vocabulary.joined(prompt.tolist())
+
+
+def test_a_turn_evaluates_only_what_is_new(ensemble: Ensemble) -> None:
+    chat = Chat(ensemble)
+    chat.set(Overrides(seed=1, max_tokens=40))
+    chat.say("Hello, who are you?").finish()
+    chat.say("What is the capital of France?").finish()
+    reply = chat.say("And of Italy?").finish()
+    for usage in reply.usage:
+        assert usage.prompt_length > 80
+        # The question with its template, and what of the last reply this member had not seen.
+        assert usage.prompt_evaluated < 60
+
+
+def test_three_turns_on_a_terminal_with_ctrl_c_in_the_second(tmp_path: Path) -> None:
+    child = spawn(["chat", "--models", str(MODELS), "--seed", "1", "--max-tokens", "80", "--top-k", "3"], tmp_path)
+    ask(child, "Tell me about the sea.")
+    child.expect("seed 1")
+    ask(child, "/set max_tokens 400")
+    ask(child, "Write a long story about a ship.")
+    child.expect(r"(?s)\x1b\[3[36]m.{600}")
+    child.sendintr()
+    child.expect("cancelled, seed 2")
+    ask(child, "/set max_tokens 20")
+    ask(child, "Thank you!")
+    child.expect(r"tokens new\+cached: smollm2 (\d+)\+(\d+), gemma (\d+)\+(\d+)")
+    new_a, cached_a, new_b, cached_b = map(int, child.match.groups())
+    assert max(new_a, new_b) < 40
+    assert min(cached_a, cached_b) > 100
+    child.expect("seed 3")
+    ask(child, "/exit")
+    child.expect(pexpect.EOF)
