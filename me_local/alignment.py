@@ -54,7 +54,8 @@ def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribu
     limit = 1 if sampling.temperature == 0 else sampling.top_k
     ids = _largest(logits, numbers, limit)
     scores = logits[ids].astype(np.float64)
-    weights = np.exp((scores - scores[0]) / (sampling.temperature or 1.0))
+    with np.errstate(over="ignore"):  # next to temperature 0, all others get nothing
+        weights = np.exp((scores - scores[0]) / (sampling.temperature or 1.0))
     kept = _truncated(weights / weights.sum(), sampling)
     return _merged(numbers[ids[: len(kept)]], kept)
 

@@ -17,6 +17,7 @@ from me_local.ensemble import Ensemble
 from me_local.errors import InputError, MeLocalError
 from me_local.templates import Message
 
+_RECORD_START = b'{"id": '
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
 
 
@@ -57,23 +58,26 @@ def run(ensemble: Ensemble, jobs: Iterable[Job], *, raw: bool) -> Iterator[dict[
 
 
 def finished_ids(path: Path) -> set[str | int]:
-    """The ids in an output file of an earlier run, from which a last line without an end is cut off.
+    """The ids in an output file of an earlier run; a last line that was cut off is removed from the file.
 
-    Raises InputError when the file holds something else than records.
+    Raises InputError when the file holds something else than records, and leaves it as it is then.
     """
     if not path.is_file():
         return set()
+    whole = path.read_bytes()
+    *lines, rest = whole.split(b"\n")
+    ids = {_finished_id(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)}
+    if rest and not rest.startswith(_RECORD_START[: len(rest)]):
+        raise InputError(f"{path}, line {len(lines) + 1}: not a record of an earlier run; give another --output")
     with path.open("r+b") as file:
-        whole = file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-    return {_finished_id(line, f"{path}, line {i}") for i, line in enumerate(whole.splitlines(), start=1)}
+        file.truncate(len(whole) - len(rest))
+    return ids
 
 
 def _finished_id(line: bytes, where: str) -> str | int:
     try:
         id_ = json.loads(line)["id"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise InputError(f"{where}: not a record of an earlier run; give another --output") from None
     return id_ if isinstance(id_, int) else str(id_)
 
@@ -82,7 +86,7 @@ def _parse(line: bytes, number: int, where: str) -> Job:
     id_: str | int = number
     try:
         record = _record(line, where)
-        given = record.get("id", number)
+        given = number if record.get("id") is None else record["id"]
         if isinstance(given, bool) or not isinstance(given, str | int):
             raise InputError(f"{where}: id: must be a text or an integer, got {json.dumps(given)}")
         id_ = given
@@ -93,7 +97,7 @@ def _parse(line: bytes, number: int, where: str) -> Job:
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """A conversation with an ensemble: its turns, and what of them still fits into the members' contexts."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from me_local.config import Config, Overrides, override
@@ -14,14 +15,15 @@ from me_local.vocabulary import IntArray
 class Chat:
     """Turns of a user and of an ensemble.
 
-    `config` holds the settings of this conversation, which `set` changes; `messages` all turns, also those that no
-    longer fit into a context; `dropped` counts the messages that the last reply no longer saw. The n-th reply of a
-    conversation with a seed has the seed + n, from n = 0.
+    `config` holds the settings of this conversation, which `set` changes; `system` its own system message, if it was
+    given one; `messages` all turns, also those that no longer fit into a context; `dropped` counts the messages that
+    the last reply no longer saw. The n-th reply of a conversation with a seed has the seed + n, from n = 0.
     """
 
     def __init__(self, ensemble: Ensemble) -> None:
         self.ensemble = ensemble
         self.config: Config = ensemble.config
+        self.system: str | None = None
         self.messages: list[Message] = []
         self.dropped = 0
         self._replies = 0
@@ -29,6 +31,8 @@ class Chat:
     def set(self, overrides: Overrides) -> None:
         """Change settings of this conversation. Raises ConfigError."""
         self.config = override(self.config, overrides)
+        if overrides.system is not None:
+            self.system = overrides.system
 
     def say(self, text: str) -> "Turn":
         """Ask, and get the reply as a stream of steps. Raises InputError for a message that is empty or too long."""
@@ -51,42 +55,59 @@ class Chat:
     def as_dict(self) -> dict[str, Any]:
         """The conversation as JSON can hold it."""
         messages = [{"role": m.role, "content": m.content} for m in self.messages]
-        return {"system": self.config.system, "messages": messages}
+        return {"system": self.system, "messages": messages}
 
     def restore(self, saved: Any) -> None:
-        """Take over a conversation from `as_dict`. Raises InputError when it is not one; nothing is changed then."""
+        """Take over a conversation from `as_dict`; one without a system message leaves this chat's as it is.
+
+        Raises InputError when it is not one; nothing is changed then.
+        """
         if not isinstance(saved, dict) or not isinstance(saved.get("system"), str | None):
             raise InputError('it is not a saved conversation: an object with "system" and "messages" is wanted')
         messages = parse_messages(saved.get("messages"))
-        self.set_system(saved.get("system"))
+        if any(message.role == "system" for message in messages):
+            raise InputError('a system message stands in "messages"; it belongs into "system"')
+        if saved.get("system") is not None:
+            self.set_system(saved["system"])
         self.messages = messages
         self.dropped = 0
 
     def set_system(self, text: str | None) -> None:
-        """Set the system message of the conversation, or remove it."""
-        self.config = override(self.config, Overrides(system=text or ""))
+        """Set the system message for all members; None removes it."""
+        self.set(Overrides(system=text or ""))
 
     def _start(self, messages: list[Message]) -> ReplyStream:
-        prompts, self.dropped = self._fitting(messages)
+        self.dropped, prompts = self._fitting(messages)
         config = self.config
         if config.seed is not None:
             config = override(config, Overrides(seed=config.seed + self._replies))
         self._replies += 1
         return self.ensemble.start(config, prompts)
 
-    def _fitting(self, messages: list[Message]) -> tuple[tuple[IntArray, ...], int]:
-        """Prompts of the newest turns that leave each member room to answer, and how many messages they leave out."""
-        starts = [i for i, message in enumerate(messages) if message.role == "user"]
-        for start in [0, *starts[1:]]:
-            prompts = self.ensemble.prompts(messages[start:], self.config)
-            if self._leave_room(prompts):
-                return prompts, start
-        self.ensemble.check_lengths([len(prompt) for prompt in prompts])
-        return prompts, start
+    def _fitting(self, messages: list[Message]) -> tuple[int, tuple[IntArray, ...]]:
+        """How many of the oldest messages to leave out, and the prompts of the rest.
 
-    def _leave_room(self, prompts: tuple[IntArray, ...]) -> bool:
-        sizes = zip(prompts, (member.n_ctx for member in self.ensemble.members), strict=True)
-        return all(len(prompt) + min(self.config.max_tokens, n_ctx // 4) <= n_ctx for prompt, n_ctx in sizes)
+        As many as before while that leaves room to answer. Otherwise so many that half of each context is free: what
+        is left out changes the beginning of the prompt, which then has to be evaluated again, and not in each turn.
+        """
+        prompts = self._prompts(messages, self.dropped)
+        if self._leave_room(prompts, lambda n_ctx: min(self.config.max_tokens, n_ctx // 4)):
+            return self.dropped, prompts
+        starts = [i for i, m in enumerate(messages) if m.role == "user" and i > self.dropped] or [self.dropped]
+        first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(self._prompts(messages, i)))
+        prompts = self._prompts(messages, starts[first])
+        self.ensemble.check_lengths([len(prompt) for prompt in prompts], self.config)
+        return starts[first], prompts
+
+    def _prompts(self, messages: list[Message], start: int) -> tuple[IntArray, ...]:
+        return self.ensemble.prompts(messages[start:], self.config)
+
+    def _half_free(self, prompts: tuple[IntArray, ...]) -> bool:
+        return self._leave_room(prompts, lambda n_ctx: n_ctx // 2)
+
+    def _leave_room(self, prompts: tuple[IntArray, ...], room: Callable[[int], int]) -> bool:
+        members = zip(self.ensemble.members, prompts, self.ensemble.writing(self.config), strict=True)
+        return all(len(prompt) + room(member.n_ctx) <= member.n_ctx for member, prompt, writes in members if writes)
 
 
 class Turn(Iterator[Step]):

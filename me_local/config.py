@@ -76,7 +76,7 @@ class MemberConfig:
     sampling: Sampling = Sampling()
     n_ctx: Annotated[_Int, Field(ge=0)] = 4096  # tokens; 0 = the length that the model was trained with
     n_gpu_layers: Annotated[_Int, Field(ge=-1)] = -1  # -1 = all, where the build supports it
-    n_threads: Annotated[_Int, Field(ge=1)] | None = None  # None = llama.cpp's choice
+    n_threads: Annotated[_Int, Field(ge=1, le=512)] | None = None  # 512 is ggml's limit; None = all usable cores
     n_batch: Annotated[_Int, Field(ge=1)] = 512  # tokens
     flash_attn: Annotated[bool, Strict()] = False
     type_k: CacheType | None = None  # None = llama.cpp's default, f16

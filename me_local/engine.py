@@ -6,6 +6,7 @@ runs all of them and samples from the mixture. Both use the same distributions, 
 probability under both. Knows nothing of files, of chat, or of when a reply should stop.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,6 +20,8 @@ from me_local.member import Evaluated, LogitArray
 from me_local.routing import Router, route
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
 
+log = logging.getLogger(__name__)
+
 
 class Model(Protocol):
     """What the engine needs of a member."""
@@ -27,8 +30,8 @@ class Model(Protocol):
     n_ctx: int
     vocabulary: Vocabulary
 
-    def prepare(self, ids: IntArray, interrupted: Callable[[], bool]) -> Evaluated:
-        """Bring the member's cache to exactly `ids`."""
+    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, alone: bool) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else."""
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool]) -> tuple[LogitArray, Evaluated]:
         """Bring the member's cache to exactly `ids` and return the logits after them."""
@@ -40,7 +43,8 @@ class Request:
 
     `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
     the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
-    document starts.
+    document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
+    depend on what else was evaluated before.
     """
 
     prompts: tuple[IntArray, ...]
@@ -50,6 +54,7 @@ class Request:
     argmax: bool
     seed: int
     head: bytes = b""
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,16 +201,18 @@ class Generation:
         self._count(member, evaluated, len(ids))
         try:
             return self._engine.alignment(logits, self._engine.unified.numbers[member], self._request.sampling[member])
-        except ValueError as error:
+        except Exception as error:  # ValueError, and whatever the alignment of another package may raise
+            log.debug("alignment failed", exc_info=True)
             raise RunError(f'member "{model.name}", after token {len(ids) - 1}: {error}') from None
 
     def _prepare(self, member: int, ids: IntArray) -> None:
         """Evaluate the prompt but for its last token, and drop what an earlier reply left behind it.
 
-        Logits differ a little with the size of a batch. This way batches do not depend on what the cache held, and a
-        seed gives the same reply when the prompt is evaluated and when it is found in the cache.
+        Logits differ a little with the size of a batch. This way a seed gives the same reply when the prompt is
+        evaluated and when it is found in the cache.
         """
-        evaluated = self._engine.models[member].prepare(ids[: self.given[member] - 1], self._interrupted)
+        prompt = ids[: self.given[member] - 1]
+        evaluated = self._engine.models[member].prepare(prompt, self._interrupted, alone=self._request.alone)
         self.work[member].prompt_tokens += evaluated.tokens
         self.work[member].prompt_seconds += evaluated.seconds
 

@@ -37,7 +37,7 @@ class Ensemble:
     def __init__(self, config: Config, on_load: OnLoad = lambda _: None) -> None:
         self.config = config
         self.notices: list[str] = []
-        self.plain_stops: tuple[str, ...] = ()
+        self._plain: list[bool] = []
         router: Router = _plugin(config, "router", config.router)
         alignment: Alignment = _plugin(config, "alignment", config.alignment)
         with ExitStack() as stack:
@@ -56,18 +56,18 @@ class Ensemble:
     ) -> ReplyStream:
         """A reply to a prompt or a conversation, as a stream of steps; with `raw`, a completion of the prompt.
 
-        `overrides` go before the configuration. Raises ConfigError for them, InputError for a prompt that is empty
-        or too long for a member.
+        `overrides` go before the configuration. The reply to a seed does not depend on what was asked before. Raises
+        ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
         """
         config = override(self.config, overrides or Overrides())
         if raw:
-            head, prompts = self._raw_prompts(prompt)
-            return self.start(config, prompts, head)
+            head, prompts = self._raw_prompts(prompt, config)
+            return self.start(config, prompts, head, alone=True)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
         prompts = self.prompts(messages, config)
-        self.check_lengths([len(prompt) for prompt in prompts])
-        return self.start(config, prompts)
+        self.check_lengths([len(prompt) for prompt in prompts], config)
+        return self.start(config, prompts, alone=True)
 
     def generate(
         self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
@@ -86,17 +86,25 @@ class Ensemble:
         opened = [[Message("system", system), *messages] if system else messages for system in systems]
         return tuple(writer.prompt(turns) for writer, turns in zip(self.writers, opened, strict=True))
 
-    def check_lengths(self, lengths: Sequence[int]) -> None:
-        """Raise InputError when a prompt, in tokens, is longer than its member's context."""
-        for member, length in zip(self.members, lengths, strict=True):
-            if length > member.n_ctx:
+    def writing(self, config: Config) -> tuple[bool, ...]:
+        """Which members may write at all: not those without weight, unless a router may give them some."""
+        return tuple(member.weight > 0 or config.router != "constant" for member in config.members)
+
+    def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
+        """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
+        for member, length, writes in zip(self.members, lengths, self.writing(config), strict=True):
+            if writes and length == 0:
+                raise InputError(f'the chat template of member "{member.name}" makes an empty prompt of this')
+            if writes and length > member.n_ctx:
                 raise InputError(
                     f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
                     f"shorten it, or raise n_ctx in {self.config.path.name}"
                 )
 
-    def start(self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"") -> ReplyStream:
-        """A reply after these prompts; `head` is the given beginning of a raw completion."""
+    def start(
+        self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False
+    ) -> ReplyStream:
+        """A reply after these prompts; `head` is the beginning of a raw completion, `alone` as in `Request`."""
         cancelled = threading.Event()
         request = Request(
             prompts=prompts,
@@ -106,13 +114,14 @@ class Ensemble:
             argmax=config.decode == "argmax",
             seed=secrets.randbits(32) if config.seed is None else config.seed,
             head=head,
+            alone=alone,
         )
         return ReplyStream(
             Generation(self.engine, request, cancelled.is_set),
             request,
             names=self.names,
             max_tokens=config.max_tokens,
-            stop=config.stop if head else config.stop + self.plain_stops,
+            stop=config.stop if head else config.stop + self._plain_stops(config),
             cancelled=cancelled,
         )
 
@@ -126,7 +135,11 @@ class Ensemble:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _raw_prompts(self, prompt: str | Sequence[Message]) -> tuple[bytes, tuple[IntArray, ...]]:
+    def _plain_stops(self, config: Config) -> tuple[str, ...]:
+        plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
+        return PLAIN_STOPS if plain else ()
+
+    def _raw_prompts(self, prompt: str | Sequence[Message], config: Config) -> tuple[bytes, tuple[IntArray, ...]]:
         """The bytes to complete, and each member's ids in front of them."""
         if not isinstance(prompt, str):
             raise InputError("a raw completion takes a text, not a conversation")
@@ -135,7 +148,7 @@ class Ensemble:
         head = Message("user", prompt).content.encode()
         prompts = tuple(writer.raw_prompt() for writer in self.writers)
         heads = [member.vocabulary.encode(head, at_start=True) for member in self.members]
-        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)])
+        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
         return head, prompts
 
     def _load(self, stack: ExitStack, config: MemberConfig, on_load: OnLoad) -> Member:
@@ -152,8 +165,7 @@ class Ensemble:
             render, plain = choose_render(member.config.chat_template, member.chat_template, member.token_texts)
         except ConfigError as error:
             raise ConfigError(f'{self.config.path}: member "{member.name}": {error}') from None
-        if plain:
-            self.plain_stops = PLAIN_STOPS
+        self._plain.append(plain)
         if plain and member.config.chat_template is None:
             self.notices.append(
                 f"{member.name}: it has no chat template, so it sees a plain transcript; "
@@ -169,6 +181,8 @@ def load(path: str | Path = "models.toml", overrides: Overrides | None = None) -
 
 def check_conversation(messages: Sequence[Message]) -> None:
     """Raise InputError for a conversation that cannot be answered."""
+    if not all(isinstance(m, Message) for m in messages):
+        raise InputError("a conversation is a text or a sequence of me_local.Message")
     if not any(m.role == "user" for m in messages):
         raise InputError("the conversation has no user message")
     if messages[-1].role != "user":

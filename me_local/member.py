@@ -59,6 +59,7 @@ class Member:
     def __init__(self, config: MemberConfig) -> None:
         self.config = config
         self.name = config.name
+        self._closed = False
         self.path = _checked_file(config)
         self._llama = _load(config, self.path)
         try:
@@ -88,14 +89,24 @@ class Member:
             raise LoadError(f"{self.path} does not generate text: it has no memory of what came before")
         self._mirror = np.empty(self._llama.n_ctx(), dtype=np.int32)
         self._length = 0
+        self._alone = 0  # as many tokens, from the first, were evaluated in one go
 
-    def prepare(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False) -> Evaluated:
+    def prepare(
+        self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, alone: bool = False
+    ) -> Evaluated:
         """Make the cache hold exactly `ids`, int32 (tokens,), at most `n_ctx` of them; there are no logits then.
 
+        With `alone` they are evaluated in one go, or left as they are if that is how they came into the cache: a part
+        of them that another evaluation left there is not used, because numbers depend on how batches were cut.
         Raises RunError when llama.cpp fails, EvaluationInterruptedError when `interrupted()` becomes true between
         two batches.
         """
-        return self._extend(self._keep(ids, len(ids)), ids, interrupted)
+        if alone and not (self._alone == len(ids) and np.array_equal(self._mirror[: self._alone], ids)):
+            self.forget()
+        evaluated = self._extend(self._keep(ids, len(ids)), ids, interrupted)
+        if evaluated.tokens == len(ids):
+            self._alone = len(ids)
+        return evaluated
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False) -> tuple[LogitArray, Evaluated]:
         """Make the cache hold exactly `ids`, at least one of them, and return the logits after them.
@@ -109,10 +120,13 @@ class Member:
     def forget(self) -> None:
         """Empty the KV cache."""
         llama_cpp.llama_memory_clear(self._memory, True)
-        self._llama.n_tokens = self._length = 0
+        self._llama.n_tokens = self._length = self._alone = 0
 
     def close(self) -> None:
-        """Free the model and its context."""
+        """Free the model and its context; whatever is asked of the member then raises RunError."""
+        self._closed = True
+        if hasattr(self, "vocabulary"):
+            self.vocabulary.close()
         self._llama.close()
 
     def __enter__(self) -> "Member":
@@ -126,6 +140,8 @@ class Member:
 
         Recurrent and hybrid models refuse to drop a part of their memory: they start again from zero.
         """
+        if self._closed:
+            raise RunError(f'member "{self.name}": the ensemble is closed')
         limit = min(self._length, most)
         different = np.flatnonzero(self._mirror[:limit] != ids[:limit])
         keep = int(different[0]) if len(different) else limit
@@ -134,6 +150,7 @@ class Member:
             self.forget()
             return 0
         self._llama.n_tokens = self._length = keep
+        self._alone = self._alone if self._alone <= keep else 0
         return keep
 
     def _extend(self, keep: int, ids: IntArray, interrupted: Callable[[], bool]) -> Evaluated:
@@ -196,6 +213,8 @@ def render_built_in(template: str, messages: Sequence[tuple[str, str]]) -> str:
 def _checked_file(config: MemberConfig) -> Path:
     path = config.path or _from_hub(config)
     where = f'member "{config.name}": {path}'
+    if path.exists() and not path.is_file():
+        raise LoadError(f"{where}: not a regular file")
     try:
         with path.open("rb") as file:
             magic = file.read(4)

@@ -1,5 +1,6 @@
 """Which member writes the next piece: the weights for this step, and the random draw."""
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from me_local.alignment import FloatArray
 from me_local.errors import RunError
+
+log = logging.getLogger(__name__)
 
 
 class Router(Protocol):
@@ -31,7 +34,11 @@ def route(router: Router, text: bytes, weights: FloatArray, able: Sequence[bool]
 
     Raises RunError when the router gives no usable weights, or when no member is left.
     """
-    wanted = np.asarray(router(text, weights), dtype=np.float64)
+    try:
+        wanted = np.asarray(router(text, weights), dtype=np.float64)
+    except Exception as error:  # whatever the router of another package may raise
+        log.debug("router failed", exc_info=True)
+        raise RunError(f"the router failed after {len(text)} bytes of text: {error}") from None
     if wanted.shape != weights.shape or not np.isfinite(wanted).all() or (wanted < 0).any():
         raise RunError(f"the router gave {wanted.tolist()}: not one weight, 0 or more, for each member")
     possible = np.where(able, wanted, 0.0)

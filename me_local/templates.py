@@ -43,13 +43,29 @@ class Message:
     content: str
 
     def __post_init__(self) -> None:
-        """Raises InputError for text that UTF-8 cannot hold."""
+        """Raises InputError for another role, and for text that UTF-8 cannot hold."""
+        if self.role not in ("system", "user", "assistant") or not isinstance(self.content, str):
+            raise InputError(f'a message is a text of "system", "user" or "assistant", got {self.role!r}')
         try:
             self.content.encode()
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the {self.role} message has half a surrogate pair at character {error.start}, which is no text"
             ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """Characters that occur nowhere in a conversation, to be put into its messages and found again when rendered.
+
+    `gap` breaks up the name of a control token and is taken out again; at a `cut` the two sides are tokenised apart,
+    because tokenizers find user-defined tokens in any text; `reply` stands in front of a reply, `nul` for NUL.
+    """
+
+    gap: str
+    cut: str
+    reply: str
+    nul: str
 
 
 class PromptWriter:
@@ -61,6 +77,7 @@ class PromptWriter:
         # A mark cannot break up a single character, so such tokens are not recognised in templates either.
         names = sorted((text for text in vocabulary.control if len(text) > 1), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._markup = re.compile("|".join(map(re.escape, vocabulary.markup)) or r"(?!)")
         self._control_starts = {name[:n] for name in names for n in range(1, len(name))}
         self._control_ends = {name[n:] for name in names for n in range(1, len(name))}
 
@@ -69,14 +86,11 @@ class PromptWriter:
 
         Raises InputError when the template refuses the conversation.
         """
-        break_mark, reply_mark, nul = _free_marks(messages)
-        marked = [
-            Message(m.role, reply_mark * (m.role == "assistant") + self._protected(m.content, break_mark, nul))
-            for m in messages
-        ]
+        marks = _free_marks(messages)
+        marked = [Message(m.role, self._protected(m, marks)) for m in messages]
         ids: list[int] = []
-        for i, part in enumerate(self._render(marked).split(reply_mark)):
-            ids += self._encode(part, at_start=i == 0, plain=lambda s: s.replace(break_mark, "").replace(nul, "\0"))
+        for i, part in enumerate(self._render(marked).split(marks.reply)):
+            ids += self._encode(part, marks, at_start=i == 0)
         return np.array(self._with_bos(ids), dtype=np.int32)
 
     def raw_prompt(self) -> IntArray:
@@ -87,23 +101,30 @@ class PromptWriter:
         bos = self._vocabulary.bos
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
-    def _protected(self, content: str, mark: str, nul: str) -> str:
-        """The content with `mark` inside each look-alike of a control token, and where one could be completed."""
-        content = content.replace("\0", nul)
+    def _protected(self, message: Message, marks: "_Marks") -> str:
+        """The content with marks inside each look-alike of a control token, and where one could be completed."""
+        content = message.content.replace("\0", marks.nul)
         while self._control.search(content):
-            content = self._control.sub(lambda match: mark.join(match[0]), content)
+            content = self._control.sub(lambda match: marks.gap.join(match[0]), content)
         if any(content.endswith(start) for start in self._control_starts if start[-1:] == content[-1:]):
-            content += mark
+            content += marks.gap
         if any(content.startswith(end) for end in self._control_ends if end[:1] == content[:1]):
-            content = mark + content
+            content = marks.gap + content
+        if message.role == "assistant":
+            return marks.reply + content
+        while self._markup.search(content):  # a reply may have such tokens: models write them
+            content = self._markup.sub(lambda match: match[0][0] + marks.cut + match[0][1:], content)
         return content
 
-    def _encode(self, text: str, *, at_start: bool, plain: Callable[[str], str]) -> list[int]:
+    def _encode(self, text: str, marks: "_Marks", *, at_start: bool) -> list[int]:
         """The ids of a rendered part: control tokens by name, what stands between them tokenised as text."""
         ids: list[int] = []
         for fragment, token in self._fragments(text):
-            # llama.cpp treats what follows a control token as the start of a text.
-            ids += self._vocabulary.encode(plain(fragment).encode(), at_start=at_start)
+            plain = fragment.replace(marks.gap, "").replace(marks.nul, "\0").encode()
+            for piece in plain.split(marks.cut.encode()):
+                # llama.cpp treats what follows a control token as the start of a text.
+                ids += self._vocabulary.encode(piece, at_start=at_start)
+                at_start = False
             if token is not None:
                 ids.append(token)
                 at_start = True
@@ -172,8 +193,8 @@ def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
     def render(messages: Sequence[Message]) -> str:
         try:
             return _rendered(template, messages)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{where} refuses the conversation: {error}") from None
+        except Exception as error:  # a template can do anything that an expression of Python can
+            raise InputError(f"{where} refuses the conversation: {str(error) or type(error).__name__}") from None
 
     return render
 
@@ -185,7 +206,7 @@ def _rendered(template: jinja2.Template, messages: Sequence[Message]) -> str:
 
     try:
         return attempt(messages)
-    except jinja2.TemplateError:
+    except Exception:
         if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
             raise
         # Some templates know no system role: its text then opens the first message.
@@ -193,12 +214,12 @@ def _rendered(template: jinja2.Template, messages: Sequence[Message]) -> str:
         return attempt([first, *messages[2:]])
 
 
-def _free_marks(messages: Sequence[Message]) -> list[str]:
+def _free_marks(messages: Sequence[Message]) -> _Marks:
     used = set().union(*(m.content for m in messages))
     free = [mark for mark in _NONCHARACTERS if mark not in used]
-    if len(free) < 3:
+    if len(free) < 4:
         raise InputError("the conversation uses up the code points U+FDD0 to U+FDEF, which are not characters")
-    return free[:3]
+    return _Marks(*free[:4])
 
 
 def _read(path: Path) -> str:

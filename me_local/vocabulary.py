@@ -8,6 +8,7 @@ Knows nothing of weights, contexts or sampling.
 
 import ctypes
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from me_local.errors import LoadError
+from me_local.errors import LoadError, RunError
 
 IntArray = npt.NDArray[np.int32]
 Encoder = Callable[[bytes], list[int]]
@@ -28,6 +29,8 @@ END = 0
 _SEAM = re.compile(rb"[A-Za-z0-9](?= )")
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+_MARKUP = re.compile(r"[<\[][|\uff5c].+[>\]]|[<\[].+[|\uff5c][>\]]")  # a bar, or DeepSeek's wide one
 _PROBE = (
     "The quick brown fox doesn't jump over 13 lazy dogs, café naïve Straße 你好 Привет 🙂👍🏽\n\n"
     "  def f(x):\n\treturn x**2  # 3.14159e-10\n<b>HTTP</b> www.example.org; 1,234,567 ... \u200d ﬁ"
@@ -54,20 +57,25 @@ class Vocabulary:
 
     `pieces[id]` holds the bytes of a token, empty for control tokens and the like; `end_ids` the ids that end a
     generation, `removed` those that the model itself says are never to be sampled; `control` maps the text of a
-    control token to its id, `stripping` has those that swallow white space around them; `bos` is the id that
-    starts every context, or None.
+    control token to its id, `stripping` has those that swallow white space around them; `markup` has the texts of
+    user-defined tokens that structure a prompt, which any tokenizer finds in any text; `bos` is the id that starts
+    every context, or None. Raises LoadError for a vocabulary that cannot be used.
     """
 
     def __init__(self, model: llama_cpp.llama_model_p, tokenizer: Path | None = None) -> None:
         self._pointer = llama_cpp.llama_model_get_vocab(model)
-        self.size: int = llama_cpp.llama_vocab_n_tokens(self._pointer)
         self.kind = _KINDS.get(llama_cpp.llama_vocab_type(self._pointer), "none")
+        if self.kind == "none":
+            raise LoadError("it has no vocabulary, or one of a kind that is not known")
+        self.size: int = llama_cpp.llama_vocab_n_tokens(self._pointer)
         self.pieces = [_piece(self._pointer, id_) for id_ in range(self.size)]
         self.end_ids = [i for i in range(self.size) if llama_cpp.llama_vocab_is_eog(self._pointer, i)]
         self.removed = _suppressed(self._pointer)
         self.bos = self._first_id()
         self._read_control_tokens()
+        self.markup = self._find_markup((llama_cpp.llama_model_chat_template(model, None) or b"").decode())
         self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
+        self._tokenizer = (_pre_tokenizer(model), _digest(tokenizer))
         self._byte_ids = self._find_byte_ids()
         self.has_seams = _SEAM.search(b"\n".join(self.pieces)) is None
         self.adds_space = self.joined(self._encode(b"a")) == b" a"
@@ -105,7 +113,11 @@ class Vocabulary:
     @functools.cached_property
     def identity(self) -> tuple[object, ...]:
         """Equal for two vocabularies that number, render and tokenise alike."""
-        return (self.kind, self.adds_space, tuple(self.pieces), tuple(self.encode(_PROBE)))
+        return (self.kind, self._tokenizer, self.adds_space, tuple(self.pieces), tuple(self.encode(_PROBE)))
+
+    def close(self) -> None:
+        """Note that the model is gone: from now on `encode` raises RunError."""
+        self._encode = _closed
 
     def _first_id(self) -> int | None:
         bos: int = llama_cpp.llama_vocab_bos(self._pointer)
@@ -126,15 +138,29 @@ class Vocabulary:
                 if left or right:
                     self.stripping[token] = (left, right)
 
+    def _find_markup(self, template: str) -> list[str]:
+        markup = []
+        for token, piece in enumerate(self.pieces):
+            if piece[:1] not in (b"<", b"[") or len(piece) < 3:
+                continue
+            attributes, text = llama_cpp.llama_vocab_get_attr(self._pointer, token), self.text_of(token)
+            if attributes & _USER_DEFINED and (_MARKUP.fullmatch(text) or text in template):
+                markup.append(text)
+        return markup
+
     def _own_encoder(self, path: Path) -> Encoder:
-        encode, names = _file_encoder(path)
+        tokenizer = _read_tokenizer(path)
+        names = {token: name for name, token in tokenizer.get_vocab(with_added_tokens=True).items()}
+        beyond = [name for token, name in names.items() if token >= self.size]
+        if beyond:
+            raise LoadError(f'{path}: its token "{beyond[0]}" is not in the GGUF, which has {self.size} tokens')
         for token in range(0, self.size, max(1, self.size // 4096)):
-            if names(token) not in (None, self.text_of(token)):
+            if names.get(token, self.text_of(token)) != self.text_of(token):
                 raise LoadError(
-                    f'{path}: token {token} is "{names(token)}" here and "{self.text_of(token)}" in the GGUF: '
+                    f'{path}: token {token} is "{names[token]}" here and "{self.text_of(token)}" in the GGUF: '
                     "the tokenizer belongs to another model"
                 )
-        return encode
+        return lambda text: list(tokenizer.encode(text.decode(), add_special_tokens=False).ids)
 
     def _find_byte_ids(self) -> dict[int, int]:
         """The id of each byte's own token. A byte token goes before a character of the same byte."""
@@ -301,14 +327,26 @@ def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
     return encode
 
 
-def _file_encoder(path: Path) -> tuple[Encoder, Callable[[int], str | None]]:
+def _read_tokenizer(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise LoadError(f"{path}: not a tokenizer.json that the tokenizers library can read: {error}") from None
     tokenizer.encode_special_tokens = True  # a control token in a text stays text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
-    def encode(text: bytes) -> list[int]:
-        return list(tokenizer.encode(text.decode(), add_special_tokens=False).ids)
 
-    return encode, tokenizer.id_to_token
+def _digest(path: Path | None) -> bytes | None:
+    return hashlib.sha256(path.read_bytes()).digest() if path else None
+
+
+def _pre_tokenizer(model: llama_cpp.llama_model_p) -> bytes:
+    buffer = ctypes.create_string_buffer(128)
+    llama_cpp.llama_model_meta_val_str(model, b"tokenizer.ggml.pre", buffer, len(buffer))
+    return buffer.value
+
+
+def _closed(_: bytes) -> list[int]:
+    raise RunError("the ensemble is closed")

@@ -154,7 +154,7 @@ def test_truncated_files(tiny: dict[str, Path], tmp_path: Path, part: float) -> 
 
 
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="cannot be read"):
+    with pytest.raises(LoadError, match="not a regular file"):
         Member(MemberConfig(name="folder", path=tmp_path))
 
 

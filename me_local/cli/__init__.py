@@ -6,6 +6,7 @@ failed with status 1, an interrupted one with 130.
 
 import errno
 import logging
+import os
 import sys
 from typing import Any
 
@@ -60,8 +61,16 @@ def main(verbose: int) -> None:
     environment before models.toml.
     """
     level = [logging.CRITICAL, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    _open_missing_streams()
     # The stream as it is now: what llama-cpp-python prints to stderr while it loads is caught on the way there.
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
+
+
+def _open_missing_streams() -> None:
+    """Put nothing in the place of standard streams that were closed before the start (`<&-`)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 main.add_command(chat)

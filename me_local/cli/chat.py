@@ -1,5 +1,6 @@
 """`me-local chat`: a conversation at the terminal, or one turn per line of standard input."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def _turn(session: Session, line: str) -> bool:
             return run_command(session, line)
         if line.strip():
             session.show(session.chat.say(line))
+            if session.last and session.last.finish_reason == "cancelled" and not sys.stdin.isatty():
+                click.get_current_context().exit(130)  # a script is stopped as a whole
     except MeLocalError as error:
         if not sys.stdin.isatty():
             raise
@@ -101,12 +104,10 @@ def _prompt_session() -> Any:
 
 
 def _history_file() -> str:
-    import os
-
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "me-local"
     try:
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "me-local"
         state.mkdir(parents=True, exist_ok=True)
         (state / "history").touch()
-    except OSError:
+    except (OSError, RuntimeError):  # read-only, or a user without a home
         return os.devnull
     return str(state / "history")

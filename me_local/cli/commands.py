@@ -1,8 +1,6 @@
 """The commands inside a chat, /help and its kin, and the session that they work on."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from me_local.chat import Chat, Turn
-from me_local.cli.display import Painter, stats_line
+from me_local.cli.display import Painter, printable, stats_line
 from me_local.cli.interrupt import cancels
 from me_local.config import Overrides, parse_setting, parse_weights
 from me_local.errors import InputError
@@ -109,7 +107,8 @@ def _members(session: Session, _: str) -> None:
     table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
     for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
         template = settings.chat_template or ("GGUF" if member.chat_template else "plain")
-        table.add_row(member.name, f"{settings.weight:.3f}", member.description, str(member.n_ctx), template)
+        model = printable(f"{member.description}, {member.parameters / 1e6:,.0f} M parameters")
+        table.add_row(member.name, f"{settings.weight:.3f}", model, str(member.n_ctx), template)
     session.notes.print(table)
 
 
@@ -131,9 +130,10 @@ def _save(session: Session, name: str) -> None:
     path = _file(name, "/save")
     text = json.dumps(session.chat.as_dict(), ensure_ascii=False, indent=1) + "\n"
     try:
-        _write_whole(path, text)
-    except OSError as error:
-        raise InputError(f"/save: {path}: {error.strerror}") from None
+        path.with_name(f"{path.name}.new").write_text(text, "utf-8")
+        path.with_name(f"{path.name}.new").replace(path)  # a failure leaves the old file as it was
+    except (OSError, ValueError) as error:
+        raise InputError(f"/save: {path}: {_reason(error)}") from None
     session.note(f"Saved {len(session.chat.messages)} messages to {path}.")
 
 
@@ -141,29 +141,22 @@ def _load(session: Session, name: str) -> None:
     path = _file(name, "/load")
     try:
         session.chat.restore(json.loads(path.read_text("utf-8")))
-    except OSError as error:
-        raise InputError(f"/load: {path}: {error.strerror}") from None
-    except (ValueError, InputError) as error:
-        raise InputError(f"/load: {path}: {error}") from None
+    except (OSError, ValueError, RecursionError, InputError) as error:
+        raise InputError(f"/load: {path}: {_reason(error)}") from None
     session.note(f"Loaded {len(session.chat.messages)} messages from {path}.")
 
 
 def _file(name: str, command: str) -> Path:
     if not name:
         raise InputError(f"{command}: the name of a file is missing")
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{command}: {name}: {error}") from None
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Replace a file in one go, so that a failure leaves the old one as it was."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-        try:
-            file.write(text)
-            file.close()
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
+def _reason(error: Exception) -> str:
+    return str(error.strerror) if isinstance(error, OSError) else str(error)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {

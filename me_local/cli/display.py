@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
+import click
 from rich.console import Console
 from rich.text import Text
 
@@ -19,10 +20,16 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def make_console(*, no_color: bool = False, stderr: bool = False) -> Console:
     """A console without any escape sequence where colours are off, unwanted (NO_COLOR) or not understood."""
-    terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    plain = no_color or bool(os.environ.get("NO_COLOR")) or not terminal
+    stream = sys.stderr if stderr else sys.stdout
+    plain = no_color or bool(os.environ.get("NO_COLOR")) or not stream.isatty()
     colours: Literal["auto"] | None = None if plain else "auto"
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, color_system=colours)
+    # Bound to the stream as it is now: while a model loads, sys.stderr is another one.
+    return Console(file=stream, highlight=False, markup=False, emoji=False, color_system=colours)
+
+
+def printable(text: str) -> str:
+    """The text without what would move a terminal's cursor or change its state."""
+    return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 class Painter:
@@ -33,11 +40,13 @@ class Painter:
         self.colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
     def write(self, text: str, member: str) -> None:
-        """Show what a member wrote, at once."""
+        """Show what a member wrote, at once and, off a terminal, byte for byte."""
         if self.console.is_terminal:
-            text = _CONTROLS.sub("\ufffd", text)
-        if text:
-            self.console.print(Text(text, style=self.colours[member]), end="", soft_wrap=True)
+            text = printable(text)
+        if text and self.console.color_system:
+            text = click.style(text, fg=self.colours[member])
+        self.console.file.write(text)
+        self.console.file.flush()
 
     def end(self) -> None:
         """End the line of a reply."""

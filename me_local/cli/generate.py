@@ -114,7 +114,9 @@ def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int
         raise InputError(f"{source}: cannot be read: {error.strerror}") from None
     if not jobs:
         raise InputError(f"{source}: it has no line with a prompt")
-    if output.is_file() and not resume:
+    if output.exists() and output.samefile(source):
+        raise InputError(f"{output}: --output is the same file as --input")
+    if output.is_file() and output.stat().st_size and not resume:
         raise InputError(f"{output}: it exists already; continue it with --resume, or give another --output")
     done = finished_ids(output)
     todo = [job for job in jobs if job.id not in done]

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from me_local.cli.display import make_console
+from me_local.cli.display import make_console, printable
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
 from me_local.inspection import MemberReport, PairReport, compare, inspect_member
@@ -67,7 +67,7 @@ def _member_table(member: MemberReport) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in _rows(member):
-        table.add_row(f"  {label}", _printable(value))
+        table.add_row(f"  {label}", printable(value))
     return table
 
 
@@ -109,8 +109,3 @@ def _warning(pair: PairReport) -> str:
 
 def _size(count: int | None) -> str:
     return "-" if count is None else decimal(count)
-
-
-def _printable(text: str) -> str:
-    """The text without what would move the cursor: a file may name its tokens as it likes."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)

@@ -8,6 +8,7 @@ import click
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from me_local.cli.display import make_console
+from me_local.cli.interrupt import leaves_at_once
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.ensemble import Ensemble
 
@@ -68,7 +69,10 @@ def load(config: Config, *, no_color: bool = False) -> Ensemble:
     """Load an ensemble while stderr, if it is a terminal, shows which member is being loaded."""
     console = make_console(no_color=no_color, stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with (
+        leaves_at_once(console),
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+    ):
         count = len(config.members)
         tasks: list[Any] = []
 
