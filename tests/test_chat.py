@@ -139,3 +139,27 @@ def test_settings_that_cannot_be(open_ensemble: OpenEnsemble) -> None:
     with pytest.raises(ConfigError, match="argmax"):
         chat.set(Overrides(decode="argmax"))
     assert chat.config.decode == "sample"
+
+
+def test_a_full_context_is_not_evaluated_again_in_each_turn(open_ensemble: OpenEnsemble) -> None:
+    chat = Chat(open_ensemble("bpe_c", "spm"))
+    chat.set(Overrides(max_tokens=10, seed=5, strategy="ce"))
+    changes = 0
+    for turn in range(30):
+        before = chat.dropped
+        chat.say(f"turn {turn} the cat sat on the mat").finish()
+        changes += chat.dropped != before
+    assert chat.dropped > 20
+    # Each time half of the context is freed, which lasts for several turns.
+    assert changes <= 8
+
+
+def test_a_restored_chat_leaves_the_members_own_system_messages(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm", member='system = "own"')
+    chat = Chat(ensemble)
+    chat.set(Overrides(max_tokens=3, seed=1))
+    chat.say("Hello").finish()
+    chat.restore(chat.as_dict())
+    assert [member.system for member in chat.config.members] == ["own", "own"]
+    with pytest.raises(InputError, match='it belongs into "system"'):
+        chat.restore({"messages": [{"role": "system", "content": "x"}]})

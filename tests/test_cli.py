@@ -272,3 +272,46 @@ def test_the_log_of_llama_cpp_comes_with_v(run: Run, write_models: WriteModels) 
     arguments = ["generate", "--models", str(write_models("bpe_a")), "x", "--max-tokens", "1"]
     assert "llama_model_loader" not in CliRunner().invoke(main, arguments).stderr
     assert "INFO llama_model_loader" in CliRunner().invoke(main, ["-v", *arguments]).stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"precious notes, one line", b"notes\n", b'{"id": 1}\nnotes', b'{"prompt": "x"}\n']
+)
+def test_resuming_leaves_a_file_alone_that_is_not_its_own(run: Run, tmp_path: Path, content: bytes) -> None:
+    source, output = jsonl(tmp_path / "in.jsonl", {"prompt": "x"}), tmp_path / "notes.txt"
+    output.write_bytes(content)
+    one_line(run("generate", "--input", source, "--output", output, "--resume"), 2, "not a record of an earlier run")
+    assert output.read_bytes() == content
+
+
+def test_the_prompts_are_never_overwritten(run: Run, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", {"prompt": "x"})
+    before = source.read_bytes()
+    one_line(run("generate", "--input", source, "--output", source, "--resume"), 2, "the same file as --input")
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1/0 }}", "{{ messages[0].content + 1 }}", "{{ range(9999999) }}", "{{ strftime_now(3) }}", '{% include "x" %}']
+    + ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ namespace()|tojson }}", ""],
+)
+def test_a_template_that_fails_is_one_line(run: Run, write_models: WriteModels, tmp_path: Path, template: str) -> None:
+    (tmp_path / "own.jinja").write_text(template)
+    models = write_models("bpe_a", member='chat_template = "./own.jinja"')
+    one_line(run("generate", "x", "--max-tokens", 1, models=models), 2)
+
+
+def test_a_saved_chat_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    for command in (f"/load {deep}", "/save ~nobody-here/x", f"/save {tmp_path}/no/x", "/save", "/load"):
+        one_line(run("chat", stdin=command + "\n"), 2, command.split()[0])
+
+
+def test_replies_reach_a_pipe_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    from me_local.cli.display import Painter, make_console, printable
+
+    Painter(make_console(), ["a"]).write("a\tb\r\nc\x07", "a")
+    assert capsys.readouterr().out == "a\tb\r\nc\x07"
+    assert printable("a\tb\r\nc\x1b[31m") == "a\tb\nc\ufffd[31m"

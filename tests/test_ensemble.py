@@ -209,3 +209,62 @@ def test_a_member_that_fails_to_load_frees_the_others(write_models: WriteModels,
     path.write_text(path.read_text() + '\n[[members]]\nname = "gone"\npath = "gone.gguf"\n')
     with pytest.raises(LoadError, match=rf'member "gone": {tmp_path}/gone\.gguf: there is no such file'):
         me_local.load(path)
+
+
+def test_a_closed_ensemble_says_so(write_models: WriteModels) -> None:
+    with me_local.load(write_models("bpe_a", "spm")) as ensemble:
+        stream = ensemble.stream("Hello", Overrides(seed=1))
+        next(stream)
+    with pytest.raises(RunError, match="closed"):
+        stream.finish()
+    for raw in (True, False):
+        with pytest.raises(RunError, match="the ensemble is closed"):
+            ensemble.generate("Hello", raw=raw)
+    ensemble.close()
+
+
+def test_a_member_without_weight_need_not_fit(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_c", "spm")
+    ensemble.members[1].n_ctx = 20
+    prompt = "the cat sat on the mat and more"
+    with pytest.raises(InputError, match='for member "spm"'):
+        ensemble.generate(prompt)
+    reply = ensemble.generate(prompt, Overrides(weights={"spm": 0}, max_tokens=3, seed=1))
+    assert len(reply.steps) == 3
+
+
+def test_a_reply_does_not_depend_on_what_was_asked_before(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    settings = Overrides(seed=1, max_tokens=5, strategy="ce")
+    fresh = ensemble.generate("the cat sat", settings)
+    ensemble.generate("the cat sat on the mat", settings)
+    again = ensemble.generate("the cat sat", settings)
+    # A longer prompt was evaluated in between: its beginning is not used for this one.
+    assert [u.prompt_evaluated for u in again.usage] == [u.prompt_evaluated for u in fresh.usage]
+    assert again.text == fresh.text
+    assert [u.prompt_evaluated for u in ensemble.generate("the cat sat", settings).usage] == [1, 1]
+
+
+def test_a_router_or_an_alignment_that_fails_is_one_error(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+
+    def failing(*_: object) -> object:
+        raise KeyError("gate")
+
+    for part, message in (("router", "the router failed after 0 bytes"), ("alignment", 'member "')):
+        working = getattr(ensemble.engine, part)
+        setattr(ensemble.engine, part, failing)
+        with pytest.raises(RunError, match=message):
+            ensemble.generate("Hello")
+        setattr(ensemble.engine, part, working)
+
+
+@pytest.mark.parametrize("prompt", [None, ["x"], [{"role": "user", "content": "x"}]])
+def test_what_is_no_conversation(open_ensemble: OpenEnsemble, prompt: object) -> None:
+    with pytest.raises((InputError, TypeError)):
+        open_ensemble("bpe_a").generate(prompt)  # type: ignore[arg-type]
+
+
+def test_roles_that_are_none() -> None:
+    with pytest.raises(InputError, match="'tool'"):
+        Message("tool", "x")  # type: ignore[arg-type]

@@ -200,3 +200,28 @@ def test_a_tokenizer_file_of_another_model_is_refused(open_member: OpenMember, t
     path.write_text(json.dumps({"a": 1}))
     with pytest.raises(LoadError, match=r"not a tokenizer\.json"):
         open_member("bpe_a", tokenizer=path)
+
+
+def test_the_same_pieces_with_another_tokenizer_are_another_vocabulary(open_member: OpenMember, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    plain = open_member("bpe_a").vocabulary
+    Tokenizer(_byte_level(plain)).save(str(path))
+    assert not UnifiedVocabulary([plain, open_member("bpe_a", tokenizer=path).vocabulary]).same
+
+
+def test_a_tokenizer_file_does_not_cut_or_fill_texts(open_member: OpenMember, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer(_byte_level(open_member("bpe_a").vocabulary))
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=64)
+    tokenizer.save(str(path))
+    assert len(open_member("bpe_a", tokenizer=path).vocabulary.encode(b"abcdefghijklmnopqrst")) == 20
+
+
+def test_a_tokenizer_file_with_tokens_that_the_model_lacks_is_refused(open_member: OpenMember, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer(_byte_level(open_member("bpe_a").vocabulary))
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save(str(path))
+    with pytest.raises(LoadError, match=r'its token "one more" is not in the GGUF, which has 400 tokens'):
+        open_member("bpe_a", tokenizer=path)
