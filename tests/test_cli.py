@@ -293,8 +293,16 @@ def test_the_prompts_are_never_overwritten(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ 1/0 }}", "{{ messages[0].content + 1 }}", "{{ range(9999999) }}", "{{ strftime_now(3) }}", '{% include "x" %}']
-    + ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ namespace()|tojson }}", ""],
+    [
+        "{{ 1/0 }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ range(9999999) }}",
+        "{{ strftime_now(3) }}",
+        '{% include "x" %}',
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ namespace()|tojson }}",
+        "",
+    ],
 )
 def test_a_template_that_fails_is_one_line(run: Run, write_models: WriteModels, tmp_path: Path, template: str) -> None:
     (tmp_path / "own.jinja").write_text(template)
