@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models by name: bpe_a and bpe_b share a vocabulary, bpe_c and spm have their own."""
+    """The tiny models by name; `make_tiny_models` says what each is."""
     return make_tiny_models.make_all(tmp_path_factory.mktemp("tiny"))
 
 
