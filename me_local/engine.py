@@ -30,11 +30,14 @@ class Model(Protocol):
     n_ctx: int
     vocabulary: Vocabulary
 
-    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, alone: bool) -> Evaluated:
-        """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else."""
+    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else.
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool]) -> tuple[LogitArray, Evaluated]:
-        """Bring the member's cache to exactly `ids` and return the logits after them."""
+        The first `final` ids stay as they are in this reply.
+        """
+
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> tuple[LogitArray, Evaluated]:
+        """Bring the member's cache to exactly `ids` and return the logits after them; `final` as in `prepare`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +197,12 @@ class Generation:
     def _predict(self, member: int) -> Distribution:
         """The member's distribution over the next piece, after bringing it up to date."""
         model = self._engine.models[member]
-        ids = np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
+        prompt, context = self._request.prompts[member], self._contexts[member]
+        ids = np.concatenate([prompt, context.ids(self.text)])
+        final = len(prompt) + context.final
         if self.work[member].calls == 0:
-            self._prepare(member, ids)
-        logits, evaluated = model.sync(ids, self._interrupted)
+            self._prepare(member, ids, final)
+        logits, evaluated = model.sync(ids, self._interrupted, final=final)
         self._count(member, evaluated, len(ids))
         try:
             return self._engine.alignment(logits, self._engine.unified.numbers[member], self._request.sampling[member])
@@ -205,14 +210,14 @@ class Generation:
             log.debug("alignment failed", exc_info=True)
             raise RunError(f'member "{model.name}", after token {len(ids) - 1}: {error}') from None
 
-    def _prepare(self, member: int, ids: IntArray) -> None:
+    def _prepare(self, member: int, ids: IntArray, final: int) -> None:
         """Evaluate the prompt but for its last token, and drop what an earlier reply left behind it.
 
         Logits differ a little with the size of a batch. This way a seed gives the same reply when the prompt is
         evaluated and when it is found in the cache.
         """
-        prompt = ids[: self.given[member] - 1]
-        evaluated = self._engine.models[member].prepare(prompt, self._interrupted, alone=self._request.alone)
+        given, alone = ids[: self.given[member] - 1], self._request.alone
+        evaluated = self._engine.models[member].prepare(given, self._interrupted, final=final, alone=alone)
         self.work[member].prompt_tokens += evaluated.tokens
         self.work[member].prompt_seconds += evaluated.seconds
 

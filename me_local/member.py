@@ -21,6 +21,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from me_local.checkpoints import Checkpoint, Checkpoints
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError, RunError
 from me_local.vocabulary import IntArray, Vocabulary
@@ -30,6 +31,7 @@ log = logging.getLogger("me_local.llama_cpp")
 LogitArray = npt.NDArray[np.float32]
 
 _CONTEXT_STEP = 256  # llama.cpp pads contexts to a multiple of this
+_PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # of a state, only what cannot be cut back
 _DECODE_ERRORS = {
     1: "no room is left in its KV cache",
     2: "the evaluation was aborted",
@@ -90,37 +92,48 @@ class Member:
         self._mirror = np.empty(self._llama.n_ctx(), dtype=np.int32)
         self._length = 0
         self._alone = 0  # as many tokens, from the first, were evaluated in one go
+        self._checkpoints = Checkpoints() if self.memory in ("recurrent", "hybrid") else None
 
     def prepare(
-        self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, alone: bool = False
+        self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0, alone: bool = False
     ) -> Evaluated:
         """Make the cache hold exactly `ids`, int32 (tokens,), at most `n_ctx` of them; there are no logits then.
 
-        With `alone` they are evaluated in one go, or left as they are if that is how they came into the cache: a part
-        of them that another evaluation left there is not used, because numbers depend on how batches were cut.
-        Raises RunError when llama.cpp fails, EvaluationInterruptedError when `interrupted()` becomes true between
-        two batches.
+        The first `final` are known to stay as they are; this has no effect on what the cache holds, but a memory that
+        cannot be cut back gets a checkpoint there. With `alone` they are evaluated in one go, or left as they are if
+        that is how they came into the cache: a part of them that another evaluation left there is not used, because
+        numbers depend on how batches were cut. Raises RunError when llama.cpp fails, EvaluationInterruptedError when
+        `interrupted()` becomes true between two batches.
         """
         if alone and not (self._alone == len(ids) and np.array_equal(self._mirror[: self._alone], ids)):
             self.forget()
-        evaluated = self._extend(self._keep(ids, len(ids)), ids, interrupted)
-        if evaluated.tokens == len(ids):
+        started = time.perf_counter()
+        keep = self._cut(self._common(ids, len(ids)))
+        due = self._checkpoints.due_in_prompt(keep, final, len(ids)) if self._checkpoints else None
+        self._extend(ids, due, interrupted, prompt=True)
+        if alone or keep == 0:
             self._alone = len(ids)
-        return evaluated
+        return Evaluated(len(ids) - keep, time.perf_counter() - started)
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False) -> tuple[LogitArray, Evaluated]:
+    def sync(
+        self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0
+    ) -> tuple[LogitArray, Evaluated]:
         """Make the cache hold exactly `ids`, at least one of them, and return the logits after them.
 
         The last id is always evaluated. The logits, float32 (vocabulary,), are a view that the next evaluation
-        overwrites. Raises like `prepare`.
+        overwrites. `final` and what it raises are as in `prepare`.
         """
-        evaluated = self._extend(self._keep(ids, len(ids) - 1), ids, interrupted)
-        return self._logits(), evaluated
+        started = time.perf_counter()
+        common = self._common(ids, len(ids) - 1)
+        keep = self._cut(common)
+        due = self._checkpoints.due_in_text(keep, common, final, len(ids)) if self._checkpoints else None
+        self._extend(ids, due, interrupted, prompt=False)
+        return self._logits(), Evaluated(len(ids) - keep, time.perf_counter() - started)
 
     def forget(self) -> None:
         """Empty the KV cache."""
+        self._shorten(0)
         llama_cpp.llama_memory_clear(self._memory, True)
-        self._llama.n_tokens = self._length = self._alone = 0
 
     def close(self) -> None:
         """Free the model and its context; whatever is asked of the member then raises RunError."""
@@ -135,31 +148,59 @@ class Member:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _keep(self, ids: IntArray, most: int) -> int:
-        """Shorten the cache to its common prefix with `ids`, of at most `most` tokens, and return its length.
-
-        Recurrent and hybrid models refuse to drop a part of their memory: they start again from zero.
-        """
+    def _common(self, ids: IntArray, most: int) -> int:
+        """The length of the prefix that the cache has in common with `ids`, at most `most`."""
         if self._closed:
             raise RunError(f'member "{self.name}": the ensemble is closed')
         limit = min(self._length, most)
         different = np.flatnonzero(self._mirror[:limit] != ids[:limit])
-        keep = int(different[0]) if len(different) else limit
-        # Also where nothing is to be dropped: an interrupted evaluation may have left cells beyond the mirror.
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, keep, -1):
-            self.forget()
-            return 0
-        self._llama.n_tokens = self._length = keep
-        self._alone = self._alone if self._alone <= keep else 0
-        return keep
+        return int(different[0]) if len(different) else limit
 
-    def _extend(self, keep: int, ids: IntArray, interrupted: Callable[[], bool]) -> Evaluated:
-        started = time.perf_counter()
-        for start in range(keep, len(ids), self._llama.n_batch):
+    def _cut(self, length: int) -> int:
+        """Shorten the cache to `length` tokens and return how many it holds then.
+
+        Recurrent and hybrid models refuse to drop a part of their memory: they go back to a checkpoint, or to zero.
+        """
+        # The mirror goes first: one that is short of the cache is mended here, one beyond it would go unnoticed.
+        self._shorten(length)
+        # Also where nothing is to be dropped: an interrupted evaluation may have left cells beyond the mirror.
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
+            self._restore()
+        return self._length
+
+    def _shorten(self, length: int) -> None:
+        self._llama.n_tokens = self._length = length
+        self._alone = self._alone if self._alone <= length else 0
+        if self._checkpoints:
+            self._checkpoints.cut(length)
+
+    def _restore(self) -> None:
+        """Go back to the newest checkpoint, like llama.cpp's server (tools/server/server-context.cpp), or to zero."""
+        newest = self._checkpoints.newest if self._checkpoints else None
+        if newest:
+            self._shorten(newest.length)
+            data, size = _bytes(newest.state), newest.state.size
+            read = llama_cpp.llama_state_seq_set_data_ext(self._llama.ctx, data, size, 0, _PARTIAL)
+            # The recurrent part no longer stands behind this position, so a hybrid drops its attention's cells there.
+            if read == size and llama_cpp.llama_memory_seq_rm(self._memory, 0, newest.length, -1):
+                return
+        self.forget()
+
+    def _extend(self, ids: IntArray, due: int | None, interrupted: Callable[[], bool], *, prompt: bool) -> None:
+        """Evaluate what the cache lacks of `ids`, with a checkpoint after `due` of them."""
+        if self._checkpoints and due:
+            self._evaluate_to(due, ids, interrupted)
+            size = llama_cpp.llama_state_seq_get_size_ext(self._llama.ctx, 0, _PARTIAL)
+            state = np.empty(size, dtype=np.uint8)
+            if llama_cpp.llama_state_seq_get_data_ext(self._llama.ctx, _bytes(state), size, 0, _PARTIAL) == size:
+                self._checkpoints.add(Checkpoint(due, state), prompt=prompt)
+        self._evaluate_to(len(ids), ids, interrupted)
+
+    def _evaluate_to(self, end: int, ids: IntArray, interrupted: Callable[[], bool]) -> None:
+        for start in range(self._length, end, self._llama.n_batch):
             if interrupted():
                 raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {start} of {len(ids)}')
-            self._evaluate(ids[start : start + self._llama.n_batch])
-        return Evaluated(len(ids) - keep, time.perf_counter() - started)
+            self._evaluate(ids[start : min(end, start + self._llama.n_batch)])
 
     def _evaluate(self, ids: IntArray) -> None:
         start, end = self._length, self._length + len(ids)
@@ -293,6 +334,10 @@ def _memory_kind(model: llama_cpp.llama_model_p) -> str:
         return "recurrent"
     window = llama_cpp.llama_model_n_swa(model)
     return f"sliding window {window}" if window > 0 else "full"
+
+
+def _bytes(state: npt.NDArray[np.uint8]) -> Any:
+    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 def _decode_error(error: RuntimeError) -> str:

@@ -202,6 +202,11 @@ class TokenizedText:
         self._seam = 0  # bytes in front of the last seam
         self._seen = 0  # bytes tokenised so far
 
+    @property
+    def final(self) -> int:
+        """How many ids, from the first, no longer change when the text grows."""
+        return self._final
+
     def ids(self, text: bytes) -> IntArray:
         """Ids of `text`, which starts with the text of the call before: int32 view, shape (tokens,)."""
         if len(text) != self._seen:
@@ -238,6 +243,11 @@ class SampledText:
         self._ids = np.empty(max(1024, 2 * len(ids)), dtype=np.int32)
         self._ids[: len(ids)] = ids
         self._length = len(ids)
+
+    @property
+    def final(self) -> int:
+        """How many ids no longer change when the text grows: all of them."""
+        return self._length
 
     def append(self, token: int) -> None:
         """Add one sampled id."""
