@@ -27,6 +27,7 @@ END = 0
 """The number of the end of generation in every unified vocabulary."""
 
 _SEAM = re.compile(rb"[A-Za-z0-9](?= )")
+_WORD = 32  # bytes
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 _USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -75,6 +76,8 @@ class Vocabulary:
         self._read_control_tokens()
         self.markup = self._find_markup((llama_cpp.llama_model_chat_template(model, None) or b"").decode())
         self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
+        # Between two seams stands a word or two, and words come back.
+        self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
         self._tokenizer = (_pre_tokenizer(model), _digest(tokenizer))
         self._byte_ids = self._find_byte_ids()
         self.has_seams = _SEAM.search(b"\n".join(self.pieces)) is None
@@ -103,7 +106,8 @@ class Vocabulary:
             elif at_start and not ids:
                 ids += self._encode(run)
             else:
-                ids += self._encode(self._anchor + run)[self._anchor_length :]
+                encode = self._encode_word if len(run) <= _WORD else self._encode
+                ids += encode(self._anchor + run)[self._anchor_length :]
         return ids
 
     def can_write(self, strays: frozenset[int]) -> bool:
@@ -117,7 +121,7 @@ class Vocabulary:
 
     def close(self) -> None:
         """Note that the model is gone: from now on `encode` raises RunError."""
-        self._encode = _closed
+        self._encode = self._encode_word = _closed
 
     def _first_id(self) -> int | None:
         bos: int = llama_cpp.llama_vocab_bos(self._pointer)
