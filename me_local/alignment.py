@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from me_local.config import Sampling
+from me_local.vocabulary import IntArray
 
 FloatArray = npt.NDArray[np.float64]
 LogitArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int32]
 
 _BLOCK = 64
 

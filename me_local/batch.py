@@ -26,7 +26,6 @@ class Job:
     """One line of the input: a prompt or a conversation with its settings, or the reason why it is none."""
 
     id: str | int
-    line: int
     prompt: str | tuple[Message, ...] = ""
     overrides: Overrides = field(default_factory=Overrides)
     error: str | None = None
@@ -40,7 +39,7 @@ def read_jobs(source: IO[bytes], name: str) -> Iterator[Job]:
             continue
         job = _parse(line, number, f"{name}, line {number}")
         if job.id in seen:
-            job = Job(job.id, number, error=f"{name}, line {number}: the id {job.id!r} stands on an earlier line too")
+            job = Job(job.id, error=f"{name}, line {number}: the id {job.id!r} stands on an earlier line too")
         seen.add(job.id)
         yield job
 
@@ -90,9 +89,9 @@ def _parse(line: bytes, number: int, where: str) -> Job:
         if isinstance(given, bool) or not isinstance(given, str | int):
             raise InputError(f"{where}: id: must be a text or an integer, got {json.dumps(given)}")
         id_ = given
-        return Job(id_, number, _prompt(record, where), _overrides(record, where))
+        return Job(id_, _prompt(record, where), _overrides(record, where))
     except InputError as error:
-        return Job(id_, number, error=str(error))
+        return Job(id_, error=str(error))
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

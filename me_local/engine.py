@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from me_local.alignment import Alignment, Distribution, FloatArray, argmax, mix, pick, sample
+from me_local.alignment import Alignment, Distribution, FloatArray, LogitArray, argmax, mix, pick, sample
 from me_local.config import Sampling, Strategy
 from me_local.errors import RunError
-from me_local.member import Evaluated, LogitArray
+from me_local.member import Evaluated
 from me_local.routing import Router, route
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
 

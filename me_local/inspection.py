@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from me_local.config import MemberConfig
-from me_local.member import Member
+from me_local.member import Member, padded_context
 from me_local.vocabulary import Vocabulary
 
 RISKY_AGREEMENT = 0.6
@@ -78,7 +78,6 @@ _BLOCKS = {  # bytes and elements of a block, as in ggml's ggml-common.h
     "q4_0": (18, 32),
     "iq4_nl": (18, 32),
 }
-_CONTEXT_STEP = 256  # llama.cpp pads contexts to a multiple of this
 _LARGEST_BATCH = 512  # tokens that go through a model at once
 # Where one of these is set, layers differ, share a cache or hold something else than keys and values.
 _IRREGULAR = re.compile(r"\.attention\.(key_length_(mla|swa)|value_length_(mla|swa)|shared_kv_layers|indexer\..*)\Z")
@@ -190,7 +189,7 @@ def quantisation(description: str) -> str:
 
 def allocated_context(wanted: int, trained: int) -> int:
     """The number of tokens that llama.cpp makes room for; `wanted` is n_ctx, 0 for the trained length."""
-    return -(-(wanted or trained) // _CONTEXT_STEP) * _CONTEXT_STEP
+    return padded_context(wanted or trained)
 
 
 def kv_cache_bytes(metadata: dict[str, str], memory: str, config: MemberConfig, cells: int) -> int | None:

@@ -223,6 +223,11 @@ def supports_gpu() -> bool:
     return bool(llama_cpp.llama_supports_gpu_offload())
 
 
+def padded_context(tokens: int) -> int:
+    """The size of the context, in tokens, that llama.cpp makes of a wanted one."""
+    return -(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP
+
+
 def usable_cores() -> int:
     """The processors that this process may use: affinity, and the quota of its control group."""
     cores = len(os.sched_getaffinity(0))
@@ -302,7 +307,7 @@ def _load(config: MemberConfig, path: Path) -> llama_cpp.Llama:
 def _settings(config: MemberConfig) -> dict[str, Any]:
     threads = config.n_threads or usable_cores()
     return {
-        "n_ctx": -(-config.n_ctx // _CONTEXT_STEP) * _CONTEXT_STEP,
+        "n_ctx": padded_context(config.n_ctx),
         "n_batch": config.n_batch,
         "n_threads": threads,
         "n_threads_batch": threads,
