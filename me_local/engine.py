@@ -160,6 +160,14 @@ class Generation:
         """Head and reply so far."""
         return self._text.whole
 
+    def ids(self, member: int) -> IntArray:
+        """A member's context: its prompt and the canonical ids of the text, int32 (tokens,)."""
+        return np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
+
+    def mixture(self) -> Distribution:
+        """The ensemble's distribution over the next piece, from which CE samples. Raises what `step` raises."""
+        return self._mixture(self._weights())[0]
+
     def step(self) -> Draw | None:
         """Sample the next piece and append it to the text; None when a member's context has no room for the text.
 
@@ -183,23 +191,26 @@ class Generation:
         return Draw(number, self._engine.unified.pieces[number], member, probability, shares)
 
     def _step_ce(self, weights: FloatArray) -> Draw:
-        members = np.flatnonzero(weights)
-        distributions = [self._predict(int(i)) for i in members]
-        mixture = mix(distributions, weights[members].tolist())
+        mixture, distributions = self._mixture(weights)
         uniform = self._piece_random.random()
         number, probability = argmax(mixture) if self._request.argmax else sample(mixture, uniform)
         parts = np.zeros(len(weights))
-        parts[members] = [w * d.of(number) for w, d in zip(weights[members], distributions, strict=True)]
+        for member, distribution in distributions.items():
+            parts[member] = weights[member] * distribution.of(number)
         parts /= parts.sum()
         piece = self._engine.unified.pieces[number]
         return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()))
 
+    def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
+        """The mixture, and the distribution of each member with a weight above 0."""
+        distributions = {int(i): self._predict(int(i)) for i in np.flatnonzero(weights)}
+        return mix(list(distributions.values()), [weights[i] for i in distributions]), distributions
+
     def _predict(self, member: int) -> Distribution:
         """The member's distribution over the next piece, after bringing it up to date."""
         model = self._engine.models[member]
-        prompt, context = self._request.prompts[member], self._contexts[member]
-        ids = np.concatenate([prompt, context.ids(self.text)])
-        final = len(prompt) + context.final
+        ids = self.ids(member)
+        final = len(self._request.prompts[member]) + self._contexts[member].final
         if self.work[member].calls == 0:
             self._prepare(member, ids, final)
         logits, evaluated = model.sync(ids, self._interrupted, final=final)

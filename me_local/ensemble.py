@@ -61,7 +61,7 @@ class Ensemble:
         """
         config = override(self.config, overrides or Overrides())
         if raw:
-            head, prompts = self._raw_prompts(prompt, config)
+            head, prompts = self.raw_prompts(prompt, config)
             return self.start(config, prompts, head, alone=True)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
@@ -86,6 +86,18 @@ class Ensemble:
         opened = [[Message("system", system), *messages] if system else messages for system in systems]
         return tuple(writer.prompt(turns) for writer, turns in zip(self.writers, opened, strict=True))
 
+    def raw_prompts(self, prompt: str | Sequence[Message], config: Config) -> tuple[bytes, tuple[IntArray, ...]]:
+        """The bytes to complete, and each member's ids in front of them."""
+        if not isinstance(prompt, str):
+            raise InputError("a raw completion takes a text, not a conversation")
+        if not prompt:
+            raise InputError("the prompt is empty: there is nothing to complete")
+        head = Message("user", prompt).content.encode()
+        prompts = tuple(writer.raw_prompt() for writer in self.writers)
+        heads = [member.vocabulary.encode(head, at_start=True) for member in self.members]
+        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
+        return head, prompts
+
     def writing(self, config: Config) -> tuple[bool, ...]:
         """Which members may write at all: not those without weight, unless a router may give them some."""
         return tuple(member.weight > 0 or config.router != "constant" for member in config.members)
@@ -106,16 +118,7 @@ class Ensemble:
     ) -> ReplyStream:
         """A reply after these prompts; `head` is the beginning of a raw completion, `alone` as in `Request`."""
         cancelled = threading.Event()
-        request = Request(
-            prompts=prompts,
-            weights=np.array([member.weight for member in config.members]),
-            sampling=tuple(member.sampling for member in config.members),
-            strategy=config.strategy,
-            argmax=config.decode == "argmax",
-            seed=secrets.randbits(32) if config.seed is None else config.seed,
-            head=head,
-            alone=alone,
-        )
+        request = make_request(config, prompts, head, alone=alone)
         return ReplyStream(
             Generation(self.engine, request, cancelled.is_set),
             request,
@@ -139,18 +142,6 @@ class Ensemble:
         plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
         return PLAIN_STOPS if plain else ()
 
-    def _raw_prompts(self, prompt: str | Sequence[Message], config: Config) -> tuple[bytes, tuple[IntArray, ...]]:
-        """The bytes to complete, and each member's ids in front of them."""
-        if not isinstance(prompt, str):
-            raise InputError("a raw completion takes a text, not a conversation")
-        if not prompt:
-            raise InputError("the prompt is empty: there is nothing to complete")
-        head = Message("user", prompt).content.encode()
-        prompts = tuple(writer.raw_prompt() for writer in self.writers)
-        heads = [member.vocabulary.encode(head, at_start=True) for member in self.members]
-        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
-        return head, prompts
-
     def _load(self, stack: ExitStack, config: MemberConfig, on_load: OnLoad) -> Member:
         on_load(config)
         member = stack.enter_context(Member(config))
@@ -172,6 +163,20 @@ class Ensemble:
                 f'"{PLAIN_STOPS[0].strip()}" at the start of a line ends a reply'
             )
         return PromptWriter(member.vocabulary, render)
+
+
+def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False) -> Request:
+    """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
+    return Request(
+        prompts=prompts,
+        weights=np.array([member.weight for member in config.members]),
+        sampling=tuple(member.sampling for member in config.members),
+        strategy=config.strategy,
+        argmax=config.decode == "argmax",
+        seed=secrets.randbits(32) if config.seed is None else config.seed,
+        head=head,
+        alone=alone,
+    )
 
 
 def load(path: str | Path = "models.toml", overrides: Overrides | None = None) -> Ensemble:
