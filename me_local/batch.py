@@ -15,6 +15,7 @@ from me_local.chat import parse_messages
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError, MeLocalError
+from me_local.jsonl import parse_object
 from me_local.templates import Message
 
 _RECORD_START = b'{"id": '
@@ -95,14 +96,7 @@ def _parse(line: bytes, number: int, where: str) -> Job:
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: must be an object")
+    record = parse_object(line, where)
     unknown = [key for key in record if key not in _KEYS]
     if unknown:
         raise InputError(f'{where}: unknown key "{unknown[0]}"; there are {", ".join(_KEYS)}')
