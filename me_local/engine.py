@@ -7,6 +7,7 @@ probability under both. Knows nothing of files, of chat, or of when a reply shou
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,8 +37,11 @@ class Model(Protocol):
         The first `final` ids stay as they are in this reply.
         """
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> tuple[LogitArray, Evaluated]:
-        """Bring the member's cache to exactly `ids` and return the logits after them; `final` as in `prepare`."""
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; `final` as in `prepare`."""
+
+    def logits(self) -> LogitArray:
+        """The logits after the last `sync`, once they are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +217,21 @@ class Generation:
         final = len(self._request.prompts[member]) + self._contexts[member].final
         if self.work[member].calls == 0:
             self._prepare(member, ids, final)
-        logits, evaluated = model.sync(ids, self._interrupted, final=final)
+        evaluated = model.sync(ids, self._interrupted, final=final)
         self._count(member, evaluated, len(ids))
+        return self._align(member)
+
+    def _align(self, member: int) -> Distribution:
+        """The member's distribution over pieces, of the logits that it gave last."""
+        model, work = self._engine.models[member], self.work[member]
+        started = time.perf_counter()
+        logits = model.logits()
+        work.text_seconds += time.perf_counter() - started
         try:
             return self._engine.alignment(logits, self._engine.unified.numbers[member], self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)
-            raise RunError(f'member "{model.name}", after token {len(ids) - 1}: {error}') from None
+            raise RunError(f'member "{model.name}", after {len(self.text)} bytes of text: {error}') from None
 
     def _prepare(self, member: int, ids: IntArray, final: int) -> None:
         """Evaluate the prompt but for its last token, and drop what an earlier reply left behind it.

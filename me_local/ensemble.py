@@ -17,12 +17,13 @@ from me_local.alignment import Alignment
 from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
 from me_local.errors import ConfigError, InputError
-from me_local.member import Member, supports_gpu
+from me_local.member import Member
 from me_local.plugins import find
 from me_local.reply import Reply, ReplyStream
 from me_local.routing import Router
 from me_local.templates import PLAIN_STOPS, Message, PromptWriter, choose_render
 from me_local.vocabulary import IntArray
+from me_local.weights import Shelf, supports_gpu
 
 OnLoad = Callable[[MemberConfig], None]
 
@@ -40,7 +41,9 @@ class Ensemble:
         self._plain: list[bool] = []
         router: Router = _plugin(config, "router", config.router)
         alignment: Alignment = _plugin(config, "alignment", config.alignment)
+        self.shelf = Shelf()
         with ExitStack() as stack:
+            stack.callback(self.shelf.close)
             self.members = tuple(self._load(stack, member, on_load) for member in config.members)
             self.writers = tuple(self._writer(member) for member in self.members)
             self.engine = Engine(self.members, router, alignment)
@@ -144,7 +147,7 @@ class Ensemble:
 
     def _load(self, stack: ExitStack, config: MemberConfig, on_load: OnLoad) -> Member:
         on_load(config)
-        member = stack.enter_context(Member(config))
+        member = stack.enter_context(Member(config, self.shelf.weights(config)))
         if member.n_ctx < config.n_ctx:
             self.notices.append(f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained")
         if config.n_gpu_layers > 0 and not supports_gpu():
@@ -152,8 +155,9 @@ class Ensemble:
         return member
 
     def _writer(self, member: Member) -> PromptWriter:
+        weights = member.weights
         try:
-            render, plain = choose_render(member.config.chat_template, member.chat_template, member.token_texts)
+            render, plain = choose_render(member.config.chat_template, weights.chat_template, weights.token_texts)
         except ConfigError as error:
             raise ConfigError(f'{self.config.path}: member "{member.name}": {error}') from None
         self._plain.append(plain)

@@ -67,8 +67,6 @@ The budget rose from 1,204,500 to 3,250,075 euros (+169.8 %) between 2009-03-31 
 '''  # noqa: RUF001
 """English, German, code, numbers, a little Chinese and Japanese."""
 
-_LARGEST_BATCH = 512  # tokens that go through a model at once
-
 
 @dataclass(frozen=True, slots=True)
 class MemberReport:
@@ -88,7 +86,7 @@ class MemberReport:
     end_tokens: tuple[str, ...]
     weights_bytes: int
     kv_cache_bytes: int | None
-    working_bytes: int  # the logits of a batch, the largest of llama.cpp's buffers besides
+    working_bytes: int | None  # llama.cpp's buffers for a batch
     total_bytes: int | None
 
 
@@ -108,27 +106,28 @@ class PairReport:
 
 def inspect_member(member: Member) -> MemberReport:
     """Report on a loaded member."""
-    cells = allocated_context(member.config.n_ctx, member.trained_context)
-    kv_cache = kv_cache_bytes(member.metadata, member.memory, member.config, cells)
+    weights = member.weights
+    cells = allocated_context(member.config.n_ctx, weights.trained_context)
+    kv_cache = kv_cache_bytes(weights.metadata, weights.memory, member.config, cells)
     vocabulary = member.vocabulary
-    working = 4 * vocabulary.size * min(member.config.n_batch, _LARGEST_BATCH)
+    sizes = (weights.size, kv_cache, member.working_bytes)
     return MemberReport(
         name=member.name,
-        path=str(member.path),
-        architecture=member.metadata.get("general.architecture", "unknown"),
-        parameters=member.parameters,
-        quantisation=quantisation(member.description),
+        path=str(weights.path),
+        architecture=weights.metadata.get("general.architecture", "unknown"),
+        parameters=weights.parameters,
+        quantisation=quantisation(weights.description),
         context=member.n_ctx,
-        trained_context=member.trained_context,
-        memory=member.memory,
+        trained_context=weights.trained_context,
+        memory=weights.memory,
         vocabulary=vocabulary.kind,
         vocabulary_size=vocabulary.size,
-        template=member.config.chat_template or ("GGUF" if member.chat_template else "plain"),
+        template=member.config.chat_template or ("GGUF" if weights.chat_template else "plain"),
         end_tokens=tuple(vocabulary.text_of(token) for token in vocabulary.end_ids),
-        weights_bytes=member.size,
+        weights_bytes=weights.size,
         kv_cache_bytes=kv_cache,
-        working_bytes=working,
-        total_bytes=None if kv_cache is None else member.size + kv_cache + working,
+        working_bytes=member.working_bytes,
+        total_bytes=None if None in sizes else sum(size or 0 for size in sizes),
     )
 
 

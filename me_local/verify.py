@@ -113,21 +113,22 @@ class Report:
 
 
 class _Witness:
-    """A model that remembers the last ids it was synchronised with and the logits that it gave."""
+    """A model that remembers the last ids it was synchronised with."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.name, self.n_ctx, self.vocabulary = model.name, model.n_ctx, model.vocabulary
         self.ids: IntArray = np.empty(0, dtype=np.int32)
-        self.logits: LogitArray = np.empty(0, dtype=np.float32)
 
     def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
         return self.model.prepare(ids, interrupted, final=final, alone=alone)
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> tuple[LogitArray, Evaluated]:
-        logits, evaluated = self.model.sync(ids, interrupted, final=final)
-        self.ids, self.logits = ids, logits
-        return logits, evaluated
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+        self.ids = ids
+        return self.model.sync(ids, interrupted, final=final)
+
+    def logits(self) -> LogitArray:
+        return self.model.logits()
 
 
 def work(ensemble: Ensemble) -> int:
@@ -192,14 +193,15 @@ class _Verification:
 
     def _compare(self, member: int, number: int, step: int) -> None:
         witness = self._witnesses[member]
-        cached = self._prediction(member, witness.logits)
+        cached = self._prediction(member, witness.logits())
         distance = _distance(cached, self._fresh(member, witness.ids))
         self._distances[member].append((distance, number, step))
 
     def _fresh(self, member: int, ids: IntArray) -> FloatArray:
         reference = self._references[member]
         reference.forget()
-        return self._prediction(member, reference.sync(ids)[0])
+        reference.sync(ids)
+        return self._prediction(member, reference.logits())
 
     def _step_by_step(self, member: int, ids: IntArray, given: int) -> None:
         """Evaluate the reply's ids one by one; some of the predictions anew, in one pass."""
@@ -210,9 +212,9 @@ class _Verification:
         reference.prepare(ids[: given - 1])
         stepped = {}
         for length in lengths.tolist():
-            logits, _ = reference.sync(ids[:length])
+            reference.sync(ids[:length])
             if length in chosen:
-                stepped[length] = self._prediction(member, logits)
+                stepped[length] = self._prediction(member, reference.logits())
         for length, prediction in stepped.items():
             self._stepping[member].append(_distance(prediction, self._fresh(member, ids[:length])))
             self._advance()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import make_tiny_models
@@ -10,7 +10,9 @@ import pytest
 
 from me_local import Ensemble, load
 from me_local.config import MemberConfig
-from me_local.member import Member
+from me_local.member import LogitArray, Member
+from me_local.vocabulary import IntArray
+from me_local.weights import Weights
 
 ROOT = Path(__file__).parents[1]
 DEMO_FILES = [ROOT / "models" / name for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")]
@@ -62,6 +64,19 @@ def open_ensemble(write_models: WriteModels) -> Iterator[OpenEnsemble]:
         yield lambda *names, **kwargs: stack.enter_context(load(write_models(*names, **kwargs)))
 
 
+@contextmanager
+def lone_member(config: MemberConfig) -> Iterator[Member]:
+    """A member on weights of its own."""
+    with closing(Weights(config)) as weights, Member(config, weights) as member:
+        yield member
+
+
+def logits_of(member: Member, ids: IntArray) -> LogitArray:
+    """The logits after these ids."""
+    member.sync(ids)
+    return member.logits()
+
+
 @pytest.fixture
 def open_member(tiny: dict[str, Path]) -> Iterator[OpenMember]:
     """Loads a tiny model by name as a member of its own."""
@@ -69,6 +84,6 @@ def open_member(tiny: dict[str, Path]) -> Iterator[OpenMember]:
 
         def open_one(name: str, **settings: object) -> Member:
             values = {"n_ctx": 512, "n_threads": 1} | settings
-            return stack.enter_context(Member(MemberConfig(name=name, path=tiny[name], **values)))  # type: ignore[arg-type]
+            return stack.enter_context(lone_member(MemberConfig(name=name, path=tiny[name], **values)))  # type: ignore[arg-type]
 
         yield open_one

@@ -9,6 +9,7 @@ import numpy as np
 import pexpect
 import pytest
 from click.testing import CliRunner
+from conftest import logits_of
 from test_terminal import ask, spawn
 
 from me_local import Chat, Ensemble, Message, Overrides, load
@@ -77,11 +78,11 @@ def test_a_synced_cache_predicts_like_a_fresh_one(ensemble: Ensemble) -> None:
     ids = np.array(ensemble.members[1].vocabulary.encode(PROMPT.encode()) * 8, dtype=np.int32)
     member = ensemble.members[1]
     for length in (40, 43, 44, 50):
-        synced = softmax(member.sync(ids[:length])[0])
+        synced = softmax(logits_of(member, ids[:length]))
     member.forget()
-    fresh = softmax(member.sync(ids[:50])[0])
+    fresh = softmax(logits_of(member, ids[:50]))
     member.forget()
-    shifted = softmax(member.sync(ids[1:50])[0])
+    shifted = softmax(logits_of(member, ids[1:50]))
     assert np.abs(synced - fresh).sum() / 2 < 0.15
     assert np.abs(synced - fresh).sum() < np.abs(synced - shifted).sum()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+from conftest import logits_of
 from scipy import stats
 
 from me_local.alignment import FloatArray, LogitArray, top_k
@@ -60,7 +61,7 @@ def fresh_logits(member: Member, text: bytes) -> FloatArray:
     """The logits after a whole text in an empty cache, in one pass."""
     member.forget()
     ids = np.array(start(member) + member.vocabulary.encode(text, at_start=True), dtype=np.int32)
-    return member.sync(ids)[0].astype(np.float64)
+    return logits_of(member, ids).astype(np.float64)
 
 
 def reference(member: Member, text: bytes, sampling: Sampling) -> dict[bytes | None, float]:
@@ -293,5 +294,5 @@ def test_infinite_logits_name_the_member(open_member: OpenMember) -> None:
         logits[7] = np.inf
         return top_k(logits, numbers, sampling)
 
-    with pytest.raises(RunError, match=r'member "bpe_c", after token \d+: NaN or infinite'):
+    with pytest.raises(RunError, match=r'member "bpe_c", after 7 bytes of text: NaN or infinite'):
         generation([member], Engine([member], constant, broken)).step()  # type: ignore[arg-type]

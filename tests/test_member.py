@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import huggingface_hub
 import numpy as np
 import pytest
+from conftest import logits_of, lone_member
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from me_local.config import MemberConfig
 from me_local.errors import LoadError, RunError
 from me_local.member import EvaluationInterruptedError, Member, render_built_in
 from me_local.vocabulary import IntArray
+from me_local.weights import Weights
 
 OpenMember = Callable[..., Member]
 
@@ -24,13 +27,14 @@ def ids(*values: int) -> IntArray:
 def fresh(open_member: OpenMember, name: str, context: IntArray) -> np.ndarray:
     """The logits of a clean context that evaluates everything in one pass."""
     with open_member(name) as member:
-        return member.sync(context)[0].copy()
+        return logits_of(member, context).copy()
 
 
 def test_the_backlog_goes_in_at_once(open_member: OpenMember) -> None:
     member = open_member("bpe_a")
-    assert member.sync(ids(5, 6, 7))[1].tokens == 3
-    logits, evaluated = member.sync(ids(5, 6, 7, 8, 9))
+    assert member.sync(ids(5, 6, 7)).tokens == 3
+    evaluated = member.sync(ids(5, 6, 7, 8, 9))
+    logits = member.logits()
     assert evaluated.tokens == 2
     np.testing.assert_allclose(logits, fresh(open_member, "bpe_a", ids(5, 6, 7, 8, 9)), atol=1e-4)
 
@@ -38,15 +42,17 @@ def test_the_backlog_goes_in_at_once(open_member: OpenMember) -> None:
 def test_a_changed_tail_is_evaluated_again(open_member: OpenMember) -> None:
     member = open_member("spm")
     member.sync(ids(10, 11, 12, 13))
-    logits, evaluated = member.sync(ids(10, 11, 20))
+    evaluated = member.sync(ids(10, 11, 20))
+    logits = member.logits()
     assert evaluated.tokens == 1
     np.testing.assert_allclose(logits, fresh(open_member, "spm", ids(10, 11, 20)), atol=1e-4)
 
 
 def test_the_same_ids_again_evaluate_the_last_one(open_member: OpenMember) -> None:
     member = open_member("bpe_a")
-    first = member.sync(ids(5, 6, 7))[0].copy()
-    again, evaluated = member.sync(ids(5, 6, 7))
+    first = logits_of(member, ids(5, 6, 7)).copy()
+    evaluated = member.sync(ids(5, 6, 7))
+    again = member.logits()
     assert evaluated.tokens == 1
     np.testing.assert_allclose(again, first, atol=1e-4)
 
@@ -55,7 +61,7 @@ def test_prepare_cuts_what_is_longer(open_member: OpenMember) -> None:
     member = open_member("bpe_a")
     member.sync(ids(5, 6, 7, 8))
     assert member.prepare(ids(5, 6)).tokens == 0
-    assert member.sync(ids(5, 6, 7, 8))[1].tokens == 2
+    assert member.sync(ids(5, 6, 7, 8)).tokens == 2
 
 
 contexts = st.lists(st.integers(3, 40), min_size=1, max_size=30).map(lambda values: ids(*values))
@@ -71,22 +77,20 @@ def test_any_sequence_of_contexts_equals_fresh_evaluations(
             if fails:
                 _fail_in_the_middle(member, context)
             reference.forget()
-            expected = reference.sync(context)[0]
-            np.testing.assert_allclose(member.sync(context)[0], expected, atol=1e-4)
+            expected = logits_of(reference, context)
+            np.testing.assert_allclose(logits_of(member, context), expected, atol=1e-4)
 
 
 def _fail_in_the_middle(member: Member, context: IntArray) -> None:
     """An evaluation that decodes and then dies before the bookkeeping, as an interrupt can."""
-    decode = member._llama._ctx.decode
+    decode = member._decode
 
-    def dying(batch: object) -> None:
+    def dying(batch: IntArray) -> int:
         decode(batch)
         raise KeyboardInterrupt
 
-    member._llama._ctx.decode = dying
-    with pytest.raises(KeyboardInterrupt):
+    with patch.object(member, "_decode", dying), pytest.raises(KeyboardInterrupt):
         member.sync(np.concatenate([context, ids(3)]))
-    member._llama._ctx.decode = decode
 
 
 def test_an_interrupt_between_batches_leaves_the_mirror_right(open_member: OpenMember) -> None:
@@ -94,7 +98,8 @@ def test_an_interrupt_between_batches_leaves_the_mirror_right(open_member: OpenM
     answers = iter([False, True])
     with pytest.raises(EvaluationInterruptedError, match="stopped at token 4 of 10"):
         member.sync(ids(*range(5, 15)), lambda: next(answers))
-    logits, evaluated = member.sync(ids(*range(5, 15)))
+    evaluated = member.sync(ids(*range(5, 15)))
+    logits = member.logits()
     assert evaluated.tokens == 6
     np.testing.assert_allclose(logits, fresh(open_member, "bpe_a", ids(*range(5, 15))), atol=1e-4)
 
@@ -106,16 +111,10 @@ def test_an_interrupt_between_batches_leaves_the_mirror_right(open_member: OpenM
 def test_a_failed_decode_names_member_and_position(open_member: OpenMember, code: int, message: str) -> None:
     member = open_member("bpe_a")
     member.sync(ids(5, 6, 7))
-    decode = member._llama._ctx.decode
-
-    def failing(batch: object) -> None:
-        raise RuntimeError(f"llama_decode returned {code}")
-
-    member._llama._ctx.decode = failing
-    with pytest.raises(RunError, match=rf'member "bpe_a", tokens 3 to 4: .*{message}'):
+    failed = pytest.raises(RunError, match=rf'member "bpe_a", tokens 3 to 4: .*{message}')
+    with patch.object(member, "_decode", lambda _: code), failed:
         member.sync(ids(5, 6, 7, 8, 9))
-    member._llama._ctx.decode = decode
-    assert member.sync(ids(5, 6, 7, 8, 9))[1].tokens == 2
+    assert member.sync(ids(5, 6, 7, 8, 9)).tokens == 2
 
 
 def test_the_context_ends_where_the_training_did(open_member: OpenMember) -> None:
@@ -139,7 +138,7 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes | None, message
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(LoadError, match=message) as raised:
-        Member(MemberConfig(name="broken", path=path))
+        Weights(MemberConfig(name="broken", path=path))
     assert 'member "broken"' in str(raised.value)
     assert str(path) in str(raised.value)
 
@@ -150,12 +149,12 @@ def test_truncated_files(tiny: dict[str, Path], tmp_path: Path, part: float) -> 
     path = tmp_path / "cut.gguf"
     path.write_bytes(whole[: int(len(whole) * part)])
     with pytest.raises(LoadError, match=r'member "cut": .*cut\.gguf cannot be loaded: .'):
-        Member(MemberConfig(name="cut", path=path))
+        Weights(MemberConfig(name="cut", path=path))
 
 
 def test_a_folder_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="not a regular file"):
-        Member(MemberConfig(name="folder", path=tmp_path))
+        Weights(MemberConfig(name="folder", path=tmp_path))
 
 
 def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +165,7 @@ def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPat
         return str(tiny["bpe_a"])
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with Member(MemberConfig(name="hub", hf="owner/repo:model.gguf", n_ctx=256)) as member:
+    with lone_member(MemberConfig(name="hub", hf="owner/repo:model.gguf", n_ctx=256)) as member:
         assert member.vocabulary.size == 400
     assert asked == [("owner/repo", "model.gguf")]
 
@@ -175,7 +174,7 @@ def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(LoadError, match=r'hf = "owner/repo:model\.gguf" cannot be fetched: no connection$'):
-        Member(MemberConfig(name="hub", hf="owner/repo:model.gguf"))
+        Weights(MemberConfig(name="hub", hf="owner/repo:model.gguf"))
 
 
 def test_built_in_templates() -> None:

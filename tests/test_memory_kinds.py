@@ -7,6 +7,7 @@ from unittest.mock import patch
 import llama_cpp
 import numpy as np
 import pytest
+from conftest import logits_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -74,14 +75,14 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(back=st.integers(0, 20), new=tokens, final=finals)
     def die_after_a_decode(self, back: int, new: list[int], final: float) -> None:
         """An evaluation that decodes and then dies before the bookkeeping, as an interrupt can."""
-        decode = self.member._llama._ctx.decode
+        decode = self.member._decode
 
-        def dying(batch: object) -> None:
-            decode(batch)
+        def dying(ids: IntArray) -> int:
+            decode(ids)
             raise KeyboardInterrupt
 
         other = np.array(self.ids[: len(self.ids) - back] + new, dtype=np.int32)
-        with patch.object(self.member._llama._ctx, "decode", dying), pytest.raises(KeyboardInterrupt):
+        with patch.object(self.member, "_decode", dying), pytest.raises(KeyboardInterrupt):
             self.member.sync(other, final=int(final * len(other)))
 
     @rule(
@@ -115,8 +116,9 @@ class MemoryMachine(RuleBasedStateMachine):
     def check(self, final: float = 0.0) -> None:
         """`final` is a part of the ids, and no promise: a wrong one may cost time, but nothing else."""
         self.reference.forget()
-        expected = self.reference.sync(self.array())[0]
-        logits, evaluated = self.member.sync(self.array(), final=int(final * len(self.ids)))
+        expected = logits_of(self.reference, self.array())
+        evaluated = self.member.sync(self.array(), final=int(final * len(self.ids)))
+        logits = self.member.logits()
         np.testing.assert_allclose(logits, expected, atol=ATOL, rtol=0)
         assert 1 <= evaluated.tokens <= len(self.ids)
 
@@ -128,7 +130,7 @@ class MemoryMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("name", KINDS)
 def test_any_history_equals_a_fresh_evaluation(open_member: OpenMember, name: str) -> None:
     member, reference = open_member(name, n_batch=8, **SETTINGS), open_member(name, **SETTINGS)
-    assert member.memory == KINDS[name]
+    assert member.weights.memory == KINDS[name]
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: MemoryMachine(member, reference),
         settings=settings(max_examples=40, stateful_step_count=25, deadline=None),
@@ -142,10 +144,10 @@ def test_the_tolerance_is_tight(open_member: OpenMember, name: str) -> None:
     member = open_member(name, **SETTINGS)
     for _ in range(5):
         ids = random.integers(3, 340, 80, dtype=np.int32)
-        right = member.sync(ids)[0].copy()
+        right = logits_of(member, ids).copy()
         ids[30] = (ids[30] + 100) % 340
         member.forget()
-        assert np.abs(member.sync(ids)[0] - right).max() > 20 * ATOL
+        assert np.abs(logits_of(member, ids) - right).max() > 20 * ATOL
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -154,7 +156,7 @@ def test_a_long_way_back(open_member: OpenMember, name: str) -> None:
     member, reference = (open_member(name, n_ctx=2048, **SETTINGS) for _ in range(2))
     ids = np.random.default_rng(2).integers(3, 340, 1500, dtype=np.int32)
     member.sync(ids)
-    np.testing.assert_allclose(member.sync(ids[:600])[0], reference.sync(ids[:600])[0], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(logits_of(member, ids[:600]), logits_of(reference, ids[:600]), atol=ATOL, rtol=0)
 
 
 ENGLISH = (
@@ -177,11 +179,12 @@ def test_a_changed_tail_costs_a_few_tokens(open_member: OpenMember, name: str, t
     tokens = []
     for end in range(width, len(text.encode()) + 1, width):
         ids = np.concatenate([prompt, context.ids(text.encode()[:end])])
-        logits, evaluated = member.sync(ids, final=len(prompt) + context.final)
+        evaluated = member.sync(ids, final=len(prompt) + context.final)
+        logits = member.logits()
         tokens.append(evaluated.tokens)
         if end % (20 * width) == 0:
             reference.forget()
-            np.testing.assert_allclose(logits, reference.sync(ids)[0], atol=ATOL, rtol=0)
+            np.testing.assert_allclose(logits, logits_of(reference, ids), atol=ATOL, rtol=0)
     assert np.mean(tokens) < 6
     assert max(tokens) < 40
 
@@ -227,7 +230,7 @@ def test_another_reply_to_a_prompt_finds_it_evaluated(open_member: OpenMember, n
         member.sync(np.concatenate([prompt, reply[: end + 1]]), final=50 + end)
     for _ in range(2):
         assert member.prepare(prompt, final=50, alone=alone).tokens == 0
-        assert member.sync(np.append(prompt, 9).astype(np.int32), final=50)[1].tokens == 1
+        assert member.sync(np.append(prompt, 9).astype(np.int32), final=50).tokens == 1
 
 
 @pytest.mark.parametrize("function", ["set", "get"])
@@ -238,9 +241,10 @@ def test_a_checkpoint_that_fails_costs_time_and_nothing_else(open_member: OpenMe
     with patch.object(llama_cpp, f"llama_state_seq_{function}_data_ext", lambda *_: 0):
         member.prepare(ids[:40], final=40)
         member.sync(ids)
-        logits, evaluated = member.sync(other)
+        evaluated = member.sync(other)
+        logits = member.logits()
     assert evaluated.tokens == 50
-    np.testing.assert_allclose(logits, reference.sync(other)[0], atol=ATOL, rtol=0)
+    np.testing.assert_allclose(logits, logits_of(reference, other), atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["bpe_a", "swa"])
@@ -248,8 +252,8 @@ def test_a_memory_that_can_be_cut_has_no_checkpoints(
     open_member: OpenMember, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     member, sizes = open_member(name), []
-    evaluate = member._llama.eval
-    monkeypatch.setattr(member._llama, "eval", lambda ids: (sizes.append(len(ids)), evaluate(ids)))
+    decode = member._decode
+    monkeypatch.setattr(member, "_decode", lambda ids: sizes.append(len(ids)) or decode(ids))
     ids = np.arange(10, 60, dtype=np.int32)
     member.prepare(ids[:30], final=20)
     member.sync(ids, final=45)

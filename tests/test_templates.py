@@ -29,7 +29,7 @@ def user(*texts: str) -> list[Message]:
 
 
 def chatml(member: Member) -> PromptWriter:
-    return PromptWriter(member.vocabulary, jinja_render(member.chat_template or "", TOKENS, "test"))
+    return PromptWriter(member.vocabulary, jinja_render(member.weights.chat_template or "", TOKENS, "test"))
 
 
 def by_hand(member: Member, *parts: str) -> list[int]:

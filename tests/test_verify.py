@@ -40,7 +40,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Ensemble], Repo
     with ExitStack() as stack:
 
         def run(ensemble: Ensemble) -> Report:
-            references = [stack.enter_context(Member(member)) for member in ensemble.config.members]
+            references = [stack.enter_context(Member(m.config, m.weights)) for m in ensemble.members]
             return verify(ensemble, references, 0, lambda: None)
 
         yield run
@@ -85,15 +85,13 @@ def test_it_finds_a_temperature_after_mixing(
 
 
 def test_it_finds_a_backlog_that_is_off_by_one(faulty: Ensemble, check: Callable[[Ensemble], Report]) -> None:
-    def evaluate(self: Member, ids: IntArray) -> None:
-        start, end = self._length, self._length + len(ids)
+    def decode(self: Member, ids: IntArray) -> int:
+        start = self._length
         late = start > 0 and len(ids) > 1
-        self._llama.eval(np.concatenate([self._mirror[start - 1 : start], ids[:-1]]).tolist() if late else ids.tolist())
-        self._mirror[start:end] = ids
-        self._length = end
+        return Member._decode(self, np.concatenate([self._mirror[start - 1 : start], ids[:-1]]) if late else ids)
 
     for member in faulty.members:
-        member._evaluate = MethodType(evaluate, member)  # type: ignore[method-assign]
+        member._decode = MethodType(decode, member)  # type: ignore[method-assign]
     report = check(faulty)
     assert not all(fidelity.passed for fidelity in report.fidelity)
 

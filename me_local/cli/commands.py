@@ -106,8 +106,8 @@ def _strategy(session: Session, argument: str) -> None:
 def _members(session: Session, _: str) -> None:
     table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
     for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
-        template = settings.chat_template or ("GGUF" if member.chat_template else "plain")
-        model = printable(f"{member.description}, {member.parameters / 1e6:,.0f} M parameters")
+        template = settings.chat_template or ("GGUF" if member.weights.chat_template else "plain")
+        model = printable(f"{member.weights.description}, {member.weights.parameters / 1e6:,.0f} M parameters")
         table.add_row(member.name, f"{settings.weight:.3f}", model, str(member.n_ctx), template)
     session.notes.print(table)
 

@@ -33,12 +33,12 @@ canonical context  after each step, the ids of each member against its tokenizer
 def verify(models: Path, seed: int, as_json: bool) -> None:
     """Check that ME samples the distribution of CE, on these members. The status is 1 when a check fails.
 
-    Each member is loaded twice: the second context evaluates anew what the first has in its cache.
+    Each member gets a second context, which evaluates anew what the first has in its cache.
     """
     config = load_config(models)
     with load(config) as ensemble, ExitStack() as stack:
         with leaves_at_once(make_console(stderr=True)):
-            references = [stack.enter_context(Member(member)) for member in config.members]
+            references = [stack.enter_context(Member(member.config, member.weights)) for member in ensemble.members]
         report = _run(ensemble, references, seed)
     if as_json:
         click.echo(json.dumps(report.as_dict()))

@@ -1,0 +1,206 @@
+"""A GGUF model that is loaded: its tensors, its vocabulary and what its header says, shared by all its members.
+
+Members of one file have contexts of their own on one copy of the weights. Knows nothing of contexts or of text.
+"""
+
+import ctypes
+import logging
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+
+from me_local.config import MemberConfig
+from me_local.errors import LoadError, MeLocalError
+from me_local.vocabulary import Vocabulary
+
+log = logging.getLogger("me_local.llama_cpp")
+
+_ALL_LAYERS = 0x7FFFFFFF
+
+
+class Weights:
+    """One GGUF model in memory. `close` frees it, after the contexts of all its members.
+
+    `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
+    of its tokens: "full", "sliding window N", "recurrent" or "hybrid". Raises LoadError when the file cannot be loaded.
+    """
+
+    def __init__(self, config: MemberConfig) -> None:
+        self.path = checked_file(config)
+        self.pointer = _load(config, self.path)
+        try:
+            self._read(config.tokenizer)
+        except MeLocalError as error:
+            self.close()
+            raise LoadError(f'member "{config.name}": {self.path}: {error}') from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, tokenizer: Path | None) -> None:
+        model = self.pointer
+        self.metadata = _metadata(model)
+        self.vocabulary = Vocabulary(model, tokenizer)
+        self.trained_context: int = llama_cpp.llama_model_n_ctx_train(model)
+        self.description = _text(llama_cpp.llama_model_desc, model)
+        self.size: int = llama_cpp.llama_model_size(model)
+        self.parameters: int = llama_cpp.llama_model_n_params(model)
+        self.memory = _memory_kind(model)
+        self.chat_template = self.metadata.get("tokenizer.chat_template")
+        self.token_texts = _token_texts(model, self.vocabulary)
+
+    def close(self) -> None:
+        """Free the model."""
+        if hasattr(self, "vocabulary"):
+            self.vocabulary.close()
+        llama_cpp.llama_model_free(self.pointer)
+
+
+class Shelf:
+    """Weights that are loaded once for all members that name the same file and put it in the same place."""
+
+    def __init__(self) -> None:
+        self._weights: dict[tuple[object, ...], Weights] = {}
+
+    def weights(self, config: MemberConfig) -> Weights:
+        """The weights of a member. Raises LoadError."""
+        path = checked_file(config)
+        status = path.stat()
+        layers = config.n_gpu_layers if supports_gpu() else 0
+        key = (status.st_dev, status.st_ino, config.tokenizer, layers, config.main_gpu, config.tensor_split)
+        if key not in self._weights:
+            self._weights[key] = Weights(config)
+        return self._weights[key]
+
+    def close(self) -> None:
+        """Free all of them."""
+        while self._weights:
+            self._weights.popitem()[1].close()
+
+
+def supports_gpu() -> bool:
+    """Whether this build of llama.cpp can offload layers to a GPU."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def checked_file(config: MemberConfig) -> Path:
+    """The GGUF file of a member, fetched from the hub where it names one. Raises LoadError."""
+    path = config.path or _from_hub(config)
+    where = f'member "{config.name}": {path}'
+    if path.exists() and not path.is_file():
+        raise LoadError(f"{where}: not a regular file")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise LoadError(f"{where}: there is no such file") from None
+    except OSError as error:
+        raise LoadError(f"{where}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise LoadError(f"{where}: not a GGUF file (it does not start with the letters GGUF)")
+    return path
+
+
+def _from_hub(config: MemberConfig) -> Path:
+    repository, _, file = str(config.hf).partition(":")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise LoadError(f'member "{config.name}": hf needs huggingface_hub: pip install "me-local[hub]"') from None
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # network, authorisation, missing file: the library has a dozen kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoadError(f'member "{config.name}": hf = "{config.hf}" cannot be fetched: {reason}') from None
+
+
+def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
+    send_log()
+    last_errors.clear()
+    llama_cpp.llama_backend_init()
+    settings = llama_cpp.llama_model_default_params()
+    layers = config.n_gpu_layers if supports_gpu() else 0
+    settings.n_gpu_layers = _ALL_LAYERS if layers < 0 else layers
+    settings.main_gpu = config.main_gpu
+    if config.tensor_split:
+        # llama.cpp reads as many numbers as it knows devices
+        split = (ctypes.c_float * llama_cpp.llama_max_devices())(*config.tensor_split)
+        settings.tensor_split = split
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+    if not model:
+        reason = "; ".join(last_errors) or "llama.cpp does not say why"
+        raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
+    return model
+
+
+def _metadata(model: llama_cpp.llama_model_p) -> dict[str, str]:
+    def read(function: Callable[..., int], index: int) -> str:
+        return _text(lambda *buffer: function(model, index, *buffer))
+
+    names, values = llama_cpp.llama_model_meta_key_by_index, llama_cpp.llama_model_meta_val_str_by_index
+    return {read(names, i): read(values, i) for i in range(llama_cpp.llama_model_meta_count(model))}
+
+
+def _text(function: Callable[..., int], *arguments: Any) -> str:
+    """What a function of llama.cpp writes into a buffer; its answer is the length that is needed."""
+    buffer = ctypes.create_string_buffer(256)
+    needed = function(*arguments, buffer, len(buffer))
+    if needed >= len(buffer):
+        buffer = ctypes.create_string_buffer(needed + 1)
+        function(*arguments, buffer, len(buffer))
+    return buffer.value.decode("utf-8", "replace")
+
+
+def _token_texts(model: llama_cpp.llama_model_p, vocabulary: Vocabulary) -> dict[str, str]:
+    """What chat templates know as `bos_token` and `eos_token`."""
+    pointer = llama_cpp.llama_model_get_vocab(model)
+    ids = {"bos_token": llama_cpp.llama_vocab_bos(pointer), "eos_token": llama_cpp.llama_vocab_eos(pointer)}
+    return {name: vocabulary.text_of(id_) if id_ >= 0 else "" for name, id_ in ids.items()}
+
+
+def _memory_kind(model: llama_cpp.llama_model_p) -> str:
+    if llama_cpp.llama_model_is_hybrid(model):
+        return "hybrid"
+    if llama_cpp.llama_model_is_recurrent(model):
+        return "recurrent"
+    window = llama_cpp.llama_model_n_swa(model)
+    return f"sliding window {window}" if window > 0 else "full"
+
+
+_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
+last_errors: deque[str] = deque(maxlen=2)
+"""The last lines of llama.cpp's log that are errors."""
+last_lines: deque[str] = deque(maxlen=64)
+"""The last lines of llama.cpp's log."""
+
+
+class _LineLogger:
+    """Logs whole lines of what llama.cpp writes in parts; its level 5 continues the part before."""
+
+    def __init__(self) -> None:
+        self._level, self._line = logging.DEBUG, ""
+
+    def write(self, level: int, text: str) -> None:
+        self._level = _LEVELS.get(level, self._level)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in filter(str.strip, lines):
+            log.log(self._level, "%s", line.rstrip())
+            last_lines.append(line)
+            if self._level == logging.ERROR:
+                last_errors.append(line.strip())
+
+
+_line_logger = _LineLogger()
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
+    _line_logger.write(level, text.decode("utf-8", "replace"))
+
+
+def send_log() -> None:
+    """Send llama.cpp's log to `logging`, where it is shown at -v."""
+    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))
