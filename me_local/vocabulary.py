@@ -28,6 +28,7 @@ END = 0
 
 _SEAM = re.compile(rb"[A-Za-z0-9](?= )")
 _WORD = 32  # bytes
+_UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 _USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -80,6 +81,8 @@ class Vocabulary:
         self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
         self._tokenizer = (_pre_tokenizer(model), _digest(tokenizer))
         self._byte_ids = self._find_byte_ids()
+        if self.kind == "SPM" and tokenizer is None:
+            self._check_byte_tokens()
         self.has_seams = _SEAM.search(b"\n".join(self.pieces)) is None
         self.adds_space = self.joined(self._encode(b"a")) == b" a"
         self._anchor, self._anchor_length = self._find_anchor() if self.adds_space else (b"", 0)
@@ -175,6 +178,15 @@ class Vocabulary:
                 if is_byte or piece[0] not in found:
                     found[piece[0]] = token
         return found
+
+    def _check_byte_tokens(self) -> None:
+        """Byte tokens stand for the characters without a token; where one is missing llama.cpp ends the process."""
+        missing = sorted(_UTF8_BYTES - self._byte_ids.keys())
+        if missing:
+            raise LoadError(
+                f"its vocabulary has no token for byte 0x{missing[0]:02X}, which llama.cpp needs to tokenise any text: "
+                "give the member a tokenizer.json (tokenizer = ...), or use another conversion of the model"
+            )
 
     def _find_anchor(self) -> tuple[bytes, int]:
         """A text that never merges with what follows, and its number of ids.

@@ -2,13 +2,18 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_tiny_models import write_model
+from tiny_architectures import llama_model
+from tiny_vocabularies import spm_vocab
 from tokenizers import Tokenizer, models
 
+from me_local.config import MemberConfig
 from me_local.errors import LoadError
 from me_local.member import Member
 from me_local.vocabulary import END, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
@@ -225,3 +230,18 @@ def test_a_tokenizer_file_with_tokens_that_the_model_lacks_is_refused(open_membe
     tokenizer.save(str(path))
     with pytest.raises(LoadError, match=r'its token "one more" is not in the GGUF, which has 400 tokens'):
         open_member("bpe_a", tokenizer=path)
+
+
+def test_an_spm_vocabulary_without_a_byte_that_characters_need_is_refused(tmp_path: Path) -> None:
+    """llama.cpp would end the process at the first character without a token. 0xC0 stands in no character."""
+    whole, path = spm_vocab(), tmp_path / "model.gguf"
+
+    def load(*lacking: bytes) -> Member:
+        vocab = replace(whole, tokens=[token for token in whole.tokens if token.piece not in lacking])
+        write_model(path, vocab=vocab, model=llama_model(vocab, 1))
+        return Member(MemberConfig(name="spm", path=path, n_ctx=512, n_threads=1))
+
+    with pytest.raises(LoadError, match=r'member "spm": its vocabulary has no token for byte 0x9F, .* tokenizer\.json'):
+        load(b"\x9f", b"\xf0", b"\xff")
+    with load(b"\xc0", b"\xff") as member:
+        assert member.vocabulary.joined(member.vocabulary.encode(TEXT)) == TEXT
