@@ -10,7 +10,9 @@ import ctypes
 import functools
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llama_cpp
@@ -18,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from me_local.errors import LoadError, RunError
+from me_local.errors import InputError, LoadError, RunError
 
 IntArray = npt.NDArray[np.int32]
 Encoder = Callable[[bytes], list[int]]
@@ -29,6 +31,8 @@ END = 0
 _SEAM = re.compile(rb"[A-Za-z0-9](?= )")
 _WORD = 32  # bytes
 _UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
+_LONG = 8192  # bytes
+_FRAME = 1024  # bytes of stack for each byte of text; llama.cpp takes about 300
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 _USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -99,8 +103,9 @@ class Vocabulary:
         """The canonical ids of `text`; bytes that are not UTF-8 become single-byte tokens.
 
         `at_start` says that nothing stands before the text, where some vocabularies put a space of their own.
-        Control tokens in the text stay text. Raises KeyError when the vocabulary lacks a byte that it needs;
-        `can_write` tells so beforehand.
+        Control tokens in the text stay text. A character whose bytes the vocabulary lacks (a control character in
+        Falcon's) loses those bytes, as in the model's own tokenizer. Raises KeyError when the vocabulary lacks a byte
+        that is not UTF-8; `can_write` tells so beforehand.
         """
         ids: list[int] = []
         for run, valid in utf8_runs(text):
@@ -331,7 +336,8 @@ def _piece(pointer: llama_cpp.llama_vocab_p, token: int) -> bytes:
     if length >= 0:
         return _BUFFER.raw[:length]
     buffer = ctypes.create_string_buffer(-length)
-    return buffer.raw[: llama_cpp.llama_token_to_piece(pointer, token, buffer, -length, 0, False)]
+    length = llama_cpp.llama_token_to_piece(pointer, token, buffer, -length, 0, False)
+    return buffer.raw[:length]
 
 
 def _suppressed(pointer: llama_cpp.llama_vocab_p) -> list[int]:
@@ -341,7 +347,7 @@ def _suppressed(pointer: llama_cpp.llama_vocab_p) -> list[int]:
 
 
 def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
-    def encode(text: bytes) -> list[int]:
+    def tokenize(text: bytes) -> list[int]:
         size = len(text) + 8
         buffer = (llama_cpp.llama_token * size)()
         length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, size, False, False)
@@ -350,7 +356,32 @@ def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
             length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, -length, False, False)
         return list(buffer[:length])
 
+    def encode(text: bytes) -> list[int]:
+        return tokenize(text) if len(text) <= _LONG else _on_a_deep_stack(tokenize, text)
+
     return encode
+
+
+_stack_size_lock = threading.Lock()
+
+
+def _on_a_deep_stack(encode: Encoder, text: bytes) -> list[int]:
+    """Tokenise a long text in a thread of its own, with a stack that is large enough.
+
+    For some vocabularies (DeepSeek, GPT-NeoX, Aquila, ...) llama.cpp splits texts with std::regex, which recurses once
+    for each character of a match: a run of 25,000 letters overflows an ordinary stack, and that ends the process.
+    Only the part of the stack that is used takes memory. Raises InputError where the system refuses the stack.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        with _stack_size_lock:
+            before = threading.stack_size((len(text) * _FRAME // 4096 + 1) * 4096)
+            try:
+                ids = pool.submit(encode, text)
+            except RuntimeError:
+                raise InputError(f"a text of {len(text):,} bytes is too long: no memory to tokenise it in") from None
+            finally:
+                threading.stack_size(before)
+        return ids.result()
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

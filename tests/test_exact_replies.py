@@ -25,6 +25,7 @@ from typing import Any
 import make_tiny_models
 import numpy as np
 import pytest
+from conftest import logits_of
 from scipy import stats
 from tiny_architectures import llama_model
 from tiny_vocabularies import chatml_vocab
@@ -110,16 +111,20 @@ class Remembered:
     def __init__(self, member: Member) -> None:
         self.name, self.n_ctx, self.vocabulary = member.name, member.n_ctx, member.vocabulary
         self._member = member
-        self._logits: dict[bytes, LogitArray] = {}
+        self._known: dict[bytes, LogitArray] = {}
+        self._last = b""
 
     def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
         return Evaluated(0, 0.0)
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> tuple[LogitArray, Evaluated]:
-        key = ids.tobytes()
-        if key not in self._logits:
-            self._logits[key] = self._member.sync(ids, interrupted, final=final)[0].copy()
-        return self._logits[key], Evaluated(0, 0.0)
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+        self._last = ids.tobytes()
+        if self._last not in self._known:
+            self._known[self._last] = logits_of(self._member, ids).copy()
+        return Evaluated(0, 0.0)
+
+    def logits(self) -> LogitArray:
+        return self._known[self._last]
 
 
 def remembered_top_k() -> Callable[[LogitArray, IntArray, Sampling], Distribution]:
@@ -246,7 +251,7 @@ class Tree:
         else:
             ids = [*start(member), *encode(self.text(reply), at_start=True)]
         member.forget()
-        return member.sync(np.array(ids, dtype=np.int32))[0].tolist()
+        return logits_of(member, np.array(ids, dtype=np.int32)).tolist()
 
 
 def truncated(logits: list[float], sampling: Sampling) -> list[float]:

@@ -1,20 +1,22 @@
 """Bytes and ids: single vocabularies, growing texts, and the unified vocabulary."""
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import lone_member
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from make_tiny_models import write_model
 from tiny_architectures import llama_model
-from tiny_vocabularies import spm_vocab
+from tiny_vocabularies import Token, TokenType, chatml_vocab, spm_vocab
 from tokenizers import Tokenizer, models
 
 from me_local.config import MemberConfig
-from me_local.errors import LoadError
+from me_local.errors import InputError, LoadError
 from me_local.member import Member
 from me_local.vocabulary import END, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
 
@@ -239,9 +241,38 @@ def test_an_spm_vocabulary_without_a_byte_that_characters_need_is_refused(tmp_pa
     def load(*lacking: bytes) -> Member:
         vocab = replace(whole, tokens=[token for token in whole.tokens if token.piece not in lacking])
         write_model(path, vocab=vocab, model=llama_model(vocab, 1))
-        return Member(MemberConfig(name="spm", path=path, n_ctx=512, n_threads=1))
+        return lone_member(MemberConfig(name="spm", path=path, n_ctx=512, n_threads=1))
 
     with pytest.raises(LoadError, match=r'member "spm": its vocabulary has no token for byte 0x9F, .* tokenizer\.json'):
         load(b"\x9f", b"\xf0", b"\xff")
     with load(b"\xc0", b"\xff") as member:
         assert member.vocabulary.joined(member.vocabulary.encode(TEXT)) == TEXT
+
+
+def test_a_token_of_any_length_is_read_whole(tmp_path: Path) -> None:
+    vocab = chatml_vocab()
+    long = "=" * 1000
+    vocab.tokens.append(Token(long, TokenType.USER_DEFINED, long.encode()))
+    path = tmp_path / "long.gguf"
+    write_model(path, vocab=vocab, model=llama_model(vocab, 1))
+    with lone_member(MemberConfig(name="long", path=path, n_ctx=256, n_threads=1)) as member:
+        assert member.vocabulary.pieces[-1] == long.encode()
+
+
+def test_a_long_text_is_tokenised_whole(open_member: OpenMember) -> None:
+    vocabulary = open_member("bpe_a").vocabulary
+    text = b"x" * 20_000 + b"\n"
+    stack = threading.stack_size()
+    assert vocabulary.encode(text) == vocabulary.encode(b"x") * 20_000 + vocabulary.encode(b"\n")
+    assert threading.stack_size() == stack
+
+
+def test_a_text_that_no_stack_is_large_enough_for(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = open_member("bpe_a").vocabulary
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    with pytest.raises(InputError, match="a text of 10,000 bytes is too long: no memory to tokenise it in"):
+        vocabulary.encode(b"a" * 10_000)
