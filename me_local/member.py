@@ -24,13 +24,15 @@ import numpy.typing as npt
 from me_local.checkpoints import Checkpoint, Checkpoints
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError, RunError
+from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
+from me_local.gguf import read_header
 from me_local.vocabulary import IntArray, Vocabulary
 
 log = logging.getLogger("me_local.llama_cpp")
 
 LogitArray = npt.NDArray[np.float32]
 
-_CONTEXT_STEP = 256  # llama.cpp pads contexts to a multiple of this
+_CELL_BYTES = 48  # of position and sequences, besides keys and values (llama-kv-cells.h)
 _PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # of a state, only what cannot be cut back
 _DECODE_ERRORS = {
     1: "no room is left in its KV cache",
@@ -68,13 +70,16 @@ class Member:
             self._read_model()
         except MeLocalError as error:
             self.close()
-            raise LoadError(f'member "{self.name}": {error}') from None
+            raise LoadError(f'member "{self.name}": {self.path}: {error}') from None
         except BaseException:
             self.close()
             raise
 
     def _read_model(self) -> None:
         model = self._llama.model
+        self._memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        if self._memory is None:
+            raise LoadError("it does not generate text: it has no memory of what came before (an embedding model?)")
         self.metadata: dict[str, str] = self._llama.metadata
         self.vocabulary = Vocabulary(model, self.config.tokenizer)
         trained: int = llama_cpp.llama_model_n_ctx_train(model)
@@ -86,9 +91,6 @@ class Member:
         self.memory = _memory_kind(model)
         self.chat_template: str | None = self.metadata.get("tokenizer.chat_template")
         self.token_texts = _token_texts(model, self.vocabulary)
-        self._memory = llama_cpp.llama_get_memory(self._llama.ctx)
-        if self._memory is None:
-            raise LoadError(f"{self.path} does not generate text: it has no memory of what came before")
         self._mirror = np.empty(self._llama.n_ctx(), dtype=np.int32)
         self._length = 0
         self._alone = 0  # as many tokens, from the first, were evaluated in one go
@@ -223,11 +225,6 @@ def supports_gpu() -> bool:
     return bool(llama_cpp.llama_supports_gpu_offload())
 
 
-def padded_context(tokens: int) -> int:
-    """The size of the context, in tokens, that llama.cpp makes of a wanted one."""
-    return -(-tokens // _CONTEXT_STEP) * _CONTEXT_STEP
-
-
 def usable_cores() -> int:
     """The processors that this process may use: affinity, and the quota of its control group."""
     cores = len(os.sched_getaffinity(0))
@@ -288,14 +285,16 @@ def _from_hub(config: MemberConfig) -> Path:
 
 def _load(config: MemberConfig, path: Path) -> llama_cpp.Llama:
     _send_log()
-    _last_errors.clear()
     # verbose=False would point the whole process's stdout and stderr to nowhere while it loads.
     with contextlib.redirect_stderr(io.StringIO()):
+        settings = _settings(config, path)
+        _last_errors.clear()
         try:
-            llama = llama_cpp.Llama(str(path), **_settings(config), no_perf=True, verbose=True)
+            llama = llama_cpp.Llama(str(path), **settings, no_perf=True, verbose=True)
         except Exception as error:  # ValueError, RuntimeError, and what a broken chat template raises
             reason = "; ".join(_last_errors) or str(error)
-            raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}') from None
+            hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
+            raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}{hint}') from None
     # A null pointer is not None: llama-cpp-python takes an adapter that failed to load for one.
     if config.lora and not llama._lora_adapter:
         llama.close()
@@ -304,10 +303,15 @@ def _load(config: MemberConfig, path: Path) -> llama_cpp.Llama:
     return llama
 
 
-def _settings(config: MemberConfig) -> dict[str, Any]:
+def _settings(config: MemberConfig, path: Path) -> dict[str, Any]:
     threads = config.n_threads or usable_cores()
+    header = read_header(path)
+    trained = header.get(f"{header.get('general.architecture')}.context_length", "")
+    cells = allocated_context(config.n_ctx, int(trained) if trained.isdigit() else 0)
+    if not (supports_gpu() and config.n_gpu_layers):  # on a GPU the cache is there, and llama.cpp says so if it is not
+        _require_memory(config, path, header, cells)
     return {
-        "n_ctx": padded_context(config.n_ctx),
+        "n_ctx": cells,
         "n_batch": config.n_batch,
         "n_threads": threads,
         "n_threads_batch": threads,
@@ -319,6 +323,35 @@ def _settings(config: MemberConfig) -> dict[str, Any]:
         "type_v": _cache_type(config.type_v),
         "lora_path": str(config.lora) if config.lora else None,
     }
+
+
+def _require_memory(config: MemberConfig, path: Path, header: dict[str, str], cells: int) -> None:
+    """Raise LoadError where the KV cache alone is larger than what is free.
+
+    llama.cpp writes to all of it, so that Linux would kill the process. The weights do not count: their pages come
+    from the file and can go back to it; but next to an adapter llama-cpp-python reads them into memory.
+    """
+    cache, available = kv_cache_bytes(header, "full", config, cells), available_memory()
+    if cache is None or available is None:
+        return
+    needed = cache + _CELL_BYTES * cells + (path.stat().st_size if config.lora else 0)
+    if needed > available and not _keeps_states(path):
+        raise LoadError(
+            f'member "{config.name}": {path}: not enough memory: a context of {cells:,} tokens takes '
+            f"{needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are free: lower n_ctx"
+        )
+
+
+def _keeps_states(path: Path) -> bool:
+    """Whether the model has layers without keys and values, or cannot be read: the size of its cache is not known."""
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        return True
+    kind = _memory_kind(model)
+    llama_cpp.llama_model_free(model)
+    return kind in ("recurrent", "hybrid")
 
 
 def _cache_type(name: str | None) -> int | None:
