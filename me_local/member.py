@@ -11,7 +11,6 @@ import io
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,17 +287,17 @@ def _load(config: MemberConfig, path: Path) -> llama_cpp.Llama:
     # verbose=False would point the whole process's stdout and stderr to nowhere while it loads.
     with contextlib.redirect_stderr(io.StringIO()):
         settings = _settings(config, path)
-        _last_errors.clear()
+        _first_errors.clear()
         try:
             llama = llama_cpp.Llama(str(path), **settings, no_perf=True, verbose=True)
         except Exception as error:  # ValueError, RuntimeError, and what a broken chat template raises
-            reason = "; ".join(_last_errors) or str(error)
+            reason = "; ".join(_first_errors) or str(error)
             hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
             raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}{hint}') from None
     # A null pointer is not None: llama-cpp-python takes an adapter that failed to load for one.
     if config.lora and not llama._lora_adapter:
         llama.close()
-        reason = "; ".join(_last_errors) or "llama.cpp refuses it"
+        reason = "; ".join(_first_errors) or "llama.cpp refuses it"
         raise LoadError(f'member "{config.name}": lora = {config.lora} cannot be loaded: {reason}')
     return llama
 
@@ -384,7 +383,7 @@ def _decode_error(error: RuntimeError) -> str:
 
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
-_last_errors: deque[str] = deque(maxlen=2)
+_first_errors: list[str] = []  # two at most: the first is the cause, and later ones say less and less
 
 
 class _LineLogger:
@@ -398,8 +397,9 @@ class _LineLogger:
         *lines, self._line = (self._line + text).split("\n")
         for line in filter(str.strip, lines):
             log.log(self._level, "%s", line.rstrip())
-            if self._level == logging.ERROR:
-                _last_errors.append(line.strip())
+            says_why = self._level == logging.ERROR and not line.endswith(": failed to load model")
+            if says_why and len(_first_errors) < 2:
+                _first_errors.append(line.strip())
 
 
 _line_logger = _LineLogger()

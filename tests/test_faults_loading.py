@@ -195,8 +195,13 @@ ROWS = {
     "another format": Row(writes(b"PK\x03\x04 something"), "not a GGUF file"),
     "random bytes": Row(writes(*map(noise, range(5))), "not a GGUF file"),
     "a magic alone": Row(writes(b"GGUF"), "cannot be loaded: "),
-    "random bytes behind a magic": Row(writes(*(noise(seed, b"GGUF") for seed in range(5))), "cannot be loaded: "),
-    "random bytes behind a version": Row(writes(*(noise(i, b"GGUF\3\0\0\0") for i in range(5))), "cannot be loaded: "),
+    "random bytes behind a magic": Row(
+        writes(*(noise(seed, b"GGUF") for seed in range(5))), "cannot be loaded: .*(version|endian)"
+    ),
+    "random bytes behind a version": Row(
+        writes(*(noise(i, b"GGUF\3\0\0\0") for i in range(5))),
+        "cannot be loaded: .*number of (tensors|key-value pairs)",
+    ),
     "random bytes behind a header": Row(
         writes(*(noise(i, counts(t, k)) for i, (t, k) in enumerate([(0, 1), (1, 0), (3, 20), (2**40, 1), (1, 2**40)]))),
         "cannot be loaded: ",
