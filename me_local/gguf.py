@@ -4,6 +4,7 @@ Takes some hundredths of a second where loading the vocabulary alone takes half 
 """
 
 import ctypes
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def read_header(path: Path) -> dict[str, str]:
     Nothing at all of a file that cannot be read: loading it says why.
     """
     opened = _function("gguf_init_from_file", ctypes.c_void_p, ctypes.c_char_p, _InitParams)
-    header = opened(str(path).encode(), _InitParams(True, None))
+    header = opened(os.fsencode(path), _InitParams(True, None))
     if not header:
         return {}
     try:

@@ -345,7 +345,7 @@ def _keeps_states(path: Path) -> bool:
     """Whether the model has layers without keys and values, or cannot be read: the size of its cache is not known."""
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         return True
     kind = _memory_kind(model)
