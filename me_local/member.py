@@ -24,7 +24,7 @@ from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
 from me_local.vocabulary import IntArray
-from me_local.weights import Weights, last_errors, last_lines, supports_gpu
+from me_local.weights import Weights, first_errors, last_lines, supports_gpu
 
 LogitArray = npt.NDArray[np.float32]
 
@@ -80,8 +80,8 @@ class Member:
         self._memory = llama_cpp.llama_get_memory(self._context)
         if self._memory is None:
             raise LoadError(
-                f'member "{self.name}": {self.weights.path}: it does not generate text: '
-                "it has no memory of what came before (an embedding model?)"
+                f'member "{self.name}": {self.weights.path}: '
+                "it does not generate text: it has no memory of what came before"
             )
         if self.config.lora:
             self._add_adapter(self.config.lora)
@@ -95,11 +95,11 @@ class Member:
         self._address, self._view = 0, np.empty(0, dtype=np.float32)
 
     def _add_adapter(self, path: Path) -> None:
-        last_errors.clear()
-        self._adapter = llama_cpp.llama_adapter_lora_init(self.weights.pointer, str(path).encode())
+        first_errors.clear()
+        self._adapter = llama_cpp.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
         adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
         if not self._adapter or llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales):
-            reason = "; ".join(last_errors) or "llama.cpp refuses it"
+            reason = "; ".join(first_errors) or "llama.cpp refuses it"
             raise LoadError(f'member "{self.name}": lora = {path} cannot be loaded: {reason}')
 
     def prepare(
@@ -307,11 +307,11 @@ def _make_context(config: MemberConfig, weights: Weights, cells: int, batch: int
     if config.type_v:
         settings.type_v = _cache_type(config.type_v)
     settings.n_outputs_max = 1  # without it there is room for the logits of a whole batch
-    last_errors.clear()
+    first_errors.clear()
     last_lines.clear()
     context = llama_cpp.llama_init_from_model(weights.pointer, settings)
     if not context:
-        reason = "; ".join(last_errors) or "llama.cpp does not say why"
+        reason = "; ".join(first_errors) or "llama.cpp does not say why"
         hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
         raise LoadError(f'member "{config.name}": {weights.path} cannot be loaded: {reason}{hint}')
     return context

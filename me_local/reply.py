@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from me_local.engine import Draw, Generation, Request, Work
+from me_local.errors import RunError
 from me_local.member import EvaluationInterruptedError
 from me_local.vocabulary import END
 
@@ -209,9 +210,13 @@ class ReplyStream(Iterator[Step]):
         return Reply(text, self._finish_reason, request.strategy, request.seed, steps, usage, self._seconds)
 
     def _run(self) -> Iterator[Step]:
-        drawn = 0
+        drawn, failure = 0, None
         while True:
-            draw = self._next_draw() if drawn < self._max_tokens else None
+            try:
+                draw = self._next_draw() if drawn < self._max_tokens else None
+            except RunError as error:
+                failure = error
+                break
             if draw is None or draw.number == END:
                 break
             drawn += 1
@@ -220,6 +225,8 @@ class ReplyStream(Iterator[Step]):
                 self._finish_reason = "stop"
                 return
         yield from self._shown(self._filter.flush())
+        if failure:
+            raise failure
         if self._cancelled.is_set():
             self._finish_reason = "cancelled"
         else:

@@ -5,6 +5,7 @@ Members of one file have contexts of their own on one copy of the weights. Knows
 
 import ctypes
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from me_local.errors import LoadError, MeLocalError
 from me_local.vocabulary import Vocabulary
 
 log = logging.getLogger("me_local.llama_cpp")
+log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing of it
 
 _ALL_LAYERS = 0x7FFFFFFF
 
@@ -43,6 +45,8 @@ class Weights:
     def _read(self, tokenizer: Path | None) -> None:
         model = self.pointer
         self.metadata = _metadata(model)
+        if self.metadata.get(f"{self.metadata.get('general.architecture')}.attention.causal") == "false":
+            raise LoadError("it does not generate text (an embedding model?)")
         self.vocabulary = Vocabulary(model, tokenizer)
         self.trained_context: int = llama_cpp.llama_model_n_ctx_train(model)
         self.description = _text(llama_cpp.llama_model_desc, model)
@@ -119,7 +123,7 @@ def _from_hub(config: MemberConfig) -> Path:
 
 def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
     send_log()
-    last_errors.clear()
+    first_errors.clear()
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
     layers = config.n_gpu_layers if supports_gpu() else 0
@@ -129,9 +133,9 @@ def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
         # llama.cpp reads as many numbers as it knows devices
         split = (ctypes.c_float * llama_cpp.llama_max_devices())(*config.tensor_split)
         settings.tensor_split = split
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        reason = "; ".join(last_errors) or "llama.cpp does not say why"
+        reason = "; ".join(first_errors) or "llama.cpp does not say why"
         raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
     return model
 
@@ -171,8 +175,8 @@ def _memory_kind(model: llama_cpp.llama_model_p) -> str:
 
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
-last_errors: deque[str] = deque(maxlen=2)
-"""The last lines of llama.cpp's log that are errors."""
+first_errors: list[str] = []
+"""Two lines of llama.cpp's log that are errors: the first is the cause, and later ones say less and less."""
 last_lines: deque[str] = deque(maxlen=64)
 """The last lines of llama.cpp's log."""
 
@@ -189,8 +193,9 @@ class _LineLogger:
         for line in filter(str.strip, lines):
             log.log(self._level, "%s", line.rstrip())
             last_lines.append(line)
-            if self._level == logging.ERROR:
-                last_errors.append(line.strip())
+            says_why = self._level == logging.ERROR and not line.endswith(": failed to load model")
+            if says_why and len(first_errors) < 2:
+                first_errors.append(line.strip())
 
 
 _line_logger = _LineLogger()

@@ -18,7 +18,6 @@ Vocabularies: llama.cpp's sources (``scripts/fetch_vocabularies.py``); Llama 2's
 """
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -29,11 +28,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from fetch_vocabularies import folder
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from random_blocks import BLOCK, FORMATS, Format, Pools
 from vocabulary_files import Metadata, VocabularyError, read_vocabulary
 
-VOCABULARIES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "me-local" / "vocabularies"
 HEAD = 128  # size of a head, in all of the models
 CHATML = ("<|im_end|>", "<|im_start|>")
 
@@ -157,13 +156,13 @@ def weights_size(shape: Shape, of: str) -> int:
     return sum(n_bytes(tensor, FORMATS[of]) for tensor in tensors(shape))
 
 
-def make(name: str, path: Path, *, of: str = "q4_0", scale: float = 1.0, vocabularies: Path = VOCABULARIES) -> Shape:
+def make(name: str, path: Path, *, of: str = "q4_0", scale: float = 1.0, vocabularies: Path | None = None) -> Shape:
     """Write the shape called ``name``, shrunk by ``scale``, in a format named in FORMATS; give what was written.
 
     The same call writes the same bytes. Raises VocabularyError or OSError, and then leaves no file behind.
     """
     shape = scaled(SHAPES[name], scale)
-    source = vocabularies / f"ggml-vocab-{shape.vocabulary}.gguf"
+    source = (vocabularies or folder()) / f"ggml-vocab-{shape.vocabulary}.gguf"
     if not source.exists():
         raise VocabularyError(f"no {source}: run scripts/fetch_vocabularies.py, or name their folder by --vocabularies")
     vocabulary = read_vocabulary(source, size=shape.n_vocab, added=shape.added)
@@ -269,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="where to write it")
     parser.add_argument("--type", choices=FORMATS, default="q4_0", help="format of the matrices (default: q4_0)")
     parser.add_argument("--scale", type=scale_argument, default=1.0, help="shrink depth and width by this (default: 1)")
-    parser.add_argument("--vocabularies", type=Path, default=VOCABULARIES, metavar="DIR", help="ggml-vocab-*.gguf")
+    parser.add_argument("--vocabularies", type=Path, metavar="DIR", help="ggml-vocab-*.gguf")
     given = parser.parse_args(arguments)
     began = time.perf_counter()
     try:

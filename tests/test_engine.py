@@ -285,14 +285,3 @@ def test_a_reply_ends_where_any_members_context_does(open_member: OpenMember, st
         ended = running.step() is None
         assert ended == (length > 20)
         assert count < 60
-
-
-def test_infinite_logits_name_the_member(open_member: OpenMember) -> None:
-    member = open_member("bpe_c")
-
-    def broken(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> object:
-        logits[7] = np.inf
-        return top_k(logits, numbers, sampling)
-
-    with pytest.raises(RunError, match=r'member "bpe_c", after 7 bytes of text: NaN or infinite'):
-        generation([member], Engine([member], constant, broken)).step()  # type: ignore[arg-type]

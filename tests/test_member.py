@@ -119,42 +119,8 @@ def test_a_failed_decode_names_member_and_position(open_member: OpenMember, code
 
 def test_the_context_ends_where_the_training_did(open_member: OpenMember) -> None:
     assert open_member("bpe_a", n_ctx=0).n_ctx == 2048
-    assert open_member("bpe_a", n_ctx=4096).n_ctx == 2048
+    assert open_member("bpe_a", n_ctx=10**12).n_ctx == 2048
     assert open_member("bpe_a", n_ctx=300).n_ctx == 512
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "there is no such file"),
-        (b"", "not a GGUF file"),
-        (b"PK\x03\x04 something else", "not a GGUF file"),
-        (b"GGUF", "cannot be loaded"),
-        (b"GGUF" + bytes(range(256)) * 10, "cannot be loaded"),
-    ],
-)
-def test_files_that_are_no_models(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "model.gguf"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(LoadError, match=message) as raised:
-        Weights(MemberConfig(name="broken", path=path))
-    assert 'member "broken"' in str(raised.value)
-    assert str(path) in str(raised.value)
-
-
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
-def test_truncated_files(tiny: dict[str, Path], tmp_path: Path, part: float) -> None:
-    whole = tiny["bpe_a"].read_bytes()
-    path = tmp_path / "cut.gguf"
-    path.write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(LoadError, match=r'member "cut": .*cut\.gguf cannot be loaded: .'):
-        Weights(MemberConfig(name="cut", path=path))
-
-
-def test_a_folder_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="not a regular file"):
-        Weights(MemberConfig(name="folder", path=tmp_path))
 
 
 def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

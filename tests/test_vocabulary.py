@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -241,11 +242,12 @@ def test_an_spm_vocabulary_without_a_byte_that_characters_need_is_refused(tmp_pa
     def load(*lacking: bytes) -> Member:
         vocab = replace(whole, tokens=[token for token in whole.tokens if token.piece not in lacking])
         write_model(path, vocab=vocab, model=llama_model(vocab, 1))
-        return lone_member(MemberConfig(name="spm", path=path, n_ctx=512, n_threads=1))
+        return stack.enter_context(lone_member(MemberConfig(name="spm", path=path, n_ctx=512, n_threads=1)))
 
-    with pytest.raises(LoadError, match=r'member "spm": its vocabulary has no token for byte 0x9F, .* tokenizer\.json'):
-        load(b"\x9f", b"\xf0", b"\xff")
-    with load(b"\xc0", b"\xff") as member:
+    with ExitStack() as stack:
+        with pytest.raises(LoadError, match=r'member "spm": .*: its vocabulary has no token for byte 0x9F'):
+            load(b"\x9f", b"\xf0", b"\xff")
+        member = load(b"\xc0", b"\xff")
         assert member.vocabulary.joined(member.vocabulary.encode(TEXT)) == TEXT
 
 
