@@ -1,8 +1,9 @@
 """The commands inside a chat, /help and its kin, and the session that they work on."""
 
 import json
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -20,12 +21,16 @@ _STRATEGIES = {"me": "ME draws one member for each piece", "ce": "CE averages al
 
 @dataclass(slots=True)
 class Session:
-    """A chat on a terminal: replies go to the painter's console, everything else to `notes`."""
+    """A chat on a terminal: replies go to the painter's console, everything else to `notes`.
+
+    `interrupted` is set by a Ctrl-C outside a reply, since the last line was typed.
+    """
 
     chat: Chat
     painter: Painter
     notes: Console
     last: Reply | None = None
+    interrupted: threading.Event = field(default_factory=threading.Event)
 
     def greet(self) -> None:
         """Show the members and what their user should know about them."""
@@ -44,6 +49,8 @@ class Session:
             self.note(f"Note: the context is full: this reply does not see the oldest {self.chat.dropped} messages")
         try:
             with cancels(turn.cancel):
+                if self.interrupted.is_set():  # while the prompt was being made
+                    turn.cancel()
                 for step in turn:
                     self.painter.write(step.text, step.member)
         finally:
