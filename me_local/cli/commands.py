@@ -148,7 +148,11 @@ def _load(session: Session, name: str) -> None:
     path = _file(name, "/load")
     try:
         session.chat.restore(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, RecursionError, InputError) as error:
+    except UnicodeDecodeError as error:
+        raise InputError(f"/load: {path}: not UTF-8 at byte {error.start + 1}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"/load: {path}: not JSON: {error}") from None
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"/load: {path}: {_reason(error)}") from None
     session.note(f"Loaded {len(session.chat.messages)} messages from {path}.")
 
@@ -157,9 +161,13 @@ def _file(name: str, command: str) -> Path:
     if not name:
         raise InputError(f"{command}: the name of a file is missing")
     try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{command}: {name}: {error}") from None
+        path = Path(name).expanduser()
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{command}: {name}: {_reason(error)}") from None
+    if special:  # a device may have no end, and must not be replaced by a file
+        raise InputError(f"{command}: {name}: not a regular file")
+    return path
 
 
 def _reason(error: Exception) -> str:
