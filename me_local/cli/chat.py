@@ -11,6 +11,7 @@ import click
 from me_local.chat import Chat
 from me_local.cli.commands import COMMANDS, Session, run_command
 from me_local.cli.display import Painter, make_console
+from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
 from me_local.errors import InputError, MeLocalError
 
@@ -31,10 +32,17 @@ def chat(models: Path, no_color: bool, **given: Any) -> None:
             Chat(ensemble), Painter(console, ensemble.names), make_console(no_color=no_color, stderr=True)
         )
         session.greet()
-        lines = _typed(session) if sys.stdin.isatty() else _piped()
-        for line in lines:
-            if not _turn(session, line):
-                break
+        if sys.stdin.isatty():
+            with cancels(session.interrupted.set):
+                _converse(session, _typed(session))
+        else:
+            _converse(session, _piped())
+
+
+def _converse(session: Session, lines: Iterator[str]) -> None:
+    for line in lines:
+        if not _turn(session, line):
+            return
 
 
 def _turn(session: Session, line: str) -> bool:
@@ -50,8 +58,6 @@ def _turn(session: Session, line: str) -> bool:
         if not sys.stdin.isatty():
             raise
         session.note(f"Error: {error}")
-    except KeyboardInterrupt:
-        session.note("")
     return True
 
 
@@ -68,7 +74,9 @@ def _typed(session: Session) -> Iterator[str]:
     prompt = _prompt_session()
     while True:
         try:
-            yield prompt()
+            line = prompt()
+            session.interrupted.clear()
+            yield line
         except KeyboardInterrupt:
             session.note("(Ctrl-D or /exit leaves)")
         except EOFError:
@@ -100,7 +108,9 @@ def _prompt_session() -> Any:
         completer=WordCompleter([f"/{name}" for name in COMMANDS], sentence=True),
         complete_while_typing=False,
     )
-    return lambda: session.prompt("> ")
+    # The terminal gives Ctrl-C as a key here. A signal that comes while it is changing its mode is left to the chat:
+    # where it raised an exception, that could end the event loop in the middle of being set up.
+    return lambda: session.prompt("> ", handle_sigint=False)
 
 
 def _history_file() -> str:

@@ -1,8 +1,9 @@
 """The commands inside a chat, /help and its kin, and the session that they work on."""
 
 import json
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -20,12 +21,16 @@ _STRATEGIES = {"me": "ME draws one member for each piece", "ce": "CE averages al
 
 @dataclass(slots=True)
 class Session:
-    """A chat on a terminal: replies go to the painter's console, everything else to `notes`."""
+    """A chat on a terminal: replies go to the painter's console, everything else to `notes`.
+
+    `interrupted` is set by a Ctrl-C outside a reply, since the last line was typed.
+    """
 
     chat: Chat
     painter: Painter
     notes: Console
     last: Reply | None = None
+    interrupted: threading.Event = field(default_factory=threading.Event)
 
     def greet(self) -> None:
         """Show the members and what their user should know about them."""
@@ -44,6 +49,8 @@ class Session:
             self.note(f"Note: the context is full: this reply does not see the oldest {self.chat.dropped} messages")
         try:
             with cancels(turn.cancel):
+                if self.interrupted.is_set():  # while the prompt was being made
+                    turn.cancel()
                 for step in turn:
                     self.painter.write(step.text, step.member)
         finally:
@@ -141,7 +148,11 @@ def _load(session: Session, name: str) -> None:
     path = _file(name, "/load")
     try:
         session.chat.restore(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, RecursionError, InputError) as error:
+    except UnicodeDecodeError as error:
+        raise InputError(f"/load: {path}: not UTF-8 at byte {error.start + 1}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"/load: {path}: not JSON: {error}") from None
+    except (OSError, ValueError, InputError) as error:
         raise InputError(f"/load: {path}: {_reason(error)}") from None
     session.note(f"Loaded {len(session.chat.messages)} messages from {path}.")
 
@@ -150,9 +161,13 @@ def _file(name: str, command: str) -> Path:
     if not name:
         raise InputError(f"{command}: the name of a file is missing")
     try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{command}: {name}: {error}") from None
+        path = Path(name).expanduser()
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{command}: {name}: {_reason(error)}") from None
+    if special:  # a device may have no end, and must not be replaced by a file
+        raise InputError(f"{command}: {name}: not a regular file")
+    return path
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """`me-local generate`: one prompt, or a file of them, without a conversation."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,14 +70,13 @@ def generate(
 
 
 def _prompt(argument: str | None) -> str:
-    if argument is not None and argument != "-":
-        text = argument
-    else:
-        data = sys.stdin.buffer.read()
-        try:
-            text = data.decode().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input: not UTF-8 at byte {error.start + 1}") from None
+    given = argument is not None and argument != "-"
+    data = os.fsencode(str(argument)) if given else sys.stdin.buffer.read().removesuffix(b"\n")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        where = "PROMPT" if given else "standard input"
+        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
     if not text.strip():
         raise InputError("the prompt is empty; give it as an argument or on standard input")
     return text
