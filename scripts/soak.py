@@ -167,8 +167,8 @@ def _timed(work: Callable[[], int]) -> tuple[float, int]:
 def _yardstick(ensemble: Ensemble) -> float:
     """Processor seconds that a member takes for a token when it has just been loaded."""
     ids = np.arange(100, 300, dtype=np.int32)
-    with Member(ensemble.members[0].config) as member:
-        seconds, tokens = _timed(lambda: sum(member.sync(ids[:end])[1].tokens for end in range(1, len(ids) + 1)))
+    with Member(ensemble.members[0].config, ensemble.members[0].weights) as member:
+        seconds, tokens = _timed(lambda: sum(member.sync(ids[:end]).tokens for end in range(1, len(ids) + 1)))
     return seconds / tokens
 
 
