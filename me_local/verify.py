@@ -35,7 +35,7 @@ COMPARED = 16
 """Steps among them, for each prompt, whose prediction is evaluated anew."""
 STEPPED = 6
 """Contexts, for each prompt and member, that are evaluated one by one and anew."""
-DRAWS = 800
+DRAWS = 600
 """Pieces drawn at one prefix of each reply."""
 
 FACTOR = 3.0
