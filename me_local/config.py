@@ -79,6 +79,7 @@ class MemberConfig:
     n_threads: Annotated[_Int, Field(ge=1, le=512)] | None = None  # 512 is ggml's limit; None = all usable cores
     n_batch: Annotated[_Int, Field(ge=1)] = 512  # tokens
     flash_attn: Annotated[bool, Strict()] = False
+    swa_full: Annotated[bool, Strict()] = True
     type_k: CacheType | None = None  # None = llama.cpp's default, f16
     type_v: CacheType | None = None
     main_gpu: Annotated[_Int, Field(ge=0)] = 0

@@ -90,7 +90,8 @@ class Member:
         self._mirror = np.empty(cells, dtype=np.int32)
         self._length = 0
         self._alone = 0  # as many tokens, from the first, were evaluated in one go
-        self._checkpoints = Checkpoints() if self.weights.memory in ("recurrent", "hybrid") else None
+        self._evicts = self.weights.window > 0 and not self.config.swa_full
+        self._checkpoints = Checkpoints() if self._evicts or self.weights.memory in ("recurrent", "hybrid") else None
         self._positions = np.arange(cells, dtype=np.int32)
         self._address, self._view = 0, np.empty(0, dtype=np.float32)
 
@@ -184,14 +185,22 @@ class Member:
     def _cut(self, length: int) -> int:
         """Shorten the cache to `length` tokens and return how many it holds then.
 
-        Recurrent and hybrid models refuse to drop a part of their memory: they go back to a checkpoint, or to zero.
+        Recurrent and hybrid models refuse to drop a part of their memory, and a cache of the window's size has lost
+        what stands before it: they go back to a checkpoint, or to zero.
         """
         # The mirror goes first: one that is short of the cache is mended here, one beyond it would go unnoticed.
         self._shorten(length)
         # Also where nothing is to be dropped: an interrupted evaluation may have left cells beyond the mirror.
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1) or not self._has_window():
             self._restore()
         return self._length
+
+    def _has_window(self) -> bool:
+        """Whether the cache still has all cells that the next token looks at."""
+        if not self._evicts or self._length == 0:
+            return True
+        first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, 0)
+        return 0 <= first <= max(0, self._length - self.weights.window)
 
     def _shorten(self, length: int) -> None:
         self._length = length
@@ -207,7 +216,8 @@ class Member:
             data, size = _bytes(newest.state), newest.state.size
             read = llama_cpp.llama_state_seq_set_data_ext(self._context, data, size, 0, _PARTIAL)
             # The recurrent part no longer stands behind this position, so a hybrid drops its attention's cells there.
-            if read == size and llama_cpp.llama_memory_seq_rm(self._memory, 0, newest.length, -1):
+            cut = read == size and llama_cpp.llama_memory_seq_rm(self._memory, 0, newest.length, -1)
+            if cut and self._has_window():
                 return
         self.forget()
 
@@ -282,7 +292,7 @@ def _require_memory(config: MemberConfig, weights: Weights, cells: int) -> None:
     llama.cpp writes to all of it, so that Linux would kill the process. The weights do not count: their pages come
     from the file and can go back to it. On a GPU the cache is there, and llama.cpp says so if it does not fit.
     """
-    if supports_gpu() and config.n_gpu_layers:
+    if (supports_gpu() and config.n_gpu_layers) or not config.swa_full:
         return
     cache, available = kv_cache_bytes(weights.metadata, weights.memory, config, cells), available_memory()
     if cache is None or available is None:
@@ -302,6 +312,7 @@ def _make_context(config: MemberConfig, weights: Weights, cells: int, batch: int
     flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.flash_attn_type = flash
     settings.no_perf = True
+    settings.swa_full = config.swa_full
     if config.type_k:
         settings.type_k = _cache_type(config.type_k)
     if config.type_v:
