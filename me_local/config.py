@@ -101,6 +101,7 @@ class Config:
     seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
     router: _Text = "constant"  # name of an entry point, looked up by its loader
     alignment: _Text = "top_k"  # the same
+    parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
     system: str | None = None
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
@@ -112,6 +113,7 @@ class Overrides:
 
     strategy: Strategy | None = None
     decode: Decode | None = None
+    parallel: bool | None = None
     seed: int | None = None
     system: str | None = None
     max_tokens: int | None = None
@@ -125,7 +127,7 @@ class Overrides:
 
 _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop")
-_ENSEMBLE_KEYS = ("strategy", "decode", "seed", "router", "alignment", "system")
+_ENSEMBLE_KEYS = ("strategy", "decode", "seed", "router", "alignment", "parallel", "system")
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")

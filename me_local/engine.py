@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from me_local.config import Sampling, Strategy
 from me_local.errors import RunError
 from me_local.member import Evaluated
 from me_local.routing import Router, route
+from me_local.schedule import Schedule
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,9 @@ class Model(Protocol):
     def logits(self) -> LogitArray:
         """The logits after the last `sync`, once they are there."""
 
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the cores, one of so many, from now on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -51,7 +56,8 @@ class Request:
     `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
     the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
     document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
-    depend on what else was evaluated before.
+    depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
+    its share of the cores; None: whichever is found to be faster. The numbers do not depend on it.
     """
 
     prompts: tuple[IntArray, ...]
@@ -62,6 +68,7 @@ class Request:
     seed: int
     head: bytes = b""
     alone: bool = False
+    parallel: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +110,7 @@ class Engine:
             if model.vocabulary.identity not in identities:
                 identities.append(model.vocabulary.identity)
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
+        self.schedule = Schedule(self.models)
 
 
 @dataclass(slots=True)
@@ -117,6 +125,8 @@ class Text:
     def append(self, piece: bytes) -> None:
         """Add the bytes of a piece."""
         self.whole += piece
+        if not self._open and piece.isascii():
+            return
         runs = list(utf8_runs(self._open + piece))
         self._open = runs.pop()[0] if runs and _may_continue(runs[-1]) else b""
         stray = b"".join(run for run, valid in runs if not valid)
@@ -155,6 +165,7 @@ class Generation:
             for prompt, context in zip(request.prompts, self._contexts, strict=True)
         )
         self.work = tuple(Work() for _ in engine.models)
+        self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_random = np.random.default_rng(route_seed)
         self._piece_random = np.random.default_rng(piece_seed)
@@ -167,6 +178,11 @@ class Generation:
     def ids(self, member: int) -> IntArray:
         """A member's context: its prompt and the canonical ids of the text, int32 (tokens,)."""
         return np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
+
+    def prepare(self) -> None:
+        """Evaluate the prompts of all members that have a weight now; otherwise each waits until it is needed."""
+        for member in np.flatnonzero(self._weights()):
+            self._prepare(int(member))
 
     def mixture(self) -> Distribution:
         """The ensemble's distribution over the next piece, from which CE samples. Raises what `step` raises."""
@@ -207,19 +223,31 @@ class Generation:
 
     def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
         """The mixture, and the distribution of each member with a weight above 0."""
-        distributions = {int(i): self._predict(int(i)) for i in np.flatnonzero(weights)}
-        return mix(list(distributions.values()), [weights[i] for i in distributions]), distributions
+        members = [int(i) for i in np.flatnonzero(weights)]
+        contexts = {i: self._context(i) for i in members}
+        for i in members:
+            self._prepare(i)
+        evaluate = {
+            i: partial(self._engine.models[i].sync, ids, self._interrupted, final=final)
+            for i, (ids, final) in contexts.items()
+        }
+        for i, evaluated in self._engine.schedule.run(evaluate, self._request.parallel).items():
+            self._count(i, evaluated, len(contexts[i][0]))
+        distributions = {i: self._align(i) for i in members}
+        return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
     def _predict(self, member: int) -> Distribution:
         """The member's distribution over the next piece, after bringing it up to date."""
-        model = self._engine.models[member]
-        ids = self.ids(member)
-        final = len(self._request.prompts[member]) + self._contexts[member].final
-        if self.work[member].calls == 0:
-            self._prepare(member, ids, final)
-        evaluated = model.sync(ids, self._interrupted, final=final)
+        self._prepare(member)
+        ids, final = self._context(member)
+        self._engine.schedule.divide(1)
+        evaluated = self._engine.models[member].sync(ids, self._interrupted, final=final)
         self._count(member, evaluated, len(ids))
         return self._align(member)
+
+    def _context(self, member: int) -> tuple[IntArray, int]:
+        """A member's ids, and how many of them, from the first, stay as they are in this reply."""
+        return self.ids(member), len(self._request.prompts[member]) + self._contexts[member].final
 
     def _align(self, member: int) -> Distribution:
         """The member's distribution over pieces, of the logits that it gave last."""
@@ -233,16 +261,21 @@ class Generation:
             log.debug("alignment failed", exc_info=True)
             raise RunError(f'member "{model.name}", after {len(self.text)} bytes of text: {error}') from None
 
-    def _prepare(self, member: int, ids: IntArray, final: int) -> None:
-        """Evaluate the prompt but for its last token, and drop what an earlier reply left behind it.
+    def _prepare(self, member: int) -> None:
+        """Before a member's first prediction, evaluate its prompt but for the last token.
 
-        Logits differ a little with the size of a batch. This way a seed gives the same reply when the prompt is
-        evaluated and when it is found in the cache.
+        Also drops what an earlier reply left behind it. Logits differ a little with the size of a batch. This way a
+        seed gives the same reply when the prompt is evaluated and when it is found in the cache.
         """
+        if self._ready[member]:
+            return
+        ids, final = self._context(member)
         given, alone = ids[: self.given[member] - 1], self._request.alone
+        self._engine.schedule.divide(1)
         evaluated = self._engine.models[member].prepare(given, self._interrupted, final=final, alone=alone)
         self.work[member].prompt_tokens += evaluated.tokens
         self.work[member].prompt_seconds += evaluated.seconds
+        self._ready[member] = True
 
     def _count(self, member: int, evaluated: Evaluated, length: int) -> None:
         work = self.work[member]

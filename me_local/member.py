@@ -44,7 +44,7 @@ class EvaluationInterruptedError(MeLocalError):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside llama.cpp."""
+    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside `llama_decode`."""
 
     tokens: int
     seconds: float
@@ -89,10 +89,14 @@ class Member:
         self.n_ctx = min(cells, self.weights.trained_context or cells)
         self._mirror = np.empty(cells, dtype=np.int32)
         self._length = 0
+        self._seconds = 0.0  # inside llama_decode, so far
         self._alone = 0  # as many tokens, from the first, were evaluated in one go
         self._evicts = self.weights.window > 0 and not self.config.swa_full
         self._checkpoints = Checkpoints() if self._evicts or self.weights.memory in ("recurrent", "hybrid") else None
-        self._positions = np.arange(cells, dtype=np.int32)
+        self._all_positions = np.arange(cells, dtype=np.int32)
+        self._tokens, self._positions = (np.empty(self.n_batch, dtype=np.int32) for _ in range(2))
+        token, position = (array.ctypes.data_as(_INT32) for array in (self._tokens, self._positions))
+        self._batch = llama_cpp.llama_batch(token=token, pos=position)
         self._address, self._view = 0, np.empty(0, dtype=np.float32)
 
     def _add_adapter(self, path: Path) -> None:
@@ -116,13 +120,13 @@ class Member:
         """
         if alone and not (self._alone == len(ids) and np.array_equal(self._mirror[: self._alone], ids)):
             self.forget()
-        started = time.perf_counter()
+        before = self._seconds
         keep = self._cut(self._common(ids, len(ids)))
         due = self._checkpoints.due_in_prompt(keep, final, len(ids)) if self._checkpoints else None
         self._extend(ids, due, interrupted, prompt=True)
         if alone or keep == 0:
             self._alone = len(ids)
-        return Evaluated(len(ids) - keep, time.perf_counter() - started)
+        return Evaluated(len(ids) - keep, self._seconds - before)
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
         """Make the cache hold exactly `ids`, at least one of them; `logits` are then those after them.
@@ -130,12 +134,12 @@ class Member:
         The last id is always evaluated. On a GPU the evaluation may still be under way when this returns. `final` and
         what it raises are as in `prepare`.
         """
-        started = time.perf_counter()
+        before = self._seconds
         common = self._common(ids, len(ids) - 1)
         keep = self._cut(common)
         due = self._checkpoints.due_in_text(keep, common, final, len(ids)) if self._checkpoints else None
         self._extend(ids, due, interrupted, prompt=False)
-        return Evaluated(len(ids) - keep, time.perf_counter() - started)
+        return Evaluated(len(ids) - keep, self._seconds - before)
 
     def logits(self) -> LogitArray:
         """The logits after the last evaluation, float32 (vocabulary,): a view that the next one overwrites.
@@ -151,8 +155,9 @@ class Member:
             self._address, self._view = address, np.ctypeslib.as_array(pointer, shape=(self.vocabulary.size,))
         return self._view
 
-    def use_threads(self, count: int) -> None:
-        """Evaluate with this many threads from now on."""
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the threads, one of so many, from now on."""
+        count = max(1, (self.config.n_threads or usable_cores()) // parts)
         llama_cpp.llama_set_n_threads(self._context, count, count)
 
     def forget(self) -> None:
@@ -251,11 +256,14 @@ class Member:
 
         No sequences and no outputs are named: llama.cpp then takes the first sequence, and the last id.
         """
-        tokens, positions = np.ascontiguousarray(ids), self._positions[self._length :]
-        batch = llama_cpp.llama_batch(
-            n_tokens=len(ids), token=tokens.ctypes.data_as(_INT32), pos=positions.ctypes.data_as(_INT32)
-        )
-        return int(llama_cpp.llama_decode(self._context, batch))
+        count, start = len(ids), self._length
+        self._batch.n_tokens = count
+        self._tokens[:count] = ids
+        self._positions[:count] = self._all_positions[start : start + count]
+        started = time.perf_counter()
+        code: int = llama_cpp.llama_decode(self._context, self._batch)
+        self._seconds += time.perf_counter() - started
+        return code
 
 
 def usable_cores() -> int:

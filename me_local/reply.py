@@ -122,6 +122,8 @@ class StopFilter:
 
     def push(self, draw: Draw) -> list[Draw]:
         """Pieces that may be shown after this one; the last of them is cut when `stopped` becomes true."""
+        if not self._stops:
+            return [draw]
         self._held.append(draw)
         text = b"".join(held.piece for held in self._held)
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]

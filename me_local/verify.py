@@ -130,6 +130,9 @@ class _Witness:
     def logits(self) -> LogitArray:
         return self.model.logits()
 
+    def share_cores(self, parts: int) -> None:
+        self.model.share_cores(parts)
+
 
 def work(ensemble: Ensemble) -> int:
     """The number of times that `verify` reports progress."""

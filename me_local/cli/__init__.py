@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from me_local.cli.bench import bench
 from me_local.cli.chat import chat
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
@@ -74,6 +75,7 @@ def _open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
+main.add_command(bench)
 main.add_command(chat)
 main.add_command(generate)
 main.add_command(inspect)

@@ -17,7 +17,7 @@ Decorator = Callable[[Command], Command]
 
 
 def _option(name: str, **attributes: Any) -> Decorator:
-    variable = "ME_LOCAL_" + name.strip("-").replace("-", "_").upper()
+    variable = "ME_LOCAL_" + name.split("/")[0].strip("-").replace("-", "_").upper()
     return click.option(name, envvar=variable, show_envvar=True, **attributes)
 
 
@@ -29,9 +29,11 @@ _MODELS = _option(
     help="The file that describes the ensemble.",
 )
 
+_WEIGHTS = _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
+
 _SAMPLING: list[Decorator] = [
     _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
-    _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3."),
+    _WEIGHTS,
     _option("--seed", type=int, help="Makes a reply repeatable."),
     _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
     _option("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
@@ -39,6 +41,9 @@ _SAMPLING: list[Decorator] = [
     _option("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     _option("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
     _option("--max-tokens", type=int, help="The largest number of pieces in a reply."),
+    _option(
+        "--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."
+    ),
     click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
     _option("--system", help="The system message."),
 ]
@@ -47,6 +52,11 @@ _SAMPLING: list[Decorator] = [
 def models_option(command: Command) -> Command:
     """Add --models."""
     return _MODELS(command)
+
+
+def weights_option(command: Command) -> Command:
+    """Add --weights."""
+    return _WEIGHTS(command)
 
 
 def sampling_options(command: Command) -> Command:
