@@ -180,6 +180,7 @@ def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"
         seed=secrets.randbits(32) if config.seed is None else config.seed,
         head=head,
         alone=alone,
+        unit=config.unit,
     )
 
 

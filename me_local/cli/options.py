@@ -31,6 +31,11 @@ _MODELS = _option(
 
 _SAMPLING: list[Decorator] = [
     _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
+    _option(
+        "--unit",
+        type=click.Choice(["token", "word"]),
+        help="word: a member writes whole words, which vocabularies cut differently (me only).",
+    ),
     _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3."),
     _option("--seed", type=int, help="Makes a reply repeatable."),
     _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
