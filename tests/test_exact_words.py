@@ -7,7 +7,6 @@ the product are then compared with the tree by a G-test; odds of a false alarm a
 draw words wrongly on purpose have to fail.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,11 +27,11 @@ from test_exact_replies import (
     check,
     draw,
     g_test,
-    start,
     tiny,
+    truncated,
 )
 
-from me_local import words
+from me_local import engine
 from me_local.alignment import Distribution, FloatArray, LogitArray, top_k
 from me_local.config import Sampling
 from me_local.engine import Draw, Engine, Generation
@@ -54,21 +53,20 @@ def by_last_letter(text: bytes, weights: FloatArray) -> FloatArray:
 
 CASES = {
     "BPE and BPE": case("bpe_a", "bpe_c", temperature=0.7, weights=(0.3, 0.7)),
-    "BPE and SPM": case("bpe_c", "spm", temperature=1.3, top_k=5),
-    "longer replies": case("bpe_c", "spm", temperature=0.5, top_k=4, length=5),
+    "BPE and SPM": case("bpe_b", "spm", temperature=0.5, top_k=4, head=b"x", length=5),
     "one vocabulary": case("bpe_a", "bpe_b", temperature=0.5),
     "three members": case("bpe_b", "bpe_c", "spm", weights=(0.5, 0.2, 0.3), temperature=0.7, top_k=5),
     "top-k leaves no piece that begins a word": case("bpe_c", "spm", top_k=2, length=5),
-    "temperature 0": case("bpe_c", "spm", temperature=0.0, length=6),
+    "temperature 0": case("bpe_c", "spm", temperature=0.0, length=5),
     "top-p": case("bpe_a", "bpe_c", top_k=0, top_p=0.7, length=2),
     "each its own": case("bpe_a", "spm", weights=(0.3, 0.7), sampling=(Sampling(0.5), Sampling(1.3, top_p=0.8))),
-    "router": case("bpe_c", "spm", router=by_last_letter, temperature=0.7),
+    "router": case("bpe_c", "spm", router=by_last_letter, temperature=0.7, head=b"def count("),
     "a head that ends with a space": case("bpe_c", "spm", head=b"the cat ", temperature=0.7),
     "a head of Han characters": case("bpe_c", "spm", head="说明书".encode(), temperature=0.7),
     "a long word": case("bpe_c", "spm", head=LONG, temperature=0.7),
     "lacking bytes": case("bpe_c", "lacking", head="é".encode(), temperature=1.3),
 }
-BROKEN = case("bpe_c", "spm", temperature=0.5, weights=(0.6, 0.4))
+BROKEN = case("bpe_b", "spm", temperature=0.7, top_k=5, head=b"x")
 
 
 def remembering(members: Sequence[Member], this: Case) -> Engine:
@@ -191,13 +189,9 @@ class WordTree(Tree):
         named |= dict.fromkeys(ends)
         logits = self._logits(member, reply)
         ids = sorted((i for i, piece in named.items() if self.begins(piece)), key=lambda i: -logits[i])
-        if sampling.temperature == 0:
-            return {named[ids[0]]: 1.0}
-        assert sampling.top_p == 1
-        assert sampling.min_p == 0
         found: defaultdict[Piece, float] = defaultdict(float)
-        for i in ids[: sampling.top_k or None]:
-            found[named[i]] += math.exp((logits[i] - logits[ids[0]]) / sampling.temperature)
+        for i, probability in zip(ids, truncated([logits[i] for i in ids], sampling), strict=False):
+            found[named[i]] += probability
         return found
 
 
@@ -241,3 +235,58 @@ def test_replies_have_the_probabilities_of_the_definition(
 ) -> None:
     this = CASES[name]
     check(by_words(remembering(open_all(this), this), this, COUNT, monkeypatch), WordTree(open_all(this), this))
+
+
+def test_top_k_often_leaves_no_piece_that_begins_a_word(open_all: OpenAll) -> None:
+    this = CASES["top-k leaves no piece that begins a word"]
+    tree = WordTree(open_all(this), this)
+    tree.cells()
+    assert tree.fallbacks > 20
+
+
+def keeps_the_dropped_piece(patch: pytest.MonkeyPatch) -> None:
+    step = Generation._step_in_word
+
+    def kept(self: Generation, writer: int, weights: FloatArray) -> Draw:
+        draws: list[Draw] = []
+        write = self._write
+        patch.setattr(self, "_write", lambda member: draws.append(write(member)) or draws[-1], raising=False)
+        drawn = step(self, writer, weights)
+        return replace(draws[0], member=drawn.member)
+
+    patch.setattr(Generation, "_step_in_word", kept)
+
+
+def follows_without_a_condition(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Generation, "_open_word", Generation._predict)
+
+
+def restricts_before_it_truncates(patch: pytest.MonkeyPatch) -> None:
+    """A definition too, but then the piece of a writer that goes on must be drawn anew."""
+    patch.setattr(Openings, "condition", lambda self, distribution: None)
+
+
+def words_end_at_every_piece(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "is_free", lambda text: True)
+
+
+def space_ends_a_word_behind_space(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(engine, "may_end", lambda text: True)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        keeps_the_dropped_piece,
+        follows_without_a_condition,
+        restricts_before_it_truncates,
+        words_end_at_every_piece,
+        space_ends_a_word_behind_space,
+    ],
+)
+def test_a_broken_engine_is_found_out(
+    open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    fault(monkeypatch)
+    drawn = by_words(remembering(open_all(BROKEN), BROKEN), BROKEN, COUNT // 2, monkeypatch)
+    assert g_test(drawn, WordTree(open_all(BROKEN), BROKEN).cells(COUNT // 2)) < EXACT
