@@ -73,7 +73,8 @@ class Draw:
     """One sampled piece.
 
     `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
-    where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each member's part in it, sum 1; `member` is the index of the largest.
+    where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
+    member's part in it, sum 1; `member` is the index of the largest.
     """
 
     number: int
