@@ -181,6 +181,7 @@ def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"
         head=head,
         alone=alone,
         parallel=config.parallel,
+        unit=config.unit,
     )
 
 

