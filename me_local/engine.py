@@ -50,7 +50,7 @@ class Request:
 
     `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
     the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
-    document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
+    document starts. `top` asks for the likeliest pieces at each step. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
     depend on what else was evaluated before.
     """
 
@@ -62,6 +62,7 @@ class Request:
     seed: int
     head: bytes = b""
     alone: bool = False
+    top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ class Draw:
     """One sampled piece.
 
     `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME, the
-    mixture's for CE. `shares` are each member's part in it, sum 1; `member` is the index of the largest.
+    mixture's for CE. `shares` are each member's part in it, sum 1; `member` is the index of the largest. `top` has the
+    likeliest pieces of that distribution with their probabilities, as many as the request asks for, the likeliest
+    first; the empty piece is END.
     """
 
     number: int
@@ -77,6 +80,7 @@ class Draw:
     member: int
     probability: float
     shares: tuple[float, ...]
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -192,7 +196,8 @@ class Generation:
         distribution = self._predict(member)
         number, probability = sample(distribution, self._piece_random.random())
         shares = tuple(float(i == member) for i in range(len(weights)))
-        return Draw(number, self._engine.unified.pieces[number], member, probability, shares)
+        piece = self._engine.unified.pieces[number]
+        return Draw(number, piece, member, probability, shares, self._top(distribution))
 
     def _step_ce(self, weights: FloatArray) -> Draw:
         mixture, distributions = self._mixture(weights)
@@ -203,7 +208,15 @@ class Generation:
             parts[member] = weights[member] * distribution.of(number)
         parts /= parts.sum()
         piece = self._engine.unified.pieces[number]
-        return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()))
+        return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()), self._top(mixture))
+
+    def _top(self, distribution: Distribution) -> tuple[tuple[bytes, float], ...]:
+        """The likeliest pieces, as many as the request asks for, and their probabilities."""
+        if not self._request.top:
+            return ()
+        likeliest = np.argsort(-distribution.probabilities, kind="stable")[: self._request.top]
+        numbers, probabilities = distribution.numbers[likeliest], distribution.probabilities[likeliest]
+        return tuple((self._engine.unified.pieces[n], float(p)) for n, p in zip(numbers, probabilities, strict=True))
 
     def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
         """The mixture, and the distribution of each member with a weight above 0."""

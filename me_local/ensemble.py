@@ -16,7 +16,7 @@ import numpy as np
 from me_local.alignment import Alignment
 from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
-from me_local.errors import ConfigError, InputError
+from me_local.errors import ConfigError, InputError, PromptTooLongError
 from me_local.member import Member
 from me_local.plugins import find
 from me_local.reply import Reply, ReplyStream
@@ -111,17 +111,17 @@ class Ensemble:
             if writes and length == 0:
                 raise InputError(f'the chat template of member "{member.name}" makes an empty prompt of this')
             if writes and length > member.n_ctx:
-                raise InputError(
+                raise PromptTooLongError(
                     f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
                     f"shorten it, or raise n_ctx in {self.config.path.name}"
                 )
 
     def start(
-        self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False
+        self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
     ) -> ReplyStream:
-        """A reply after these prompts; `head` is the beginning of a raw completion, `alone` as in `Request`."""
+        """A reply after these prompts; `head` is the beginning of a raw completion, `alone` and `top` as in `Request`."""
         cancelled = threading.Event()
-        request = make_request(config, prompts, head, alone=alone)
+        request = make_request(config, prompts, head, alone=alone, top=top)
         return ReplyStream(
             Generation(self.engine, request, cancelled.is_set),
             request,
@@ -169,7 +169,9 @@ class Ensemble:
         return PromptWriter(member.vocabulary, render)
 
 
-def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False) -> Request:
+def make_request(
+    config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
+) -> Request:
     """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
     return Request(
         prompts=prompts,
@@ -180,6 +182,7 @@ def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"
         seed=secrets.randbits(32) if config.seed is None else config.seed,
         head=head,
         alone=alone,
+        top=top,
     )
 
 
