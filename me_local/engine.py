@@ -50,8 +50,8 @@ class Request:
 
     `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
     the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
-    document starts. `top` asks for the likeliest pieces at each step. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
-    depend on what else was evaluated before.
+    document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
+    depend on what else was evaluated before. `top` is how many of the likeliest pieces each draw is to name.
     """
 
     prompts: tuple[IntArray, ...]

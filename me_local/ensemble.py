@@ -55,22 +55,29 @@ class Ensemble:
         return tuple(member.name for member in self.members)
 
     def stream(
-        self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
+        self,
+        prompt: str | Sequence[Message],
+        overrides: Overrides | None = None,
+        *,
+        raw: bool = False,
+        alone: bool = True,
+        top: int = 0,
     ) -> ReplyStream:
         """A reply to a prompt or a conversation, as a stream of steps; with `raw`, a completion of the prompt.
 
-        `overrides` go before the configuration. The reply to a seed does not depend on what was asked before. Raises
-        ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
+        `overrides` go before the configuration. The reply to a seed does not depend on what was asked before, unless
+        `alone` is false: then what is in the cache is used wherever it can be. Each step names the `top` likeliest
+        pieces. Raises ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
         """
         config = override(self.config, overrides or Overrides())
         if raw:
             head, prompts = self.raw_prompts(prompt, config)
-            return self.start(config, prompts, head, alone=True)
+            return self.start(config, prompts, head, alone=alone, top=top)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
         prompts = self.prompts(messages, config)
         self.check_lengths([len(prompt) for prompt in prompts], config)
-        return self.start(config, prompts, alone=True)
+        return self.start(config, prompts, alone=alone, top=top)
 
     def generate(
         self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
@@ -119,7 +126,7 @@ class Ensemble:
     def start(
         self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
     ) -> ReplyStream:
-        """A reply after these prompts; `head` is the beginning of a raw completion, `alone` and `top` as in `Request`."""
+        """A reply after these prompts; `head` is the beginning of a raw completion, the rest as in `Request`."""
         cancelled = threading.Event()
         request = make_request(config, prompts, head, alone=alone, top=top)
         return ReplyStream(
