@@ -15,6 +15,7 @@ import click
 from me_local.cli.chat import chat
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
+from me_local.cli.serve import serve
 from me_local.cli.verify import verify
 from me_local.errors import MeLocalError, RunError
 
@@ -77,4 +78,5 @@ def _open_missing_streams() -> None:
 main.add_command(chat)
 main.add_command(generate)
 main.add_command(inspect)
+main.add_command(serve)
 main.add_command(verify)
