@@ -25,8 +25,9 @@ class Connection(H11Protocol):
         """Take it up, and close another one if there are too many."""
         super().connection_made(transport)
         self._watch()
-        if len(self.connections) > MOST_CONNECTIONS:
-            idle = [other for other in self.connections if isinstance(other, Connection) and other.idle]
+        opened = [each for each in self.connections if isinstance(each, Connection) and not each.transport.is_closing()]
+        if len(opened) > MOST_CONNECTIONS:
+            idle = [other for other in opened if other.idle]
             min(idle, key=lambda other: other.idle_since, default=self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

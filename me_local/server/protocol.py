@@ -35,6 +35,8 @@ class ApiError(Exception):
         self.headers = {} if retry is None else {"Retry-After": str(retry)}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
+        if status in (408, 413):  # the rest of the body is not waited for
+            self.headers["Connection"] = "close"
 
     def as_dict(self) -> dict[str, Any]:
         """The body of the answer."""

@@ -39,6 +39,7 @@ class Worker:
         self._waiting = 0
         self._draining = False
         self._stream: ReplyStream | None = None
+        self._events: asyncio.Queue[Event | Exception] | None = None
         self._made, self._seconds = 0, 0.0
         states = States(cache)
         for member in ensemble.members:
@@ -66,7 +67,7 @@ class Worker:
                 stream = await loop.run_in_executor(self._thread, self._start, ask)
             except MeLocalError as error:
                 raise api_error(error) from None
-            self._stream = stream
+            self._stream, self._events = stream, events
             self._thread.submit(self._pump, stream, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
             try:
                 async for event in _until_reply(events):
@@ -79,9 +80,10 @@ class Worker:
         self._draining = True
 
     def cancel(self) -> None:
-        """End the reply that is being made."""
-        if self._stream:
+        """End the reply that is being made, and do not wait for its piece."""
+        if self._stream and self._events:
             self._stream.cancel()
+            self._events.put_nowait(_shutting_down())
 
     def close(self) -> None:
         """End what is being made, and the thread."""
@@ -101,8 +103,8 @@ class Worker:
         finally:
             self._waiting -= 1
         try:
-            if self._draining:
-                raise ApiError(503, "the server is shutting down", code="shutting_down")
+            if self._draining and not admitted:
+                raise _shutting_down()
             self._metrics.waited.observe(time.monotonic() - came)
             yield
         finally:
@@ -132,6 +134,10 @@ class Worker:
         put(failure or reply)
 
 
+def _shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
+
+
 async def _until_reply(events: "asyncio.Queue[Event | Exception]") -> AsyncGenerator[Event, None]:
     while True:
         event = await events.get()
@@ -140,7 +146,7 @@ async def _until_reply(events: "asyncio.Queue[Event | Exception]") -> AsyncGener
         if isinstance(event, Exception):
             raise event
         if isinstance(event, Reply) and event.finish_reason == "cancelled":
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise _shutting_down()
         yield event
         if isinstance(event, Reply):
             return
