@@ -53,6 +53,14 @@ class MemberUsage:
     prompt_seconds: float
     text_seconds: float
 
+    @property
+    def prompt_cached(self) -> int:
+        """Tokens of the prompt that were in the cache; 0 for a member that did not run.
+
+        A memory that cannot be cut back may evaluate some of a prompt twice.
+        """
+        return max(0, self.prompt_length - self.prompt_evaluated) if self.calls else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:

@@ -186,6 +186,16 @@ def test_an_error_of_the_program_leaks_nothing(server: Served, monkeypatch: pyte
     assert server.chat().status_code == 200
 
 
+def test_a_failure_while_counting_hangs_nobody(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: object) -> None:
+        raise ValueError("secret")
+
+    monkeypatch.setattr(server.server._worker._metrics, "count", failing)
+    assert server.chat().status_code == 500
+    monkeypatch.undo()
+    assert server.chat().status_code == 200
+
+
 def test_a_failure_in_mid_stream_is_its_last_event(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = server.openai.chat.completions.create(**{**ASK, "max_tokens": 200, "n": 20}, stream=True)
     next(stream)
@@ -208,7 +218,7 @@ def test_conversations_in_turn_do_not_pay_for_their_prompts_again(server: Served
             details = answer["usage"]["prompt_tokens_details"]
             cached.append(details["cached_tokens"] / answer["usage"]["prompt_tokens"])
     assert max(cached[:4]) < 0.2
-    assert min(cached[4:]) > 0.8
+    assert min(cached[4:]) > 0.6  # all but the last reply and the new turn
     assert server.metric("cache_states") >= 4
     assert 0 < server.metric("cache_bytes") <= 512 * 2**20
 
@@ -387,3 +397,4 @@ def test_what_serve_refuses(two_models: Path) -> None:
         assert "in use" in refused("--port", str(taken.getsockname()[1]))
     with bind("0.0.0.0", 0, guarded=True) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
+        assert listener.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on

@@ -84,7 +84,7 @@ class Answer:
         longest = [_longest(reply) for reply in replies[:: self._n]]
         prompt = sum(usage.prompt_length for usage in longest)
         pieces = sum(len(reply.steps) for reply in replies)
-        cached = sum(usage.prompt_length - usage.prompt_evaluated for usage in longest)
+        cached = sum(usage.prompt_cached for usage in longest)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": pieces,

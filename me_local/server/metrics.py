@@ -37,9 +37,8 @@ class Metrics:
         self._seconds.observe(reply.seconds)
         for usage in reply.usage:
             self._pieces.labels(usage.member).inc(usage.pieces)
-            cached = usage.prompt_length - usage.prompt_evaluated if usage.calls else 0
             self._tokens.labels(usage.member, "prompt_evaluated").inc(usage.prompt_evaluated)
-            self._tokens.labels(usage.member, "prompt_cached").inc(cached)
+            self._tokens.labels(usage.member, "prompt_cached").inc(usage.prompt_cached)
             self._tokens.labels(usage.member, "text_evaluated").inc(usage.text_evaluated)
 
     def text(self) -> bytes:

@@ -85,12 +85,13 @@ def bind(host: str, port: int, *, guarded: bool) -> socket.socket:
     Raises ConfigError for an address that others reach, RunError where it cannot be had.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"--host {host}: {error.strerror or error}") from None
     if not guarded and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise ConfigError(f"--host {host}: other machines can reach it; give --api-key, or --insecure if all may ask")
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: asyncio turns off Nagle's algorithm, which delays pieces by 40 ms, for TCP alone.
+    listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)

@@ -122,16 +122,21 @@ class Worker:
         return self.ensemble.stream(ask.prompt, ask.overrides, raw=raw, alone=alone, top=ask.top)
 
     def _pump(self, stream: ReplyStream, put: Put) -> None:
-        failure: Exception | None = None
+        """Run a stream to its end; whatever happens, the last event is the reply or a failure."""
         try:
-            for step in stream:
-                put(step)
+            try:
+                for step in stream:
+                    put(step)
+            finally:
+                self._count(stream.reply)
         except Exception as error:
-            failure = error
-        reply = stream.reply
+            put(error)
+        else:
+            put(stream.reply)
+
+    def _count(self, reply: Reply) -> None:
         self._metrics.count(reply)
         self._made, self._seconds = self._made + 1, self._seconds + reply.seconds
-        put(failure or reply)
 
 
 def _shutting_down() -> ApiError:
