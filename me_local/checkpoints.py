@@ -39,6 +39,23 @@ class Checkpoints:
         """Keep this one, in the place of the oldest of its kind."""
         (self._prompts if prompt else self._text).append(checkpoint)
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(checkpoint.state.nbytes for checkpoint in (*self._prompts, *self._text))
+
+    def longest(self, most: int) -> int:
+        """The length of the longest of at most `most` tokens; 0 if there is none."""
+        lengths = [checkpoint.length for checkpoint in (*self._prompts, *self._text)]
+        return max((length for length in lengths if length <= most), default=0)
+
+    def copy(self) -> "Checkpoints":
+        """Another set of the same checkpoints."""
+        copied = Checkpoints()
+        copied._prompts.extend(self._prompts)
+        copied._text.extend(self._text)
+        return copied
+
     def cut(self, length: int) -> None:
         """Drop those of more than `length` tokens."""
         for kind in (self._prompts, self._text):

@@ -60,7 +60,7 @@ class Request:
     document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
     depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
     its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
-    with the strategy "me" alone.
+    with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name.
     """
 
     prompts: tuple[IntArray, ...]
@@ -73,6 +73,7 @@ class Request:
     alone: bool = False
     parallel: bool | None = None
     unit: Unit = "token"
+    top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,9 @@ class Draw:
 
     `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
     where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
-    member's part in it, sum 1; `member` is the index of the largest.
+    member's part in it, sum 1; `member` is the index of the largest. `top` has the likeliest
+    pieces of that distribution with their probabilities, as many as the request asks for, the likeliest first; the
+    empty piece is END.
     """
 
     number: int
@@ -89,6 +92,7 @@ class Draw:
     member: int
     probability: float
     shares: tuple[float, ...]
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(slots=True)
@@ -248,7 +252,8 @@ class Generation:
     def _sample(self, member: int, distribution: Distribution) -> Draw:
         number, probability = sample(distribution, self._piece_random.random())
         shares = tuple(float(i == member) for i in range(len(self._engine.models)))
-        return Draw(number, self._engine.unified.pieces[number], member, probability, shares)
+        piece = self._engine.unified.pieces[number]
+        return Draw(number, piece, member, probability, shares, self._top(distribution))
 
     def _is_free(self, writer: int) -> bool:
         """By words: whether a member is drawn here without asking the one that wrote the last piece."""
@@ -278,7 +283,15 @@ class Generation:
             parts[member] = weights[member] * distribution.of(number)
         parts /= parts.sum()
         piece = self._engine.unified.pieces[number]
-        return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()))
+        return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()), self._top(mixture))
+
+    def _top(self, distribution: Distribution) -> tuple[tuple[bytes, float], ...]:
+        """The likeliest pieces, as many as the request asks for, and their probabilities."""
+        if not self._request.top:
+            return ()
+        likeliest = np.argsort(-distribution.probabilities, kind="stable")[: self._request.top]
+        numbers, probabilities = distribution.numbers[likeliest], distribution.probabilities[likeliest]
+        return tuple((self._engine.unified.pieces[n], float(p)) for n, p in zip(numbers, probabilities, strict=True))
 
     def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
         """The mixture, and the distribution of each member with a weight above 0."""

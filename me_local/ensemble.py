@@ -16,7 +16,7 @@ import numpy as np
 from me_local.alignment import Alignment
 from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
-from me_local.errors import ConfigError, InputError
+from me_local.errors import ConfigError, InputError, PromptTooLongError
 from me_local.member import Member
 from me_local.plugins import find
 from me_local.reply import Reply, ReplyStream
@@ -55,22 +55,29 @@ class Ensemble:
         return tuple(member.name for member in self.members)
 
     def stream(
-        self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
+        self,
+        prompt: str | Sequence[Message],
+        overrides: Overrides | None = None,
+        *,
+        raw: bool = False,
+        alone: bool = True,
+        top: int = 0,
     ) -> ReplyStream:
         """A reply to a prompt or a conversation, as a stream of steps; with `raw`, a completion of the prompt.
 
-        `overrides` go before the configuration. The reply to a seed does not depend on what was asked before. Raises
-        ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
+        `overrides` go before the configuration. The reply to a seed does not depend on what was asked before, unless
+        `alone` is false: then what is in the cache is used wherever it can be. Each step names the `top` likeliest
+        pieces. Raises ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
         """
         config = override(self.config, overrides or Overrides())
         if raw:
             head, prompts = self.raw_prompts(prompt, config)
-            return self.start(config, prompts, head, alone=True)
+            return self.start(config, prompts, head, alone=alone, top=top)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
         prompts = self.prompts(messages, config)
         self.check_lengths([len(prompt) for prompt in prompts], config)
-        return self.start(config, prompts, alone=True)
+        return self.start(config, prompts, alone=alone, top=top)
 
     def generate(
         self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
@@ -111,17 +118,17 @@ class Ensemble:
             if writes and length == 0:
                 raise InputError(f'the chat template of member "{member.name}" makes an empty prompt of this')
             if writes and length > member.n_ctx:
-                raise InputError(
+                raise PromptTooLongError(
                     f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
                     f"shorten it, or raise n_ctx in {self.config.path.name}"
                 )
 
     def start(
-        self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False
+        self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
     ) -> ReplyStream:
-        """A reply after these prompts; `head` is the beginning of a raw completion, `alone` as in `Request`."""
+        """A reply after these prompts; `head` is the beginning of a raw completion, the rest as in `Request`."""
         cancelled = threading.Event()
-        request = make_request(config, prompts, head, alone=alone)
+        request = make_request(config, prompts, head, alone=alone, top=top)
         return ReplyStream(
             Generation(self.engine, request, cancelled.is_set),
             request,
@@ -169,7 +176,9 @@ class Ensemble:
         return PromptWriter(member.vocabulary, render)
 
 
-def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False) -> Request:
+def make_request(
+    config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
+) -> Request:
     """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
     return Request(
         prompts=prompts,
@@ -182,6 +191,7 @@ def make_request(config: Config, prompts: tuple[IntArray, ...], head: bytes = b"
         alone=alone,
         parallel=config.parallel,
         unit=config.unit,
+        top=top,
     )
 
 

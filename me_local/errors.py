@@ -17,5 +17,9 @@ class InputError(MeLocalError):
     """A prompt, a message or an input file that cannot be used: names the place in it."""
 
 
+class PromptTooLongError(InputError):
+    """A prompt that is longer than the context of a member."""
+
+
 class RunError(MeLocalError):
     """A member that failed while it was running: names the member and the position in its context."""

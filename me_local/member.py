@@ -23,6 +23,7 @@ from me_local.checkpoints import Checkpoint, Checkpoints
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
+from me_local.states import WORTH, State, States, common_length
 from me_local.vocabulary import IntArray
 from me_local.weights import Weights, first_errors, last_lines, supports_gpu
 
@@ -54,7 +55,8 @@ class Member:
     """A context of a model with its mirror; `weights` are the model's, which other members may share.
 
     `n_ctx` is the number of tokens it can hold: the context asked for, at most the length it was trained with;
-    `working_bytes` the size of the buffers for a batch, None where llama.cpp does not tell.
+    `working_bytes` the size of the buffers for a batch, None where llama.cpp does not tell. Where `states` is set, a
+    prompt that begins like an earlier one gets that one's cache back.
     Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
     """
 
@@ -63,6 +65,7 @@ class Member:
         self.name = config.name
         self.weights = weights
         self.vocabulary = weights.vocabulary
+        self.states: States | None = None
         self._closed = False
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
@@ -118,6 +121,8 @@ class Member:
         numbers depend on how batches were cut. Raises RunError when llama.cpp fails, EvaluationInterruptedError when
         `interrupted()` becomes true between two batches.
         """
+        if self.states is not None:
+            self._exchange(self.states, ids, alone=alone)
         if alone and not (self._alone == len(ids) and np.array_equal(self._mirror[: self._alone], ids)):
             self.forget()
         before = self._seconds
@@ -165,6 +170,28 @@ class Member:
         self._shorten(0)
         llama_cpp.llama_memory_clear(self._memory, True)
 
+    def save(self) -> State:
+        """What the cache holds, to be put back by `restore`. Raises RunError when llama.cpp refuses."""
+        self._cut(self._length)  # an interrupted evaluation may have left cells beyond the mirror
+        data = np.empty(llama_cpp.llama_state_seq_get_size(self._context, 0), dtype=np.uint8)
+        written = llama_cpp.llama_state_seq_get_data(self._context, _bytes(data), data.size, 0)
+        if written != data.size:
+            raise RunError(f'member "{self.name}": llama.cpp does not give its state after {self._length} tokens')
+        checkpoints = self._checkpoints.copy() if self._checkpoints else None
+        return State(self._mirror[: self._length].copy(), data, self._alone, checkpoints)
+
+    def restore(self, state: State) -> None:
+        """Make the cache hold what it did when `state` was saved; where llama.cpp refuses, it is empty then."""
+        self.forget()
+        read = llama_cpp.llama_state_seq_set_data(self._context, _bytes(state.data), state.data.size, 0)
+        if read != state.data.size:
+            self.forget()
+            return
+        self._mirror[: len(state.ids)] = state.ids
+        self._length, self._alone = len(state.ids), state.alone
+        if state.checkpoints:
+            self._checkpoints = state.checkpoints.copy()
+
     def close(self) -> None:
         """Free the context; whatever is asked of the member then raises RunError."""
         if not self._closed:
@@ -179,13 +206,25 @@ class Member:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _common(self, ids: IntArray, most: int) -> int:
-        """The length of the prefix that the cache has in common with `ids`, at most `most`."""
+    def _exchange(self, states: States, ids: IntArray, *, alone: bool) -> None:
+        """Before a new prompt: keep what would be lost by it, and put back what saves most of it."""
+        self._require_open()
+        now = State(self._mirror[: self._length], _NOTHING, self._alone, self._checkpoints)
+        kept = states.best(self.name, ids, alone=alone)
+        usable = now.usable(ids, alone=alone)
+        if self._length - usable >= WORTH and llama_cpp.llama_state_seq_get_size(self._context, 0) <= states.budget:
+            states.add(self.name, self.save())
+        if kept and kept.usable(ids, alone=alone) >= usable + WORTH:
+            self.restore(kept)
+
+    def _require_open(self) -> None:
         if self._closed:
             raise RunError(f'member "{self.name}": the ensemble is closed')
-        limit = min(self._length, most)
-        different = np.flatnonzero(self._mirror[:limit] != ids[:limit])
-        return int(different[0]) if len(different) else limit
+
+    def _common(self, ids: IntArray, most: int) -> int:
+        """The length of the prefix that the cache has in common with `ids`, at most `most`."""
+        self._require_open()
+        return common_length(self._mirror[: self._length], ids[:most])
 
     def _cut(self, length: int) -> int:
         """Shorten the cache to `length` tokens and return how many it holds then.
@@ -351,3 +390,4 @@ def _bytes(state: npt.NDArray[np.uint8]) -> Any:
 
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
+_NOTHING = np.empty(0, dtype=np.uint8)

@@ -4,7 +4,7 @@ import codecs
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from me_local.engine import Draw, Generation, Request, Work
@@ -22,7 +22,8 @@ class Step:
     `text` has the characters that this piece completes (U+FFFD for bytes that are none); `member` the name of the
     member that wrote it, under CE of the one with the largest share; `probability` that of the piece in the
     distribution that it was sampled from, the drawn member's for ME and the mixture's for CE; `shares` each member's
-    part in it, in the order of the ensemble, sum 1.
+    part in it, in the order of the ensemble, sum 1; `top` the likeliest pieces of that distribution with their
+    probabilities, where they were asked for: the empty one is the end of the reply.
     """
 
     piece: bytes
@@ -30,6 +31,7 @@ class Step:
     member: str
     probability: float
     shares: tuple[float, ...]
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,14 @@ class MemberUsage:
     text_evaluated: int
     prompt_seconds: float
     text_seconds: float
+
+    @property
+    def prompt_cached(self) -> int:
+        """Tokens of the prompt that were in the cache; 0 for a member that did not run.
+
+        A memory that cannot be cut back may evaluate some of a prompt twice.
+        """
+        return max(0, self.prompt_length - self.prompt_evaluated) if self.calls else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +167,7 @@ class StopFilter:
         if cut:
             if end > 0:
                 last = self._held[0]
-                released.append(Draw(last.number, last.piece[:end], last.member, last.probability, last.shares))
+                released.append(replace(last, piece=last.piece[:end]))
             self._held.clear()
         return released
 
@@ -260,7 +270,7 @@ class ReplyStream(Iterator[Step]):
     def _shown(self, draws: list[Draw]) -> Iterator[Step]:
         for draw in draws:
             text = self._decoder.decode(draw.piece)
-            yield Step(draw.piece, text, self._names[draw.member], draw.probability, draw.shares)
+            yield Step(draw.piece, text, self._names[draw.member], draw.probability, draw.shares, draw.top)
 
     def _usage(self, member: int, work: Work) -> MemberUsage:
         return MemberUsage(

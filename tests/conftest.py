@@ -44,6 +44,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return make_tiny_models.make_all(tmp_path_factory.mktemp("tiny"))
 
 
+def write_toml(
+    folder: Path, tiny: dict[str, Path], *names: str, weights: Sequence[float] | None, top: str, member: str
+) -> Path:
+    """A models.toml of tiny models; see `write_models`."""
+    lines = [top]
+    for i, name in enumerate(names):
+        weight = weights[i] if weights else 1.0
+        lines.append(f'[[members]]\nname = "{name}"\npath = "{tiny[name]}"\nweight = {weight}\nn_ctx = 512')
+        lines.append(f"n_threads = 1\n{member}")
+    path = folder / "models.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_models(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models.toml of two tiny models with different vocabularies."""
+    return write_toml(tmp_path_factory.mktemp("two"), tiny, "bpe_a", "spm", weights=None, top="", member="")
+
+
 @pytest.fixture
 def write_models(tiny: dict[str, Path], tmp_path: Path) -> WriteModels:
     """Writes a models.toml of tiny models: `write_models("bpe_a", "spm", weights=..., top="...", member="...")`.
@@ -52,14 +72,7 @@ def write_models(tiny: dict[str, Path], tmp_path: Path) -> WriteModels:
     """
 
     def write(*names: str, weights: Sequence[float] | None = None, top: str = "", member: str = "") -> Path:
-        lines = [top]
-        for i, name in enumerate(names):
-            weight = weights[i] if weights else 1.0
-            lines.append(f'[[members]]\nname = "{name}"\npath = "{tiny[name]}"\nweight = {weight}\nn_ctx = 512')
-            lines.append(f"n_threads = 1\n{member}")
-        path = tmp_path / "models.toml"
-        path.write_text("\n".join(lines))
-        return path
+        return write_toml(tmp_path, tiny, *names, weights=weights, top=top, member=member)
 
     return write
 

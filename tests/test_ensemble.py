@@ -247,3 +247,23 @@ def test_what_is_no_conversation(open_ensemble: OpenEnsemble, prompt: object) ->
 def test_roles_that_are_none() -> None:
     with pytest.raises(InputError, match="'tool'"):
         Message("tool", "x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["me", "ce"])
+def test_the_likeliest_pieces_of_the_distribution_that_was_sampled_from(
+    open_ensemble: OpenEnsemble, strategy: str
+) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    config = me_local.config.override(ensemble.config, Overrides(seed=1, max_tokens=20, strategy=strategy, top_k=5))  # type: ignore[arg-type]
+    head, prompts = ensemble.raw_prompts("the cat", config)
+    plain = ensemble.start(config, prompts, head).finish()
+    steps = ensemble.start(config, prompts, head, top=10).finish().steps
+    assert [step.piece for step in steps] == [step.piece for step in plain.steps]
+    assert all(step.top == () for step in plain.steps)
+    for step in steps:  # two members with five tokens each: the ten pieces are the whole mixture
+        probabilities = [probability for _, probability in step.top]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1)
+        assert dict(step.top)[step.piece] == step.probability
+    few = ensemble.start(config, prompts, head, top=2).finish().steps
+    assert [step.top for step in few] == [step.top[:2] for step in steps]

@@ -16,8 +16,9 @@ from me_local.alignment import top_k
 from me_local.checkpoints import Checkpoint, Checkpoints
 from me_local.config import Sampling
 from me_local.engine import Engine, Generation, Request
-from me_local.member import EvaluationInterruptedError, Member
+from me_local.member import Evaluated, EvaluationInterruptedError, Member
 from me_local.routing import constant
+from me_local.states import State
 from me_local.vocabulary import END, IntArray, TokenizedText
 
 OpenMember = Callable[..., Member]
@@ -40,6 +41,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.member, self.reference, self.beginning = member, reference, list(beginning)
         member.forget()
         self.ids: list[int] = []
+        self.states: list[State] = []
 
     @initialize(history=histories)
     def begin(self, history: list[int]) -> None:
@@ -103,6 +105,31 @@ class MemoryMachine(RuleBasedStateMachine):
         with patch.object(llama_cpp, f"llama_{name}", dying), suppress(KeyboardInterrupt):
             self.member.sync(other, final=len(other) - 1)
 
+    @rule()
+    def save(self) -> None:
+        self.states.append(self.member.save())
+
+    @precondition(lambda self: self.states)
+    @rule(which=st.integers(0), new=tokens, final=finals)
+    def restore(self, which: int, new: list[int], final: float) -> None:
+        state = self.states[which % len(self.states)]
+        self.member.restore(state)
+        self.ids = [*state.ids.tolist(), *new]
+        assert self.check(final).tokens == len(new)
+
+    @precondition(lambda self: self.states)
+    @rule(which=st.integers(0), after=st.booleans())
+    def die_while_restoring(self, which: int, after: bool) -> None:
+        real = llama_cpp.llama_state_seq_set_data
+
+        def dying(*args: object) -> None:
+            if after:
+                real(*args)
+            raise KeyboardInterrupt
+
+        with patch.object(llama_cpp, "llama_state_seq_set_data", dying), pytest.raises(KeyboardInterrupt):
+            self.member.restore(self.states[which % len(self.states)])
+
     @rule(new=tokens, batches=st.integers(0, 2))
     def interrupt_between_batches(self, new: list[int], batches: int) -> None:
         answers = iter([False] * batches + [True] * 100)
@@ -113,7 +140,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def array(self) -> IntArray:
         return np.array(self.ids, dtype=np.int32)
 
-    def check(self, final: float = 0.0) -> None:
+    def check(self, final: float = 0.0) -> Evaluated:
         """`final` is a part of the ids, and no promise: a wrong one may cost time, but nothing else."""
         self.reference.forget()
         expected = logits_of(self.reference, self.array())
@@ -121,6 +148,7 @@ class MemoryMachine(RuleBasedStateMachine):
         logits = self.member.logits()
         np.testing.assert_allclose(logits, expected, atol=ATOL, rtol=0)
         assert 1 <= evaluated.tokens <= len(self.ids)
+        return evaluated
 
     def teardown(self) -> None:
         if self.ids:

@@ -16,6 +16,7 @@ from me_local.cli.bench import bench
 from me_local.cli.chat import chat
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
+from me_local.cli.serve import serve
 from me_local.cli.verify import verify
 from me_local.errors import MeLocalError, RunError
 
@@ -79,4 +80,5 @@ main.add_command(bench)
 main.add_command(chat)
 main.add_command(generate)
 main.add_command(inspect)
+main.add_command(serve)
 main.add_command(verify)

@@ -16,12 +16,13 @@ Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
 
-def _option(name: str, **attributes: Any) -> Decorator:
+def named(name: str, **attributes: Any) -> Decorator:
+    """An option that an environment variable of its name sets, too."""
     variable = "ME_LOCAL_" + name.split("/")[0].strip("-").replace("-", "_").upper()
     return click.option(name, envvar=variable, show_envvar=True, **attributes)
 
 
-_MODELS = _option(
+_MODELS = named(
     "--models",
     type=click.Path(path_type=Path),
     default=Path("models.toml"),
@@ -29,28 +30,26 @@ _MODELS = _option(
     help="The file that describes the ensemble.",
 )
 
-_WEIGHTS = _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
+_WEIGHTS = named("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
 
 _SAMPLING: list[Decorator] = [
-    _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
-    _option(
+    named("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
+    named(
         "--unit",
         type=click.Choice(["token", "word"]),
         help="word: a member writes whole words, which vocabularies cut differently (me only).",
     ),
     _WEIGHTS,
-    _option("--seed", type=int, help="Makes a reply repeatable."),
-    _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
-    _option("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
-    _option("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
-    _option("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
-    _option("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
-    _option("--max-tokens", type=int, help="The largest number of pieces in a reply."),
-    _option(
-        "--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."
-    ),
+    named("--seed", type=int, help="Makes a reply repeatable."),
+    named("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
+    named("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
+    named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
+    named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
+    named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
+    named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
+    named("--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
-    _option("--system", help="The system message."),
+    named("--system", help="The system message."),
 ]
 
 

@@ -1,0 +1,66 @@
+"""`me-local serve`: the ensemble behind the OpenAI protocol, and a page to chat with it."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from me_local.cli.options import configured, load, models_option, named, sampling_options
+from me_local.errors import ConfigError
+
+
+@click.command()
+@models_option
+@named("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@named("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@named("--api-key", help="What clients must give as key; better in the environment, where others do not see it.")
+@click.option("--insecure", is_flag=True, help="Listen without a key where other machines reach it.")
+@click.option("--allow-host", multiple=True, metavar="NAME", help="A name by which clients may call this machine.")
+@click.option(
+    "--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org."
+)
+@named("--queue", type=click.IntRange(0), default=64, show_default=True, help="Replies that may wait.")
+@named("--cache-mb", type=click.IntRange(0), default=512, show_default=True, help="Room for earlier conversations.")
+@named(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds for a request."
+)
+@named(
+    "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds for running replies at the end."
+)
+@sampling_options
+def serve(
+    models: Path,
+    host: str,
+    port: int,
+    api_key: str | None,
+    insecure: bool,
+    allow_host: tuple[str, ...],
+    cors: tuple[str, ...],
+    queue: int,
+    cache_mb: int,
+    timeout: float,
+    grace: float,
+    **given: Any,
+) -> None:
+    """Serve the ensemble by the OpenAI protocol, and a page to chat with it at /.
+
+    The sampling options are what holds for requests that do not say otherwise. SIGTERM and Ctrl-C let running replies
+    finish.
+    """
+    try:
+        from me_local.server.app import Access
+        from me_local.server.serving import Limits, Server, address_of, bind
+    except ImportError as error:
+        raise ConfigError(f'serve needs {error.name}: pip install "me-local[server]"') from None
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
+        raise ConfigError("--api-key: must be printable ASCII, and not empty")
+    config = configured(models, given)
+    with bind(host, port, guarded=insecure or api_key is not None) as listener, load(config) as ensemble:
+        for notice in ensemble.notices:
+            click.echo(notice, err=True)
+
+        def ready() -> None:
+            click.echo(f"serving {' + '.join(ensemble.names)} at {address_of(listener)} (Ctrl-C ends)", err=True)
+
+        limits = Limits(queue, cache_mb * 2**20, timeout, grace)
+        Server(ensemble, Access(api_key, allow_host, cors), limits, ready).serve_on(listener)

@@ -1,0 +1,158 @@
+"""What clients get: replies in OpenAI's shapes, whole or in chunks, with me-local's extensions.
+
+Extensions: each chunk's choice has the piece's `member`, `probability` and `shares`; the end of a choice its `seed`
+and `timings`. `usage` counts prompt tokens as the member does that has most of them, and pieces as completion tokens.
+"""
+
+import math
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from me_local.reply import MemberUsage, Reply, Step
+
+Object = dict[str, Any]
+
+
+class Answer:
+    """The objects of one answer; `chat` tells a conversation from a completion, `logprobs` whether they are wanted."""
+
+    def __init__(self, model: str, *, chat: bool, logprobs: bool, n: int) -> None:
+        self._chat = chat
+        self._logprobs = logprobs
+        self._n = n  # replies to each prompt
+        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._model = model
+        self._created = int(time.time())
+
+    def whole(self, replies: Sequence[Reply]) -> Object:
+        """The answer in one piece."""
+        choices = [self._choice(index, reply) for index, reply in enumerate(replies)]
+        kind = "chat.completion" if self._chat else "text_completion"
+        return self._object(kind, choices) | {"usage": self._usage(replies), "timings": timings(replies)}
+
+    def opening(self, index: int) -> Object:
+        """The chunk before the first piece of a choice of a conversation: the speaker."""
+        return self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+
+    def piece(self, index: int, step: Step, offset: int) -> Object:
+        """The chunk of one piece, which stands at this character of the reply."""
+        choice: Object = {"index": index, **self._content(step.text), "finish_reason": None}
+        if self._logprobs:
+            choice["logprobs"] = self._listed([step], offset)
+        choice |= {"member": step.member, "probability": step.probability, "shares": list(step.shares)}
+        return self._chunk([choice])
+
+    def end(self, index: int, reply: Reply) -> Object:
+        """The last chunk of a choice."""
+        content: Object = {"delta": {}} if self._chat else {"text": ""}
+        return self._chunk([{"index": index, **content, **_end(reply), "timings": timings([reply])}])
+
+    def total(self, replies: Sequence[Reply]) -> Object:
+        """The chunk after all choices: the usage."""
+        return self._chunk([]) | {"usage": self._usage(replies), "timings": timings(replies)}
+
+    def _choice(self, index: int, reply: Reply) -> Object:
+        content: Object = {"text": reply.text}
+        if self._chat:
+            content = {"message": {"role": "assistant", "content": reply.text, "refusal": None}}
+        listed = self._listed(reply.steps, 0) if self._logprobs else None
+        return {"index": index, **content, "logprobs": listed, **_end(reply)}
+
+    def _content(self, text: str) -> Object:
+        return {"delta": {"content": text}} if self._chat else {"text": text}
+
+    def _listed(self, steps: Iterable[Step], offset: int) -> Object:
+        return _chat_logprobs(steps) if self._chat else _text_logprobs(steps, offset)
+
+    def _chunk(self, choices: list[Object]) -> Object:
+        return self._object("chat.completion.chunk" if self._chat else "text_completion", choices)
+
+    def _object(self, kind: str, choices: list[Object]) -> Object:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": None,
+            "choices": choices,
+        }
+
+    def _usage(self, replies: Sequence[Reply]) -> Object:
+        """Each prompt counts once, however many replies it got; what was cached, as the first of them found it."""
+        longest = [_longest(reply) for reply in replies[:: self._n]]
+        prompt = sum(usage.prompt_length for usage in longest)
+        pieces = sum(len(reply.steps) for reply in replies)
+        cached = sum(usage.prompt_cached for usage in longest)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": pieces,
+            "total_tokens": prompt + pieces,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def timings(replies: Sequence[Reply]) -> Object:
+    """Seconds and tokens of all replies together, and what each member did."""
+    seconds, prompt = sum(r.seconds for r in replies), sum(r.prompt_seconds for r in replies)
+    pieces = sum(len(reply.steps) for reply in replies)
+    members = [_work(usages) for usages in zip(*[reply.usage for reply in replies], strict=True)]
+    return {
+        "seconds": seconds,
+        "prompt_seconds": prompt,
+        "decode_seconds": sum(reply.decode_seconds for reply in replies),
+        "pieces_per_second": pieces / (seconds - prompt) if seconds > prompt else 0.0,
+        "members": members,
+    }
+
+
+def _work(usages: Sequence[MemberUsage]) -> Object:
+    return {
+        "member": usages[0].member,
+        "pieces": sum(usage.pieces for usage in usages),
+        "calls": sum(usage.calls for usage in usages),
+        "prompt_tokens": sum(usage.prompt_length for usage in usages if usage.calls),
+        "prompt_evaluated": sum(usage.prompt_evaluated for usage in usages),
+        "text_evaluated": sum(usage.text_evaluated for usage in usages),
+    }
+
+
+def _longest(reply: Reply) -> MemberUsage:
+    """The usage of the member with the longest prompt, of those that ran."""
+    return max(reply.usage, key=lambda usage: (usage.calls > 0, usage.prompt_length))
+
+
+def _end(reply: Reply) -> Object:
+    return {"finish_reason": reply.finish_reason, "seed": reply.seed}
+
+
+def _chat_logprobs(steps: Iterable[Step]) -> Object:
+    def entry(piece: bytes, probability: float) -> Object:
+        return {"token": _text(piece), "logprob": _log(probability), "bytes": list(piece)}
+
+    content = [
+        entry(step.piece, step.probability) | {"top_logprobs": [entry(*likely) for likely in step.top]}
+        for step in steps
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(steps: Iterable[Step], offset: int) -> Object:
+    listed: Object = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for step in steps:
+        listed["tokens"].append(_text(step.piece))
+        listed["token_logprobs"].append(_log(step.probability))
+        listed["top_logprobs"].append({_text(piece): _log(p) for piece, p in reversed(step.top)})
+        listed["text_offset"].append(offset)
+        offset += len(step.text)
+    return listed
+
+
+def _log(probability: float) -> float:
+    """Of one too small for a float, what OpenAI gives for such: JSON has no minus infinity."""
+    return math.log(probability) if probability > 0 else -9999.0
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")

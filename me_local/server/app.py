@@ -1,0 +1,264 @@
+"""The routes: from a request to an answer, whole or as server-sent events."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from me_local.errors import MeLocalError
+from me_local.reply import Reply
+from me_local.server.answers import Answer
+from me_local.server.guard import Gate, KeyCheck, read_body, refusal
+from me_local.server.metrics import Metrics
+from me_local.server.protocol import MODEL, ApiError, Ask, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.worker import Event, Worker
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).parent / "static"
+
+T = TypeVar("T")
+Asked = ChatRequest | CompletionRequest
+Events = AsyncGenerator[tuple[int, Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask: with which key, if any; by which further names of this machine; pages of which other origins."""
+
+    key: str | None = None
+    hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+
+
+def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -> Starlette:
+    """The application; a request is given up after `timeout` seconds."""
+    routes = Routes(worker, metrics, timeout)
+    middleware = [Middleware(Gate, metrics, access.hosts, access.origins)]
+    if access.origins:
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    if access.key is not None:
+        middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics")))
+    return Starlette(
+        routes=[
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{model:path}", routes.model),
+            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
+            Route("/v1/completions", routes.complete, methods=["POST"]),
+            Route("/v1/{path:path}", routes.unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
+            Route("/health", routes.health),
+            Route("/metrics", routes.metrics),
+            Mount("/", StaticFiles(directory=STATIC, html=True)),
+        ],
+        middleware=middleware,
+        exception_handlers={HTTPException: _on_http_error, ApiError: _on_api_error},  # type: ignore[dict-item]
+    )
+
+
+class Routes:
+    """What each path answers."""
+
+    def __init__(self, worker: Worker, metrics: Metrics, timeout: float) -> None:
+        self._worker = worker
+        self._ensemble = worker.ensemble
+        self._metrics = metrics
+        self._timeout = timeout
+
+    async def models(self, _: Request) -> Response:
+        """GET /v1/models: the ensemble, and each of its members."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in model_names(self._ensemble)]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/NAME."""
+        name = request.path_params["model"]
+        if name not in model_names(self._ensemble):
+            raise ApiError(404, "there is no such model", param="model", code="model_not_found")
+        return JSONResponse(self._model(name))
+
+    async def unknown(self, request: Request) -> Response:
+        """All else below /v1."""
+        raise ApiError(404, f"there is no {request.method} of this path", code="unknown_path")
+
+    async def health(self, _: Request) -> Response:
+        """GET /health: 503 once the server is shutting down."""
+        draining = self._worker.draining
+        return JSONResponse({"status": "shutting down" if draining else "ok"}, 503 if draining else 200)
+
+    async def metrics(self, _: Request) -> Response:
+        """GET /metrics."""
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        return await self._respond(request, ChatRequest)
+
+    async def complete(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        return await self._respond(request, CompletionRequest)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        config = self._ensemble.config
+        described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": MODEL}
+        if name == MODEL:
+            described["strategy"], described["unit"] = config.strategy, config.unit
+            described["max_tokens"] = config.max_tokens
+            described["members"] = [
+                {
+                    "name": member.name,
+                    "weight": settings.weight,
+                    "n_ctx": member.n_ctx,
+                    "sampling": asdict(settings.sampling),
+                }
+                for member, settings in zip(self._ensemble.members, config.members, strict=True)
+            ]
+        return described
+
+    async def _respond(self, request: Request, kind: type[Asked]) -> Response:
+        try:
+            return await self._answer(request, parse(kind, await read_body(request)))
+        except MeLocalError as error:
+            return refusal(api_error(error))
+        except ApiError as error:
+            return refusal(error)
+        except Exception as error:
+            return refusal(_unexpected(error))
+
+    async def _answer(self, request: Request, asked: Asked) -> Response:
+        asks = asked.asks(self._ensemble)
+        logprobs = asked.logprobs is not None and asked.logprobs is not False
+        answer = Answer(asked.model, chat=isinstance(asked, ChatRequest), logprobs=logprobs, n=asked.n or 1)
+        events = self._events(asks)
+        if not asked.stream:
+            replies = await _while_there(request, _replies(events))
+            return JSONResponse(answer.whole(replies))
+        first = await _while_there(request, anext(events))
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return EventStream(_lines(answer, first, events, chat=isinstance(asked, ChatRequest), usage=usage))
+
+    async def _events(self, asks: Sequence[Ask]) -> Events:
+        """What happens to all choices, one after the other, each with its index. Raises ApiError."""
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        for index, ask in enumerate(asks):
+            made = self._worker.reply(ask, admitted=index > 0)
+            try:
+                event: Event | None = None
+                while not isinstance(event, Reply):
+                    async with asyncio.timeout_at(deadline):
+                        event = await anext(made)
+                    yield index, event
+            except TimeoutError:
+                raise ApiError(504, f"not finished within {self._timeout:g} s (--timeout)", code="timeout") from None
+            finally:
+                await made.aclose()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; however the response ends, what makes them is closed."""
+
+    media_type = "text/event-stream"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what is made."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            assert isinstance(self.body_iterator, AsyncGenerator)
+            await self.body_iterator.aclose()
+
+
+async def _lines(
+    answer: Answer, first: tuple[int, Event], events: Events, *, chat: bool, usage: bool
+) -> AsyncGenerator[str, None]:
+    """The chunks of an answer as server-sent events; a failure is the last of them."""
+    replies: list[Reply] = []
+    offset, opened = 0, -1
+    try:
+        async for index, event in _chained(first, events):
+            if index != opened:
+                offset, opened = 0, index
+                if chat:
+                    yield _line(answer.opening(index))
+            if isinstance(event, Reply):
+                replies.append(event)
+                yield _line(answer.end(index, event))
+            else:
+                yield _line(answer.piece(index, event, offset))
+                offset += len(event.text)
+        if usage:
+            yield _line(answer.total(replies))
+        yield "data: [DONE]\n\n"
+    except ApiError as error:
+        yield _line(error.as_dict())
+    except Exception as error:
+        yield _line(_unexpected(error).as_dict())
+    finally:
+        await events.aclose()
+
+
+async def _chained(first: tuple[int, Event], rest: Events) -> AsyncIterator[tuple[int, Event]]:
+    yield first
+    async for event in rest:
+        yield event
+
+
+async def _replies(events: Events) -> list[Reply]:
+    return [event async for _, event in events if isinstance(event, Reply)]
+
+
+async def _while_there(request: Request, work: Awaitable[T]) -> T:
+    """The result of some work, which is given up when the client goes away."""
+
+    async def working() -> T:
+        return await work
+
+    task, gone = asyncio.create_task(working()), asyncio.create_task(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client has gone")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _line(chunk: dict[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _unexpected(error: Exception) -> ApiError:
+    """An error of this program; its text may have a prompt in it, so only its kind is told."""
+    log.error("%s while answering", type(error).__name__)
+    log.debug("in full", exc_info=error)
+    return ApiError(500, f"an error of the server ({type(error).__name__}); its log at -vv has more")
+
+
+async def _on_api_error(_: Request, error: ApiError) -> Response:
+    return refusal(error)
+
+
+async def _on_http_error(_: Request, error: HTTPException) -> Response:
+    response = refusal(ApiError(error.status_code, error.detail))
+    response.headers.update(error.headers or {})
+    return response

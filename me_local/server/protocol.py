@@ -1,0 +1,305 @@
+"""What clients send and how they are refused: OpenAI's requests as typed models, and its shape of an error.
+
+A field that is not supported and would change the answer is refused by its name; one without effect is accepted.
+Knows nothing of HTTP connections or of how replies are made.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from me_local.config import Overrides, Strategy, Unit, override
+from me_local.ensemble import Ensemble, check_conversation
+from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+from me_local.templates import Message, Role
+
+MODEL = "me-local"
+"""The name of the ensemble; its members are "me-local/NAME"."""
+
+R = TypeVar("R", bound=BaseModel)
+
+_MOST_REPLIES = 128  # to one request
+_LONGEST_SHOWN = 80  # characters of a name that a client made up
+
+
+class ApiError(Exception):
+    """A request that is not answered: HTTP status, and what OpenAI's clients read of an error."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {} if retry is None else {"Retry-After": str(retry)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+        if status in (408, 413):  # the rest of the body is not waited for
+            self.headers["Connection"] = "close"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The body of the answer."""
+        kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def api_error(error: MeLocalError) -> ApiError:
+    """The refusal that one of me-local's errors becomes."""
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, ConfigError):  # of an option, such as "--weights: unknown member"
+        text = str(error).removeprefix("--")
+        return ApiError(400, text, param=text.partition(":")[0])
+    return ApiError(400 if isinstance(error, InputError) else 500, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One reply to be made: a conversation, or with a text the completion of it; `top` as in `engine.Request`."""
+
+    prompt: str | tuple[Message, ...]
+    overrides: Overrides
+    top: int
+
+
+def _no_effect_but(*neutral: object) -> AfterValidator:
+    def check(value: object) -> object:
+        if value is not None and value not in neutral:
+            raise PydanticCustomError("unsupported", "is not supported; leave it out")
+        return value
+
+    return AfterValidator(check)
+
+
+def _listed(raw: Any) -> Any:
+    return [raw] if isinstance(raw, str) else raw
+
+
+_Ignored = Annotated[Any, Field(default=None)]
+_Unsupported = Annotated[Any, Field(default=None), _no_effect_but([], {}, "")]
+_Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
+_Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
+_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+_Stops = Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)]
+_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class TextPart(_Model):
+    """A part of a message; only text is taken."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Model):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(lambda raw: [{"type": "text", "text": raw}] if isinstance(raw, str) else raw),
+    ]
+    name: _Unsupported
+    refusal: _Unsupported
+    tool_calls: _Unsupported
+    tool_call_id: _Unsupported
+    function_call: _Unsupported
+    audio: _Unsupported
+    annotations: _Ignored
+
+    def as_message(self) -> Message:
+        """The message as members see it."""
+        role: Role = "system" if self.role == "developer" else self.role
+        return Message(role, "\n".join(part.text for part in self.content))
+
+
+class StreamOptions(_Model):
+    """What else a stream tells."""
+
+    include_usage: bool = False
+    include_obfuscation: _Ignored
+
+
+class _Request(_Model):
+    """What conversations and completions have in common."""
+
+    model: str
+    temperature: _Finite | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: _Count | None = None
+    stop: _Stops | None = None
+    seed: Annotated[int, Field(ge=0, le=2**62)] | None = None
+    n: _Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    strategy: Strategy | None = None
+    weights: dict[str, _Finite] | None = None
+    unit: Unit | None = None
+    presence_penalty: _Penalty
+    frequency_penalty: _Penalty
+    logit_bias: _Unsupported
+    user: _Ignored
+    metadata: _Ignored
+
+    @model_validator(mode="after")
+    def _require_stream(self) -> "_Request":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only goes with stream")
+        return self
+
+    def limit(self) -> int | None:
+        """The largest number of pieces in a reply."""
+        return self.max_tokens
+
+    def prompts(self) -> list[str | tuple[Message, ...]]:
+        """What is to be answered or completed. Raises InputError."""
+        raise NotImplementedError
+
+    def top(self) -> int:
+        """How many of the likeliest pieces are wanted at each step."""
+        raise NotImplementedError
+
+    def asks(self, ensemble: Ensemble) -> list[Ask]:
+        """The replies that are asked for, in the order of the choices; the i-th has the seed + i.
+
+        Raises ApiError for a model that there is not, ConfigError and InputError.
+        """
+        overrides = Overrides(
+            strategy=self.strategy,
+            unit=self.unit,
+            seed=self.seed if self.seed is not None else ensemble.config.seed,
+            max_tokens=self.limit(),
+            stop=None if self.stop is None else tuple(self.stop),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            weights=self._weights(ensemble),
+        )
+        override(ensemble.config, overrides)
+        given, n = self.prompts(), self.n or 1
+        if len(given) * n > _MOST_REPLIES:
+            raise ApiError(400, f"n: that makes {len(given) * n} replies, at most {_MOST_REPLIES} are given", param="n")
+        prompts = [prompt for prompt in given for _ in range(n)]
+        seeds = [None if overrides.seed is None else overrides.seed + i for i in range(len(prompts))]
+        return [
+            Ask(prompt, replace(overrides, seed=seed), self.top()) for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    def _weights(self, ensemble: Ensemble) -> dict[str, float] | None:
+        if self.model == MODEL:
+            return self.weights
+        name = self.model.removeprefix(f"{MODEL}/")
+        if name == self.model or name not in ensemble.names:
+            known = ", ".join(model_names(ensemble))
+            message = f"model: there is no {_shown(self.model)}; there are {known}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        if self.weights is not None:
+            raise ApiError(400, "weights: a single member has none", param="weights")
+        return {other: float(other == name) for other in ensemble.names}
+
+
+class ChatRequest(_Request):
+    """A body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: Annotated[Any, _no_effect_but({"type": "text"})] = None
+    modalities: Annotated[Any, _no_effect_but(["text"])] = None
+    tool_choice: Annotated[Any, _no_effect_but("none", "auto")] = None
+    function_call: Annotated[Any, _no_effect_but("none", "auto")] = None
+    tools: _Unsupported
+    functions: _Unsupported
+    audio: _Unsupported
+    prediction: _Unsupported
+    reasoning_effort: _Unsupported
+    verbosity: _Unsupported
+    web_search_options: _Unsupported
+    store: Annotated[Any, _no_effect_but(False)] = None
+    parallel_tool_calls: _Ignored
+    prompt_cache_key: _Ignored
+    prompt_cache_retention: _Ignored
+    safety_identifier: _Ignored
+    service_tier: _Ignored
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only goes with logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_completion_tokens: contradicts max_tokens")
+        return self
+
+    def limit(self) -> int | None:
+        """The largest number of pieces in a reply."""
+        return self.max_completion_tokens or self.max_tokens
+
+    def prompts(self) -> list[str | tuple[Message, ...]]:
+        """The conversation. Raises InputError when it cannot be answered."""
+        messages = tuple(message.as_message() for message in self.messages)
+        check_conversation(messages)
+        return [messages]
+
+    def top(self) -> int:
+        """How many of the likeliest pieces are wanted at each step."""
+        return self.top_logprobs or 0
+
+
+class CompletionRequest(_Request):
+    """A body of POST /v1/completions."""
+
+    prompt: Annotated[list[str], Field(min_length=1, max_length=128), BeforeValidator(_listed)]
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[Any, _no_effect_but(1)] = None
+    echo: Annotated[Any, _no_effect_but(False)] = None
+    suffix: _Unsupported
+
+    def prompts(self) -> list[str | tuple[Message, ...]]:
+        """The texts to complete. Raises InputError for one that is empty."""
+        if not all(self.prompt):
+            raise InputError("prompt: a text is empty: there is nothing to complete")
+        return list(self.prompt)
+
+    def top(self) -> int:
+        """How many of the likeliest pieces are wanted at each step."""
+        return self.logprobs or 0
+
+
+def parse(kind: type[R], body: bytes) -> R:
+    """A request from its JSON. Raises ApiError that names the first field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
+
+
+def model_names(ensemble: Ensemble) -> list[str]:
+    """The models that a client can name: the ensemble and each of its members."""
+    return [MODEL, *(f"{MODEL}/{name}" for name in ensemble.names)]
+
+
+def _refusal(problem: ErrorDetails) -> ApiError:
+    if problem["type"] == "json_invalid":
+        reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
+        return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return ApiError(400, message, param=message.partition(":")[0] if ":" in message else None)
+    param = _shown(".".join(str(part) for part in problem["loc"]), quoted=False)
+    words = {"extra_forbidden": "there is no such field", "missing": "is missing"}
+    return ApiError(400, f"{param}: {words.get(problem['type'], message)}", param=param, code=problem["type"])
+
+
+def _shown(text: str, *, quoted: bool = True) -> str:
+    cut = text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+    return repr(cut) if quoted or not cut.isprintable() else cut
