@@ -85,8 +85,8 @@ def _fail_in_the_middle(member: Member, context: IntArray) -> None:
     """An evaluation that decodes and then dies before the bookkeeping, as an interrupt can."""
     decode = member._decode
 
-    def dying(batch: IntArray) -> int:
-        decode(batch)
+    def dying(batch: IntArray, **kwargs: bool) -> int:
+        decode(batch, **kwargs)
         raise KeyboardInterrupt
 
     with patch.object(member, "_decode", dying), pytest.raises(KeyboardInterrupt):
