@@ -56,6 +56,11 @@ class Ensemble:
         """The members' names, in the order of all weights and shares."""
         return tuple(member.name for member in self.members)
 
+    @property
+    def unit(self) -> str:
+        """What its likelihoods mix: "token" where all members share one vocabulary, else "word"."""
+        return "token" if self.engine.unified.same else "word"
+
     def stream(
         self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
     ) -> ReplyStream:

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from me_local.alignment import FloatArray, LogitArray
 from me_local.errors import InputError, RunError
@@ -127,7 +126,8 @@ class _Reader:
         opens = np.zeros(len(ids) + 1, dtype=np.bool_)
         opens[borders] = cuts.opens
         rows = self._member.each_logits(context[:-1], first - 1)
-        scored = [self._read(row, *which) for row, *which in zip(rows, context[first:], opens[borders[0] :])]
+        wanted = zip(rows, context[first:], opens[borders[0] : -1], strict=True)
+        scored = [self._read(row, token, at_border) for row, token, at_border in wanted]
         tokens, opening = np.array(scored).T
         at = borders - borders[0]
         units = np.add.reduceat(tokens, at[:-1])
@@ -175,10 +175,8 @@ def mixed(log_probabilities: FloatArray, weights: FloatArray) -> FloatArray:
 
     `log_probabilities` (members, units); `weights` (members, units), or (members, 1) where they are constant.
     """
+    top = log_probabilities.max(axis=0)
+    top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
-        terms = log_probabilities + np.log(weights)
-    top: npt.NDArray[np.float64] = terms.max(axis=0)
-    finite = np.where(np.isfinite(top), top, 0.0)
-    with np.errstate(divide="ignore"):
-        total: FloatArray = finite + np.log(np.exp(terms - finite).sum(axis=0))
+        total: FloatArray = top + np.log((weights * np.exp(log_probabilities - top)).sum(axis=0))
     return total

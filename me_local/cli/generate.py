@@ -3,18 +3,15 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from me_local.batch import Job, finished_ids, read_jobs, run
-from me_local.cli.display import make_console
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
+from me_local.cli.progress import progress
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError, RunError
@@ -125,7 +122,7 @@ def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int
 
 def _batch(ensemble: Ensemble, jobs: list[Job], records: IO[bytes], *, raw: bool, skipped: int) -> None:
     failed = 0
-    with _progress(len(jobs) + skipped, skipped) as advance:
+    with progress("prompts", len(jobs) + skipped, skipped) as advance:
         for record in run(ensemble, jobs, raw=raw):
             _write(records, record)
             failed += "error" in record
@@ -144,11 +141,3 @@ def _write(records: IO[bytes], record: dict[str, Any]) -> None:
         raise RunError(
             f"{records.name}: cannot be written: {error.strerror}; what is there stays, and --resume continues it"
         ) from None
-
-
-@contextmanager
-def _progress(total: int, completed: int) -> Iterator[Any]:
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=make_console(stderr=True)) as progress:
-        task = progress.add_task("prompts", total=total, completed=completed)
-        yield lambda: progress.advance(task)

@@ -29,9 +29,11 @@ _MODELS = _option(
     help="The file that describes the ensemble.",
 )
 
+_WEIGHTS = _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
+
 _SAMPLING: list[Decorator] = [
     _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
-    _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3."),
+    _WEIGHTS,
     _option("--seed", type=int, help="Makes a reply repeatable."),
     _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
     _option("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
@@ -49,6 +51,17 @@ def models_option(command: Command) -> Command:
     return _MODELS(command)
 
 
+def weights_option(command: Command) -> Command:
+    """Add --weights."""
+    return _WEIGHTS(command)
+
+
+def raw_option(command: Command) -> Command:
+    """Add --raw, for prompts in a file."""
+    help_ = "Take prompts as they stand, without chat templates."
+    return click.option("--raw", is_flag=True, help=help_)(command)
+
+
 def sampling_options(command: Command) -> Command:
     """Add the options that override [ensemble] and [sampling] of models.toml."""
     for option in reversed(_SAMPLING):
@@ -60,9 +73,14 @@ def configured(models: Path, given: dict[str, Any]) -> Config:
     """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
     config = load_config(models)
     weights, stop = given.pop("weights"), given.pop("stop")
-    names = [member.name for member in config.members]
-    parsed = parse_weights(weights, names) if weights is not None else None
-    return override(config, Overrides(weights=parsed, stop=stop or None, **given))
+    return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
+
+
+def with_weights(config: Config, weights: str | None) -> Config:
+    """The configuration with the value of --weights, if it is given. Raises ConfigError."""
+    if weights is None:
+        return config
+    return override(config, Overrides(weights=parse_weights(weights, [member.name for member in config.members])))
 
 
 def load(config: Config, *, no_color: bool = False) -> Ensemble:
