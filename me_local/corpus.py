@@ -1,8 +1,8 @@
 """Texts to score: a text file in windows, or a JSON Lines file of prompts and continuations.
 
 A text is cut into windows of equal size, in front of white space. Each is scored behind the end of the window before
-it, as a raw completion; of the first, the first word is only read. A line of a JSON Lines file is
-`{"prompt": "...", "continuation": "..."}` (or "completion"), and its continuation is scored.
+it, as a raw completion; of the first, the first word (at most 32 bytes of it) is only read. A line of a JSON Lines
+file is `{"prompt": "...", "continuation": "..."}` (or "completion"), and its continuation is scored.
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Any
 
 from me_local.errors import InputError
 from me_local.jsonl import read_objects, text_of
+from me_local.units import LONGEST
 
 _LARGEST = 4096  # bytes of a window and what stands in front of it; a token has at least one
 _CONTEXT = 4  # of these bytes, one in so many belongs to the window before
@@ -68,16 +69,23 @@ def _read_text(path: Path) -> bytes:
 
 def _windows(path: Path, text: bytes, room: int) -> Iterator[Block]:
     lead = len(text) - len(text.lstrip())
-    first = _WORD_START.search(text, lead)
-    if first is None or not text[first.start() :].strip():
+    first = _first_end(text, lead)
+    if not text[first:].strip():
         raise InputError(f"{path}: at least two words are wanted; the first one is not scored")
     largest = min(_LARGEST, room - 8)  # some tokens stand in front of every text
     context = largest // _CONTEXT
-    size = min(largest - context, max(_SMALLEST, (len(text) - first.start()) // _WINDOWS))
-    for start, end in pairwise(_cuts(text, first.start(), size)):
-        begin = lead if start == first.start() else _context_start(text, start, context)
+    size = min(largest - context, max(_SMALLEST, (len(text) - first) // _WINDOWS))
+    for start, end in pairwise(_cuts(text, first, size)):
+        begin = lead if start == first else _context_start(text, start, context)
         line = text.count(b"\n", 0, start) + 1
         yield Block(f"{path}, line {line}", text[begin:start].decode(), text[start:end].decode(), raw=True)
+
+
+def _first_end(text: bytes, lead: int) -> int:
+    """The end of the first word, or of what is taken of it."""
+    word = _WORD_START.search(text, lead, lead + LONGEST + 1)
+    end = min(lead + LONGEST, len(text))
+    return word.start() if word else end if end == len(text) else _character(text, end)
 
 
 def _cuts(text: bytes, start: int, size: int) -> Iterator[int]:

@@ -16,9 +16,9 @@ def write_weights(path: Path, weights: Mapping[str, float]) -> None:
     The file must be one that `load_config` accepts. Raises ConfigError when it cannot be written.
     """
     document = tomlkit.parse(path.read_bytes().decode("utf-8-sig"))
-    for member in document["members"]:  # type: ignore[union-attr]
-        if member["name"] in weights:  # type: ignore[index]
-            member["weight"] = float(f"{weights[member['name']]:.4g}")  # type: ignore[index]
+    for member in document["members"]:
+        if member["name"] in weights:
+            member["weight"] = float(f"{weights[member['name']]:.4g}")
     target = path.resolve()
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:

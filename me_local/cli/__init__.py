@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from me_local.cli.chat import chat
+from me_local.cli.eval import evaluate
 from me_local.cli.fit import fit
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
@@ -77,6 +78,7 @@ def _open_missing_streams() -> None:
 
 
 main.add_command(chat)
+main.add_command(evaluate)
 main.add_command(fit)
 main.add_command(generate)
 main.add_command(inspect)
