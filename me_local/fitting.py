@@ -69,8 +69,10 @@ def _score(ensemble: Ensemble, block: Block, advance: Callable[[], None]) -> Uni
 def require_parts(blocks: Sequence[Block], name: str) -> None:
     """Raise InputError when the blocks of the file `name` are too few to hold some out."""
     if len(blocks) < HELD_OUT:
-        reason = "one in four is held out, to show what the weights are worth on other text"
-        raise InputError(f"{name}: too little to fit weights to: {len(blocks)} blocks, at least 4 are needed; {reason}")
+        raise InputError(
+            f"{name}: too little to fit weights to: blocks: {len(blocks)}, at least {HELD_OUT} are needed, because one "
+            f"in {HELD_OUT} is held out to show what the weights are worth on other text"
+        )
 
 
 def fit(names: Sequence[str], scores: Sequence[UnitScores]) -> Fit:

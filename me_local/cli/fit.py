@@ -18,6 +18,8 @@ from me_local.fitting import Fit, require_parts, score_blocks
 from me_local.fitting import fit as fit_to
 from me_local.weights_file import write_weights
 
+_PARTS = ("fitted_part", "held_out_part")
+
 
 @click.command()
 @models_option
@@ -46,31 +48,35 @@ def fit(models: Path, data: Path, raw: bool, write: bool, as_json: bool) -> None
             scores = score_blocks(ensemble, blocks, advance)
         result = fit_to(ensemble.names, scores)
         report = _report(ensemble, result)
-    if write:
-        write_weights(models, report["weights"])
     if as_json:
         click.echo(json.dumps(report))
     else:
         _print(report)
-        where = f"written to {models}" if write else f"--write puts them into {models}"
-        click.echo(f"weights: {', '.join(f'{n} {w:.4g}' for n, w in report['weights'].items())} ({where})")
+    if write:
+        write_weights(models, report["weights"])
+        click.echo(f"{models} has these weights now", err=True)
 
 
 def _report(ensemble: Ensemble, result: Fit) -> dict[str, Any]:
+    *members, equal, fitted = [dict(zip(_PARTS, (row.fitted, row.held_out), strict=True)) for row in result.rows]
     return {
         "weights": dict(zip(ensemble.names, result.weights.tolist(), strict=True)),
-        "bits_per_byte": {row.name: {"fitted": row.fitted, "held_out": row.held_out} for row in result.rows},
-        "bytes": dict(zip(("fitted", "held_out"), result.bytes, strict=True)),
-        "units": dict(zip(("fitted", "held_out"), result.units, strict=True)),
+        "members": dict(zip(ensemble.names, members, strict=True)),
+        "equal": equal,
+        "fitted": fitted,
+        "bytes": dict(zip(_PARTS, result.bytes, strict=True)),
+        "units": dict(zip(_PARTS, result.units, strict=True)),
         "unit": ensemble.unit,
     }
 
 
 def _print(report: dict[str, Any]) -> None:
     table = Table("bits per byte", "fitted part", "held-out part", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, rates in report["bits_per_byte"].items():
-        shown = f"{name} weights" if name in ("equal", "fitted") else name
-        table.add_row(shown, f"{rates['fitted']:.4f}", f"{rates['held_out']:.4f}")
-    table.add_row("", *(f"{report['bytes'][part]:,} bytes" for part in ("fitted", "held_out")))
-    table.add_row("", *(f"{report['units'][part]:,} {report['unit']}s" for part in ("fitted", "held_out")))
+    named = report["members"].items()
+    for name, rates in (*named, ("equal weights", report["equal"]), ("fitted weights", report["fitted"])):
+        table.add_row(name, *(f"{rates[part]:.4f}" for part in _PARTS))
+    table.add_row("", *(f"{report['bytes'][part]:,} bytes" for part in _PARTS))
+    table.add_row("", *(f"{report['units'][part]:,} {report['unit']}s" for part in _PARTS))
     make_console().print(table)
+    weights = ", ".join(f"{name} {weight:.4g}" for name, weight in report["weights"].items())
+    click.echo(f"\nfitted weights: {weights}")

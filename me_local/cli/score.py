@@ -23,7 +23,7 @@ from me_local.scoring import bits, mixed, unit_weights
 @models_option
 @weights_option
 @raw_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with bits per byte.")
 def score(file: Path, models: Path, weights: str | None, raw: bool, as_json: bool) -> None:
     """Bits per byte of FILE under each member and under the ensemble: the fewer, the better it is predicted.
 
@@ -53,7 +53,8 @@ def _score(ensemble: Ensemble, blocks: list[Block]) -> dict[str, Any]:
     size = sum(part.size for part in scores)
     rates = {name: bits(total) / size for name, total in zip(ensemble.names, totals.tolist(), strict=True)}
     return {
-        "bits_per_byte": rates | {"ensemble": bits(float(sum(mixtures))) / size},
+        "members": rates,
+        "ensemble": bits(float(sum(mixtures))) / size,
         "weights": dict(zip(ensemble.names, weights.tolist(), strict=True)),
         "bytes": size,
         "blocks": len(blocks),
@@ -64,9 +65,9 @@ def _score(ensemble: Ensemble, blocks: list[Block]) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     table = Table("", "bits per byte", "weight", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, rate in report["bits_per_byte"].items():
-        weight = report["weights"].get(name)
-        table.add_row(name, f"{rate:.4f}", "" if weight is None else f"{weight:.4g}")
+    for name, rate in report["members"].items():
+        table.add_row(name, f"{rate:.4f}", f"{report['weights'][name]:.4g}")
+    table.add_row("ensemble", f"{report['ensemble']:.4f}")
     console = make_console()
     console.print(table)
     console.print(
