@@ -25,7 +25,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict
 
 from me_local.errors import ConfigError
 
-Strategy = Literal["me", "ce"]
+Strategy = Literal["me", "ce", "union"]
 Decode = Literal["sample", "argmax"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
@@ -96,7 +96,7 @@ class Config:
     path: Path  # as it was given
     members: tuple[MemberConfig, ...]
     strategy: Strategy = "me"
-    decode: Decode = "sample"  # "argmax", of the mixture, exists for "ce" alone
+    decode: Decode = "sample"  # "argmax", of the mixture, does not exist for "me"
     seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
     router: _Text = "constant"  # name of an entry point, looked up by its loader
     alignment: _Text = "top_k"  # the same

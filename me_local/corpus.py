@@ -1,7 +1,7 @@
 """Texts to score: a text file in windows, or a JSON Lines file of prompts and continuations.
 
 A text is cut into windows of equal size, in front of white space. Each is scored behind the end of the window before
-it, as a raw completion; of the first, the first word (at most 32 bytes of it) is only read. A line of a JSON Lines
+it, as a raw completion; of the first, the first word (at most 64 bytes of it) is only read. A line of a JSON Lines
 file is `{"prompt": "...", "continuation": "..."}` (or "completion"), and its continuation is scored.
 """
 

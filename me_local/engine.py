@@ -3,13 +3,15 @@
 A `Generation` is one reply in the making. Its state is the text, as bytes; each member's context is its prompt
 followed by the canonical ids of that text. ME draws one member by the weights and samples from its distribution; CE
 runs all of them and samples from the mixture. Both use the same distributions, so that replies have the same
-probability under both. Knows nothing of files, of chat, or of when a reply should stop.
+probability under both. "union" is CE with another mixture, for comparison. Knows nothing of files, of chat, or of when
+a reply should stop.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +21,7 @@ from me_local.config import Sampling, Strategy
 from me_local.errors import RunError
 from me_local.member import Evaluated
 from me_local.routing import Router, route
+from me_local.union import Union
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
 
 log = logging.getLogger(__name__)
@@ -103,6 +106,11 @@ class Engine:
             if model.vocabulary.identity not in identities:
                 identities.append(model.vocabulary.identity)
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
+
+    @cached_property
+    def union(self) -> Union:
+        """What the strategy "union" mixes by."""
+        return Union(self.unified, [model.vocabulary for model in self.models])
 
 
 @dataclass(slots=True)
@@ -208,6 +216,10 @@ class Generation:
     def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
         """The mixture, and the distribution of each member with a weight above 0."""
         distributions = {int(i): self._predict(int(i)) for i in np.flatnonzero(weights)}
+        if self._request.strategy == "union":
+            logits = {i: self._engine.models[i].logits() for i in distributions}
+            temperatures = {i: self._request.sampling[i].temperature for i in distributions}
+            distributions = self._engine.union.distributions(distributions, logits, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in distributions]), distributions
 
     def _predict(self, member: int) -> Distribution:

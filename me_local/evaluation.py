@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from me_local.config import Overrides
+from me_local.config import Overrides, Strategy
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError
 from me_local.scoring import Score
@@ -26,6 +26,7 @@ ENSEMBLE = "ensemble"
 ACCURACY = "accuracy"
 PER_CHARACTER = "per character"
 MAX_TOKENS = 512
+_STRATEGIES: dict[str, Strategy] = {"ME": "me", "CE": "ce", "UNION": "union"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ class Likelihood:
 class Sampling:
     """Draws replies, `runs` for each question and arm: the protocol of the paper.
 
-    Up to 512 pieces at temperature 1 from the `top_k` likeliest tokens; `strategies` are "members" (each alone), "me"
-    and "ce".
+    Up to 512 pieces at temperature 1 from the `top_k` likeliest tokens; `strategies` are "members" (each alone), "me",
+    "ce" and "union".
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Sampling:
         seed = zlib.crc32(job.id.encode())
         single = job.arm in self._singles
         overrides = Overrides(
-            strategy="ce" if job.arm == "CE" else "me",
+            strategy=_STRATEGIES.get(job.arm, "me"),
             weights={name: float(name == job.arm) for name in ensemble.names} if single else None,
             seed=seed,
             temperature=1.0,

@@ -56,9 +56,13 @@ def test_text_without_spaces_is_cut_in_front_of_a_character() -> None:
     text = "春天来了，河边的小博物馆重新开放。".encode()  # three bytes each
     cut, opens = words(text)
     assert b"".join(cut) == text
-    assert [len(part) for part in cut] == [33, 18]
-    assert opens == [False, False, False]
-    assert [len(part) for part in words(b"x" * 70)[0]] == [LONGEST, LONGEST, 6]
+    assert [part.decode() for part in cut] == list("春天来了，河边的小博物馆重新开放。")
+    assert not any(opens)
+    assert words("春 a b".encode()) == (["春".encode(), b" a", b" b"], [False, False, True, False])
+    assert [len(part) for part in words(b"x" * 70)[0]] == [LONGEST, 1, 1, 1, 1, 1, 1]
+    assert words(b"x" * 70, starts(0, 10, 66, 70))[0] == [b"x" * 66, b"x" * 4]
+    assert words(b"a " + b"x" * 63 + b" b")[0] == [b"a", b" " + b"x" * 63, b" b"]
+    assert words(b"x" * 64 + b" b")[1] == [False, False, False]  # it would have ended in any case
 
 
 def test_tokens_are_units_where_all_share_a_vocabulary() -> None:

@@ -16,7 +16,11 @@ from me_local.config import Overrides, parse_setting, parse_weights
 from me_local.errors import InputError
 from me_local.reply import Reply
 
-_STRATEGIES = {"me": "ME draws one member for each piece", "ce": "CE averages all members for each piece"}
+_STRATEGIES = {
+    "me": "ME draws one member for each piece",
+    "ce": "CE averages all members for each piece",
+    "union": "CE averages all members over the union of their candidates for each piece, as UniTE does",
+}
 
 
 @dataclass(slots=True)
@@ -181,7 +185,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "system": ("TEXT: set the system message; without a text, remove it", _system),
     "set": ("KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode", _set),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
-    "strategy": ("show the strategy, or set it: me or ce", _strategy),
+    "strategy": ("show the strategy, or set it: me, ce or union", _strategy),
     "members": ("show the members", _members),
     "stats": ("show the figures of the last reply", _stats),
     "save": ("FILE: write the conversation to a file", _save),

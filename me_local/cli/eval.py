@@ -17,7 +17,8 @@ from me_local.evaluation import Job, Likelihood, Method, Record, Sampling, markd
 from me_local.records import finished_records, open_records, require_new, write_record
 from me_local.tasks import TASKS, find_tasks, read_questions
 
-_STRATEGIES = ("members", "me", "ce")
+_STRATEGIES = ("members", "me", "ce", "union")
+_DEFAULT = "members,me,ce"
 _NAMES = ", ".join([*TASKS, "arc"])
 
 
@@ -38,9 +39,9 @@ _NAMES = ", ".join([*TASKS, "arc"])
 @click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Replies to each question.")
 @click.option(
     "--strategies",
-    default=",".join(_STRATEGIES),
+    default=_DEFAULT,
     show_default=True,
-    help="Who replies: members (each alone), me, ce.",
+    help="Who replies: members (each alone), me, ce, union (ce as UniTE does it; me cannot have its distribution).",
 )
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="For replies, as in generate.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where a record per answer goes.")
@@ -79,6 +80,10 @@ def evaluate(
         click.echo(json.dumps({"settings": chosen.settings, "rows": [asdict(row) for row in rows]}))
     else:
         click.echo(markdown(rows, chosen.arms))
+        if "UNION" in chosen.arms:
+            click.echo(
+                "\nUNION is CE over the union of the members' candidates (UniTE): ME cannot have its distribution."
+            )
 
 
 def _listed(strategies: str) -> list[str]:

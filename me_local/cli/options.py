@@ -32,14 +32,19 @@ _MODELS = _option(
 _WEIGHTS = _option("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
 
 _SAMPLING: list[Decorator] = [
-    _option("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
+    _option(
+        "--strategy",
+        type=click.Choice(["me", "ce", "union"]),
+        help="me: one member per piece; ce: all of them, averaged; union: ce as UniTE does it, to compare; "
+        "me cannot have its distribution.",
+    ),
     _WEIGHTS,
     _option("--seed", type=int, help="Makes a reply repeatable."),
     _option("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
     _option("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
     _option("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
     _option("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
-    _option("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
+    _option("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     _option("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
     _option("--system", help="The system message."),
