@@ -72,7 +72,7 @@ def _windows(path: Path, text: bytes, room: int) -> Iterator[Block]:
     first = _first_end(text, lead)
     if not text[first:].strip():
         raise InputError(f"{path}: at least two words are wanted; the first one is not scored")
-    largest = min(_LARGEST, room - 8)  # some tokens stand in front of every text
+    largest = max(16, min(_LARGEST, room - 8))  # some tokens stand in front of every text
     context = largest // _CONTEXT
     size = min(largest - context, max(_SMALLEST, (len(text) - first) // _WINDOWS))
     for start, end in pairwise(_cuts(text, first, size)):

@@ -151,13 +151,16 @@ class _Reader:
     def _read(self, logits: LogitArray, token: np.int32, opens: np.bool_) -> tuple[float, float]:
         """The log-probability of a token and, where it opens a word, of all that do; else 0."""
         logits[self._never] = -np.inf
-        top = logits.max()
-        weights = np.exp(logits - top)
-        total = float(weights.sum(dtype=np.float64))
+        total = _log_sum(logits)
         if not math.isfinite(total):
             raise RunError(f'member "{self._member.name}": NaN or infinite logits')
-        opening = math.log(float(weights[self._openings].sum(dtype=np.float64)) / total) if opens else 0.0
-        return float(logits[token]) - float(top) - math.log(total), opening
+        return float(logits[token]) - total, _log_sum(logits[self._openings]) - total if opens else 0.0
+
+
+def _log_sum(logits: LogitArray) -> float:
+    """The logarithm of Σ exp(logits)."""
+    top = logits.max()
+    return float(top) + math.log(np.exp(logits - top).sum(dtype=np.float64))
 
 
 def _openings(vocabulary: Vocabulary) -> set[int]:

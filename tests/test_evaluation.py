@@ -192,7 +192,8 @@ def test_a_question_that_is_too_long_is_named(run: Run, data: Path) -> None:
 def test_json_has_the_figures(run: Run) -> None:
     result = run("--task", "mmlu", "--method", "likelihood", "--json", "--limit", 2)
     report = json.loads(result.stdout)
-    assert report["settings"] == {"method": "likelihood", "weights": {"bpe_a": 0.5, "spm": 0.5}, "few_shot": False}
+    members = {name: {"model": f"{name}.gguf", "weight": 0.5} for name in ("bpe_a", "spm")}
+    assert report["settings"] == {"method": "likelihood", "members": members, "few_shot": False}
     assert [row["questions"] for row in report["rows"]] == [2]
     cells = report["rows"][0]["cells"]
     assert list(cells) == ["bpe_a", "spm", "ensemble"]

@@ -229,6 +229,32 @@ def test_logits_that_are_no_numbers_are_an_error(open_ensemble: OpenEnsemble, mo
         open_ensemble("bpe_a").score("the cat", " sat", raw=True)
 
 
+def test_an_evaluation_that_fails_names_member_and_tokens(
+    open_ensemble: OpenEnsemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble = open_ensemble("bpe_a", "spm")
+    before = ensemble.score("the cat", " sat", raw=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "_decode", lambda *_, **__: 1)
+        with pytest.raises(RunError, match=r'member "bpe_a", tokens \d+ to \d+: no room is left in its KV cache'):
+            ensemble.score("the cat", " ran", raw=True)
+    assert ensemble.score("the cat", " sat", raw=True) == before
+
+
+def test_a_word_that_hardly_ever_ends(open_ensemble: OpenEnsemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """White space of a probability below the smallest float does no harm: openings cancel for a member alone."""
+    row = Member._row
+
+    def spaceless(self: Member, index: int) -> LogitArray:
+        logits = row(self, index).copy()
+        logits[[piece[:1].isspace() or not piece for piece in self.vocabulary.pieces]] -= 500
+        return logits
+
+    monkeypatch.setattr(Member, "_row", spaceless)
+    score = open_ensemble("bpe_a", "spm").score("the cat", " sat on", raw=True)
+    assert all(-2000 < value < -900 for value in (score.log_likelihood, *score.members))
+
+
 def test_mixing() -> None:
     logs = np.log(np.array([[0.5, 0.2], [0.1, 0.0 + 1e-300]]))
     np.testing.assert_allclose(np.exp(mixed(logs, np.array([[0.25], [0.75]]))), [0.2, 0.05])

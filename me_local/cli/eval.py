@@ -96,10 +96,8 @@ def _listed(strategies: str) -> list[str]:
 
 def _method(config: Config, method: str, strategies: list[str], runs: int, top_k: int, few_shot: bool) -> Method:
     names = [member.name for member in config.members]
-    settings: dict[str, Any] = {
-        "weights": {member.name: member.weight for member in config.members},
-        "few_shot": few_shot,
-    }
+    members = {m.name: {"model": m.path.name if m.path else m.hf, "weight": m.weight} for m in config.members}
+    settings: dict[str, Any] = {"members": members, "few_shot": few_shot}
     if method == "likelihood":
         return Likelihood(names, settings)
     return Sampling(names, strategies, runs, top_k, settings)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from me_local.cli.display import make_console
+from me_local.cli.display import print_table
 from me_local.cli.options import load, models_option, raw_option
 from me_local.cli.progress import progress
 from me_local.config import load_config
@@ -77,6 +77,6 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(name, *(f"{rates[part]:.4f}" for part in _PARTS))
     table.add_row("", *(f"{report['bytes'][part]:,} bytes" for part in _PARTS))
     table.add_row("", *(f"{report['units'][part]:,} {report['unit']}s" for part in _PARTS))
-    make_console().print(table)
+    print_table(table)
     weights = ", ".join(f"{name} {weight:.4g}" for name, weight in report["weights"].items())
     click.echo(f"\nfitted weights: {weights}")

@@ -8,7 +8,7 @@ import click
 import numpy as np
 from rich.table import Table
 
-from me_local.cli.display import make_console
+from me_local.cli.display import print_table
 from me_local.cli.options import load, models_option, raw_option, weights_option, with_weights
 from me_local.cli.progress import progress
 from me_local.config import load_config
@@ -68,8 +68,5 @@ def _print(report: dict[str, Any]) -> None:
     for name, rate in report["members"].items():
         table.add_row(name, f"{rate:.4f}", f"{report['weights'][name]:.4g}")
     table.add_row("ensemble", f"{report['ensemble']:.4f}")
-    console = make_console()
-    console.print(table)
-    console.print(
-        f"\n{report['bytes']:,} bytes in {report['blocks']} blocks, {report['units']:,} {report['unit']}s", style="dim"
-    )
+    print_table(table)
+    click.echo(f"\n{report['bytes']:,} bytes in {report['blocks']} blocks, {report['units']:,} {report['unit']}s")
