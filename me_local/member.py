@@ -157,7 +157,7 @@ class Member:
         return self._view
 
     def each_logits(self, ids: IntArray, start: int) -> Iterator[LogitArray]:
-        """The logits after each id of `ids` from `start` on (0 < start), as views like that of `logits`.
+        """The logits after each id of `ids` from `start` on, as views like that of `logits`.
 
         The first `start` ids are evaluated in one go, or found so in the cache, and the others always in the same
         batches: numbers do not depend on what was evaluated before. Raises RunError when llama.cpp fails.
