@@ -248,26 +248,31 @@ class Member:
 
     def _evaluate(self, ids: IntArray, *, every: bool = False) -> None:
         start, end = self._length, self._length + len(ids)
-        code = self._decode(ids, every=every)
+        code = self._decode_each(ids) if every else self._decode(ids)
         if code:
             reason = _DECODE_ERRORS.get(code, f"llama.cpp failed with code {code}")
             raise RunError(f'member "{self.name}", tokens {start} to {end - 1}: {reason}')
         self._mirror[start:end] = ids
         self._length = end
 
-    def _decode(self, ids: IntArray, *, every: bool = False) -> int:
-        """Evaluate ids behind those in the cache, for the logits after the last, or after `every` one of them.
+    def _decode(self, ids: IntArray) -> int:
+        """Evaluate ids behind those in the cache, for the logits after the last; llama.cpp's answer, 0 if all is well.
 
-        Returns llama.cpp's answer, 0 if all is well. No sequences are named, and outputs only for `every`: llama.cpp
-        then takes the first sequence, and the last id.
+        No sequences and no outputs are named: llama.cpp then takes the first sequence, and the last id.
         """
+        return self._decode_for(ids, None)
+
+    def _decode_each(self, ids: IntArray) -> int:
+        """The same for the logits after each of them."""
+        return self._decode_for(ids, np.ones(len(ids), dtype=np.int8))
+
+    def _decode_for(self, ids: IntArray, outputs: npt.NDArray[np.int8] | None) -> int:
         tokens, positions = np.ascontiguousarray(ids), self._positions[self._length :]
-        outputs = np.ones(len(ids), dtype=np.int8)
         batch = llama_cpp.llama_batch(
             n_tokens=len(ids),
             token=tokens.ctypes.data_as(_INT32),
             pos=positions.ctypes.data_as(_INT32),
-            logits=outputs.ctypes.data_as(_INT8) if every else None,
+            logits=None if outputs is None else outputs.ctypes.data_as(_INT8),
         )
         return int(llama_cpp.llama_decode(self._context, batch))
 

@@ -148,9 +148,9 @@ def test_a_run_that_fails_has_status_1_and_keeps_its_text(run: Run, monkeypatch:
     whole = run("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30).stdout
     decode, calls = Member._decode, []
 
-    def failing(self: Member, ids: IntArray, **kwargs: bool) -> int:
+    def failing(self: Member, ids: IntArray) -> int:
         calls.append(ids)
-        return 1 if len(calls) == 9 else decode(self, ids, **kwargs)
+        return 1 if len(calls) == 9 else decode(self, ids)
 
     monkeypatch.setattr(Member, "_decode", failing)
     result = run("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30)

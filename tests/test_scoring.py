@@ -163,13 +163,13 @@ def test_choices_share_their_prompt_and_change_nothing(
     ensemble = open_ensemble("bpe_a", "spm")
     prompt = "the cat sat on the mat and the dog ran to the house " * 2
     first = ensemble.score(prompt, "again today", raw=True)
-    sizes, decode = [], Member._decode
+    sizes, decode = [], Member._decode_for
 
-    def counting(self: Member, ids: IntArray, **kwargs: bool) -> int:
+    def counting(self: Member, ids: IntArray, *outputs: object) -> int:
         sizes.append(len(ids))
-        return decode(self, ids, **kwargs)
+        return decode(self, ids, *outputs)
 
-    monkeypatch.setattr(Member, "_decode", counting)
+    monkeypatch.setattr(Member, "_decode_for", counting)
     other = ensemble.score(prompt, "and then", raw=True)
     assert sum(sizes) < 40  # for a prompt of more than 100 bytes
     assert ensemble.score(prompt, "again today", raw=True) == first
@@ -235,7 +235,7 @@ def test_an_evaluation_that_fails_names_member_and_tokens(
     ensemble = open_ensemble("bpe_a", "spm")
     before = ensemble.score("the cat", " sat", raw=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "_decode", lambda *_, **__: 1)
+        patch.setattr(Member, "_decode_for", lambda *_: 1)
         with pytest.raises(RunError, match=r'member "bpe_a", tokens \d+ to \d+: no room is left in its KV cache'):
             ensemble.score("the cat", " ran", raw=True)
     assert ensemble.score("the cat", " sat", raw=True) == before
