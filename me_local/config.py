@@ -25,7 +25,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict
 
 from me_local.errors import ConfigError
 
-Strategy = Literal["me", "ce"]
+Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -99,7 +99,7 @@ class Config:
     members: tuple[MemberConfig, ...]
     strategy: Strategy = "me"
     unit: Unit = "token"  # what a member is drawn for; "word" exists for "me" alone
-    decode: Decode = "sample"  # "argmax", of the mixture, exists for "ce" alone
+    decode: Decode = "sample"  # "argmax", of the mixture, does not exist for "me"
     seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
     router: _Text = "constant"  # name of an entry point, looked up by its loader
     alignment: _Text = "top_k"  # the same
@@ -290,8 +290,8 @@ def _require_decodable(config: Config, place: str) -> None:
 
 
 def _require_words_by_me(config: Config, place: str) -> None:
-    if config.unit == "word" and config.strategy == "ce":
-        reason = '"ce" averages members piece by piece, and cannot do so for whole words'
+    if config.unit == "word" and config.strategy != "me":
+        reason = f'"{config.strategy}" averages members piece by piece, and cannot do so for whole words'
         raise ConfigError(f'{place}: unit "word" needs strategy "me"; {reason}')
 
 

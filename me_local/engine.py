@@ -3,8 +3,8 @@
 A `Generation` is one reply in the making. Its state is the text, as bytes; each member's context is its prompt
 followed by the canonical ids of that text. ME draws one member by the weights and samples from its distribution; CE
 runs all of them and samples from the mixture. Both use the same distributions, so that replies have the same
-probability under both. By words (`words`), ME draws a member for each word instead of each piece. Knows nothing of
-files, of chat, or of when a reply should stop.
+probability under both. By words (`words`), ME draws a member for each word instead of each piece. "union" is CE
+with another mixture, for comparison. Knows nothing of files, of chat, or of when a reply should stop.
 """
 
 import logging
@@ -22,6 +22,7 @@ from me_local.errors import RunError
 from me_local.member import Evaluated
 from me_local.routing import Router, route
 from me_local.schedule import Schedule
+from me_local.union import Union
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
 from me_local.words import Openings, is_free, may_end
 
@@ -128,6 +129,11 @@ class Engine:
     def openings(self) -> Openings:
         """The pieces that begin a word."""
         return Openings(self.unified)
+
+    @cached_property
+    def union(self) -> Union:
+        """What the strategy "union" mixes by."""
+        return Union(self.unified, [model.vocabulary for model in self.models])
 
 
 @dataclass(slots=True)
@@ -306,6 +312,10 @@ class Generation:
         for i, evaluated in self._engine.schedule.run(evaluate, self._request.parallel).items():
             self._count(i, evaluated, len(contexts[i][0]))
         distributions = {i: self._align(i, self._engine.unified.numbers[i]) for i in members}
+        if self._request.strategy == "union":
+            logits = {i: self._engine.models[i].logits() for i in members}
+            temperatures = {i: self._request.sampling[i].temperature for i in members}
+            distributions = self._engine.union.distributions(distributions, logits, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
     def _predict(self, member: int) -> Distribution:

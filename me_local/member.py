@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,12 @@ class Member:
 
     `n_ctx` is the number of tokens it can hold: the context asked for, at most the length it was trained with;
     `working_bytes` the size of the buffers for a batch, None where llama.cpp does not tell. Where `states` is set, a
-    prompt that begins like an earlier one gets that one's cache back.
+    prompt that begins like an earlier one gets that one's cache back. `outputs` is the
+    number of tokens after which one evaluation gives logits; each takes the room of the whole vocabulary.
     Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, config: MemberConfig, weights: Weights) -> None:
+    def __init__(self, config: MemberConfig, weights: Weights, *, outputs: int = 1) -> None:
         self.config = config
         self.name = config.name
         self.weights = weights
@@ -71,7 +72,8 @@ class Member:
         cells = allocated_context(config.n_ctx, weights.trained_context)
         _require_memory(config, weights, cells)
         self.n_batch = min(cells, config.n_batch)
-        self._context = _make_context(config, weights, cells, self.n_batch)
+        self._outputs = min(outputs, self.n_batch)
+        self._context = _make_context(config, weights, cells, self.n_batch, self._outputs)
         self.working_bytes = _working_bytes()
         try:
             self._read_context()
@@ -151,7 +153,11 @@ class Member:
 
         Waits for a GPU that is still at work.
         """
-        pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
+        return self._row(-1)
+
+    def _row(self, index: int) -> LogitArray:
+        """The logits after one of the tokens of the last evaluation."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
         if not pointer:
             raise RunError(f'member "{self.name}": llama.cpp gave no logits after token {self._length - 1}')
         # llama.cpp keeps its buffer, and to make an array of a pointer takes long.
@@ -159,6 +165,19 @@ class Member:
         if address != self._address:
             self._address, self._view = address, np.ctypeslib.as_array(pointer, shape=(self.vocabulary.size,))
         return self._view
+
+    def each_logits(self, ids: IntArray, start: int) -> Iterator[LogitArray]:
+        """The logits after each id of `ids` from `start` on, as views like that of `logits`.
+
+        The first `start` ids are evaluated in one go, or found so in the cache, and the others always in the same
+        batches: numbers do not depend on what was evaluated before. Raises RunError when llama.cpp fails.
+        """
+        self.prepare(ids[:start], final=start, alone=True)
+        for begin in range(start, len(ids), self._outputs):
+            part = ids[begin : begin + self._outputs]
+            self._evaluate(part, every=True)
+            for row in range(len(part)):
+                yield self._row(row)
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the threads, one of so many, from now on."""
@@ -281,9 +300,9 @@ class Member:
                 raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {start} of {len(ids)}')
             self._evaluate(ids[start : min(end, start + self.n_batch)])
 
-    def _evaluate(self, ids: IntArray) -> None:
+    def _evaluate(self, ids: IntArray, *, every: bool = False) -> None:
         start, end = self._length, self._length + len(ids)
-        code = self._decode(ids)
+        code = self._decode_each(ids) if every else self._decode(ids)
         if code:
             reason = _DECODE_ERRORS.get(code, f"llama.cpp failed with code {code}")
             raise RunError(f'member "{self.name}", tokens {start} to {end - 1}: {reason}')
@@ -295,8 +314,16 @@ class Member:
 
         No sequences and no outputs are named: llama.cpp then takes the first sequence, and the last id.
         """
+        return self._decode_for(ids, None)
+
+    def _decode_each(self, ids: IntArray) -> int:
+        """The same for the logits after each of them."""
+        return self._decode_for(ids, np.ones(len(ids), dtype=np.int8))
+
+    def _decode_for(self, ids: IntArray, outputs: npt.NDArray[np.int8] | None) -> int:
         count, start = len(ids), self._length
         self._batch.n_tokens = count
+        self._batch.logits = None if outputs is None else outputs.ctypes.data_as(_INT8)
         self._tokens[:count] = ids
         self._positions[:count] = self._all_positions[start : start + count]
         started = time.perf_counter()
@@ -352,7 +379,9 @@ def _require_memory(config: MemberConfig, weights: Weights, cells: int) -> None:
         )
 
 
-def _make_context(config: MemberConfig, weights: Weights, cells: int, batch: int) -> llama_cpp.llama_context_p:
+def _make_context(
+    config: MemberConfig, weights: Weights, cells: int, batch: int, outputs: int
+) -> llama_cpp.llama_context_p:
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = cells, batch, min(batch, _LARGEST_BATCH)
     settings.n_threads = settings.n_threads_batch = config.n_threads or usable_cores()
@@ -364,7 +393,7 @@ def _make_context(config: MemberConfig, weights: Weights, cells: int, batch: int
         settings.type_k = _cache_type(config.type_k)
     if config.type_v:
         settings.type_v = _cache_type(config.type_v)
-    settings.n_outputs_max = 1  # without it there is room for the logits of a whole batch
+    settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
     first_errors.clear()
     last_lines.clear()
     context = llama_cpp.llama_init_from_model(weights.pointer, settings)
@@ -390,4 +419,5 @@ def _bytes(state: npt.NDArray[np.uint8]) -> Any:
 
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
+_INT8 = ctypes.POINTER(ctypes.c_int8)
 _NOTHING = np.empty(0, dtype=np.uint8)

@@ -20,6 +20,7 @@ _STRATEGIES = {
     ("me", "token"): "ME draws one member for each piece",
     ("me", "word"): "ME draws one member for each word",
     ("ce", "token"): "CE averages all members for each piece",
+    ("union", "token"): "CE averages all members over the union of their candidates for each piece, as UniTE does",
 }
 
 
@@ -192,7 +193,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "system": ("TEXT: set the system message; without a text, remove it", _system),
     "set": ("KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode", _set),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
-    "strategy": ("show the strategy, or set it: me or ce", _strategy),
+    "strategy": ("show the strategy, or set it: me, ce or union", _strategy),
     "unit": ("show what a member is drawn for, or set it: token or word (word needs me)", _unit),
     "members": ("show the members", _members),
     "stats": ("show the figures of the last reply", _stats),

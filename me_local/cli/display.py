@@ -8,6 +8,7 @@ from typing import Literal
 
 import click
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from me_local.reply import Reply
@@ -25,6 +26,14 @@ def make_console(*, no_color: bool = False, stderr: bool = False) -> Console:
     colours: Literal["auto"] | None = None if plain else "auto"
     # Bound to the stream as it is now: while a model loads, sys.stderr is another one.
     return Console(file=stream, highlight=False, markup=False, emoji=False, color_system=colours)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout, as wide as it is where that is no terminal."""
+    console = make_console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
 
 
 def printable(text: str) -> str:

@@ -33,7 +33,12 @@ _MODELS = named(
 _WEIGHTS = named("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
 
 _SAMPLING: list[Decorator] = [
-    named("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
+    named(
+        "--strategy",
+        type=click.Choice(["me", "ce", "union"]),
+        help="me: one member per piece; ce: all of them, averaged; union: ce as UniTE does it, to compare; "
+        "me cannot have its distribution.",
+    ),
     named(
         "--unit",
         type=click.Choice(["token", "word"]),
@@ -45,7 +50,7 @@ _SAMPLING: list[Decorator] = [
     named("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
     named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
     named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
-    named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
+    named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
@@ -63,6 +68,12 @@ def weights_option(command: Command) -> Command:
     return _WEIGHTS(command)
 
 
+def raw_option(command: Command) -> Command:
+    """Add --raw, for prompts in a file."""
+    help_ = "Take prompts as they stand, without chat templates."
+    return click.option("--raw", is_flag=True, help=help_)(command)
+
+
 def sampling_options(command: Command) -> Command:
     """Add the options that override [ensemble] and [sampling] of models.toml."""
     for option in reversed(_SAMPLING):
@@ -74,9 +85,14 @@ def configured(models: Path, given: dict[str, Any]) -> Config:
     """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
     config = load_config(models)
     weights, stop = given.pop("weights"), given.pop("stop")
-    names = [member.name for member in config.members]
-    parsed = parse_weights(weights, names) if weights is not None else None
-    return override(config, Overrides(weights=parsed, stop=stop or None, **given))
+    return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
+
+
+def with_weights(config: Config, weights: str | None) -> Config:
+    """The configuration with the value of --weights, if it is given. Raises ConfigError."""
+    if weights is None:
+        return config
+    return override(config, Overrides(weights=parse_weights(weights, [member.name for member in config.members])))
 
 
 def load(config: Config, *, no_color: bool = False) -> Ensemble:
