@@ -104,7 +104,8 @@ def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[n
     ids = ((maxima >= floor).nonzero()[0] + columns * _ROWS).ravel()
     if columns * _BLOCK < len(logits):
         ids = np.concatenate([ids, np.arange(columns * _BLOCK, len(logits))])
-    ids = ids[(logits[ids] >= floor) & (numbers[ids] >= 0)]
+    ids = ids[logits[ids] >= floor]
+    ids = ids[numbers[ids] >= 0]  # of few ids: each is far from the others in memory
     if len(ids) < limit:  # ids that are never sampled hid some of the largest
         ids = np.flatnonzero(numbers >= 0)
     return _ranked(logits, ids, limit)
