@@ -2,6 +2,7 @@
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,9 +38,10 @@ class Served:
         return sum(float(value) for value in pattern.findall(self.http.get("/metrics").text))
 
     def wait_for(self, name: str, value: float) -> None:
-        """Ask until a metric has this value."""
-        while self.metric(name) != value:
-            pass
+        """Ask until a metric has this value, for half a minute at most."""
+        end = time.monotonic() + 30
+        while (now := self.metric(name)) != value:
+            assert time.monotonic() < end, f"{name} is {now}, not {value}"
 
     def chat(self, **fields: object) -> httpx.Response:
         """Ask for a short reply."""

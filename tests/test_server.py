@@ -400,9 +400,8 @@ def test_what_serve_refuses(two_models: Path) -> None:
         assert listener.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on
 
 
-def test_serve_without_its_extra(two_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("me_local.server")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    result = CliRunner().invoke(main, ["serve", "--models", str(two_models)])
-    assert (result.exit_code, result.stderr) == (2, 'Error: serve needs uvicorn: pip install "me-local[server]"\n')
+def test_serve_without_its_extra(two_models: Path) -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; from me_local.cli import main; main()"
+    command = [sys.executable, "-c", program, "serve", "--models", str(two_models)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (2, 'Error: serve needs uvicorn: pip install "me-local[server]"\n')
