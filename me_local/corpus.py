@@ -14,7 +14,7 @@ from typing import Any
 
 from me_local.errors import InputError
 from me_local.jsonl import read_objects, text_of
-from me_local.units import LONGEST
+from me_local.words import LONGEST
 
 _LARGEST = 4096  # bytes of a window and what stands in front of it; a token has at least one
 _CONTEXT = 4  # of these bytes, one in so many belongs to the window before

@@ -23,8 +23,9 @@ from me_local.alignment import FloatArray, LogitArray
 from me_local.errors import InputError, RunError
 from me_local.member import Member
 from me_local.routing import Router, route
-from me_local.units import WHITE_SPACE, Cuts, Positions, token_cuts, token_starts, word_cuts
+from me_local.units import Cuts, Positions, token_cuts, token_starts, word_cuts
 from me_local.vocabulary import IntArray, Vocabulary
+from me_local.words import WHITE_SPACE
 
 OUTPUTS = 64
 """Tokens whose logits one evaluation gives: 67 MB of them for Gemma's 262,144 tokens."""

@@ -10,7 +10,6 @@ and the next are one.
 Knows texts and vocabularies, no probabilities.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -20,18 +19,9 @@ import numpy.typing as npt
 
 from me_local.errors import InputError
 from me_local.vocabulary import Vocabulary
+from me_local.words import LONGEST, WHITE_SPACE, is_free
 
 Positions = npt.NDArray[np.int64]
-
-WHITE_SPACE = b" \t\n\r\x0b\x0c"
-LONGEST = 64  # bytes
-_SPACE = WHITE_SPACE.decode()
-_UNSPACED = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan; Burmese; Khmer
-    "\u3000-\u312f\u31f0-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"  # kana, Han, their punctuation; Yi
-)
-_AFTER_UNSPACED = re.compile(f"[{_UNSPACED}]\\Z")
-_BORDER = re.compile(f"[^{_SPACE}][{_SPACE}]|[{_UNSPACED}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +64,12 @@ def word_cuts(text: bytes, starts: Sequence[Positions], given: int) -> Cuts:
     first = int(common[np.searchsorted(common[:-1], given, side="right") - 1])
     positions, opens = [first], [False]
     for position in common[(common > first) & (common < len(text))].tolist():
-        free = text[position] & 0xC0 != 0x80 and _is_free(text[max(0, position - LONGEST) : position])
+        free = text[position] & 0xC0 != 0x80 and is_free(text[max(0, position - LONGEST) : position])
         space = text[position] in WHITE_SPACE and text[position - 1] not in WHITE_SPACE
         if free or space:
             positions.append(position)
             opens.append(space and not free)
     return Cuts(np.array([*positions, len(text)]), np.array([*opens, False]))
-
-
-def _is_free(before: bytes) -> bool:
-    """Whether a word ends behind these bytes, at most `LONGEST`, whatever comes next."""
-    tail = before.decode(errors="replace")
-    return _AFTER_UNSPACED.search(tail) is not None or (len(before) >= LONGEST and _BORDER.search(tail) is None)
 
 
 def _first_difference(written: bytes, text: bytes) -> int:

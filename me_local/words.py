@@ -41,19 +41,22 @@ from me_local.vocabulary import END, UnifiedVocabulary
 LONGEST = 64
 """Bytes of a word, white space in front included, from which on each piece is drawn for itself."""
 
-_SPACE = " \t\n\r\x0b\x0c"
+WHITE_SPACE = b" \t\n\r\x0b\x0c"
+_SPACE = WHITE_SPACE.decode()
 _UNSPACED = (
     "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan; Burmese; Khmer
     "\u3000-\u312f\u31f0-\ua4cf\uf900-\ufaff\uff00-\uffef\U00020000-\U0003ffff"  # kana, Han, their punctuation; Yi
 )
-_AFTER_UNSPACED = re.compile(f"[{_UNSPACED}]\\Z")
-_BORDER = re.compile(f"[^{_SPACE}][{_SPACE}]|[{_UNSPACED}]")
+AFTER_UNSPACED = re.compile(f"[{_UNSPACED}]\\Z")
+"""The end of a text whose last character is of a script without spaces."""
+BORDER = re.compile(f"[^{_SPACE}][{_SPACE}]|[{_UNSPACED}]")
+"""Two characters between which a word ends, or one behind which it does."""
 
 
 def is_free(text: bytes) -> bool:
     """Whether a member is drawn for the next piece whatever that is; `text` ends with a whole character."""
     tail = text[-LONGEST:].decode(errors="replace")
-    return _AFTER_UNSPACED.search(tail) is not None or (len(text) >= LONGEST and _BORDER.search(tail) is None)
+    return AFTER_UNSPACED.search(tail) is not None or (len(text) >= LONGEST and BORDER.search(tail) is None)
 
 
 def may_end(text: bytes) -> bool:
