@@ -6,7 +6,7 @@ const STYLES = 8; // as many as page.css has
 /** The class that gives a member's pieces their colour and underline. */
 export const styleOf = (index) => `member-${index % STYLES}`;
 
-export const percent = (share) => `${Math.round(100 * share)} %`;
+export const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
 export class Members {
   /** `members` as the server describes them: names and weights. */
@@ -24,7 +24,7 @@ export class Members {
     return Object.fromEntries(this.names.map((name, index) => [name, this.weights[index]]));
   }
 
-  /** How much each member wrote, or null where there is nothing yet. */
+  /** Show how much each member wrote, or null where there is nothing yet. */
   showShares(shares) {
     this.rows.forEach(({ bar, share }, index) => {
       bar.style.width = shares ? `${100 * shares[index]}%` : "0";
@@ -34,15 +34,14 @@ export class Members {
 
   #row(template, name, index) {
     const item = template.content.firstElementChild.cloneNode(true);
-    const [label, slider] = [item.querySelector("label"), item.querySelector("input")];
-    slider.id = label.htmlFor = `weight-${index}`;
+    const slider = item.querySelector("input");
+    slider.setAttribute("aria-label", `Weight of ${name}`);
     slider.disabled = this.names.length === 1;
     slider.addEventListener("input", () => this.#move(index, slider.valueAsNumber / 100));
     item.querySelector(".name").textContent = name;
-    item.querySelector(".name").classList.add(styleOf(index));
-    item.querySelector(".bar").classList.add(styleOf(index));
+    item.className = styleOf(index);
     const [bar, share] = [item.querySelector(".bar > span"), item.querySelector(".share")];
-    return { item, slider, output: item.querySelector("output"), bar, share };
+    return { item, slider, shown: item.querySelector(".weight"), bar, share };
   }
 
   #move(moved, weight) {
@@ -56,10 +55,10 @@ export class Members {
   }
 
   #showWeights() {
-    this.rows.forEach(({ slider, output }, index) => {
+    this.rows.forEach(({ slider, shown }, index) => {
       slider.value = Math.round(100 * this.weights[index]);
       slider.setAttribute("aria-valuetext", percent(this.weights[index]));
-      output.textContent = percent(this.weights[index]);
+      shown.textContent = percent(this.weights[index]);
     });
   }
 }

@@ -204,7 +204,8 @@ function onStrategy() {
 
 async function copy(turn) {
   const copied = await toClipboard(turn.reply);
-  turn.copy.textContent = copied ? "Copied" : "Not copied";
+  if (!copied) turn.select();
+  turn.copy.textContent = copied ? "Copied" : "Selected: press Ctrl+C";
   speech.say(turn.copy.textContent);
   setTimeout(() => (turn.copy.textContent = "Copy"), 1500);
 }

@@ -50,12 +50,8 @@ async function ask(path, init) {
 
 async function refused(response) {
   const wait = response.headers.get("Retry-After");
-  let error = { message: `The server answered with status ${response.status}.` };
-  try {
-    error = (await response.json()).error ?? error;
-  } catch {
-    // An answer that is not this server's: its status has to do.
-  }
+  const body = await response.json().catch(() => null);
+  const error = body?.error?.message ? body.error : { message: `the server answered with status ${response.status}` };
   return new Failure(explained(error, wait), response.status);
 }
 

@@ -68,8 +68,13 @@ export class Turn {
   /** Show why there is no more of it. */
   fail(message) {
     this.#end();
-    this.#figures(this.pieces.length ? "not finished" : "no reply");
+    this.#figures(this.pieces.length ? "not finished" : "no reply: the conversation goes on without this message");
     this.#notice(message);
+  }
+
+  /** Select the reply, for the reader to copy it. */
+  select() {
+    getSelection().selectAllChildren(this.#find(".reply"));
   }
 
   #find(selector) {
@@ -88,8 +93,8 @@ export class Turn {
 
   #figures(state, seed, speed) {
     const count = this.pieces.length;
-    const wrote = this.shares?.map((share, index) => `${this.names[index]} ${percent(share)}`).join(", ");
-    const parts = count ? [this.strategy, `${count} pieces`, this.#speed(speed), wrote] : [];
+    const wrote = this.shares?.map((share, index) => `${this.names[index]}\u00a0${percent(share)}`).join(", ");
+    const parts = count ? [this.strategy, count === 1 ? "1 piece" : `${count} pieces`, this.#speed(speed), wrote] : [];
     this.#find(".figures").textContent = [...parts, state, seed].filter(Boolean).join(" · ");
   }
 
@@ -110,12 +115,13 @@ export class Turn {
   /** Who had which part in a piece of several members. */
   #shared({ shares }) {
     if (Math.max(...shares) >= 0.995) return "";
-    return shares.map((share, index) => `${this.names[index]} ${percent(share)}`).join(", ");
+    return shares.map((share, index) => `${this.names[index]}\u00a0${percent(share)}`).join(", ");
   }
 
   #list() {
     if (!this.#find("details").open) return;
     this.#find("tbody").replaceChildren(...this.pieces.map((piece) => this.#line(piece)));
+    this.#find("details").scrollIntoView();
   }
 
   #line(piece) {
@@ -130,7 +136,7 @@ export class Turn {
 /** A probability as readers take it in: 42.3 %, and not 0.0 % where it is merely small. */
 export function probability(piece) {
   const value = 100 * piece.probability;
-  return value >= 0.1 || value === 0 ? `${value.toFixed(1)} %` : "below 0.1 %";
+  return value >= 0.1 || value === 0 ? `${value.toFixed(1)}\u00a0%` : "below 0.1\u00a0%";
 }
 
 /** A piece on its own, with its white space to be seen. */
