@@ -4,7 +4,8 @@
     with me_local.load("models.toml") as ensemble:
         print(ensemble.generate("What is the capital of France?").text)
 
-`ensemble.stream(...)` yields a `Step` for each piece, `Chat(ensemble)` holds a conversation.
+`ensemble.stream(...)` yields a `Step` for each piece, `Chat(ensemble)` holds a conversation, and `ensemble.score(...)`
+says how probable a text is.
 """
 
 from me_local.chat import Chat, Turn
@@ -12,6 +13,7 @@ from me_local.config import Config, MemberConfig, Overrides, Sampling, load_conf
 from me_local.ensemble import Ensemble, load
 from me_local.errors import ConfigError, InputError, LoadError, MeLocalError, RunError
 from me_local.reply import MemberUsage, Reply, ReplyStream, Step
+from me_local.scoring import Score
 from me_local.templates import Message
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "ReplyStream",
     "RunError",
     "Sampling",
+    "Score",
     "Step",
     "Turn",
     "load",

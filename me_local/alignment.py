@@ -18,7 +18,8 @@ from me_local.vocabulary import IntArray
 FloatArray = npt.NDArray[np.float64]
 LogitArray = npt.NDArray[np.float32]
 
-_BLOCK = 64
+_BLOCK = 128
+_ROWS = np.arange(_BLOCK)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +82,8 @@ def argmax(distribution: Distribution) -> tuple[int, float]:
 
 def pick(weights: FloatArray, uniform: float) -> int:
     """The index drawn with probability proportional to `weights` (not negative, not all zero) by one number."""
-    cumulative = np.cumsum(weights)
-    at = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    cumulative = weights.cumsum()
+    at = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
     # Rounding may carry a draw past the last weight that is not zero.
     return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])
 
@@ -95,15 +96,16 @@ def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[n
     of the logits laid out in `_BLOCK` rows, because the maximum of whole rows is quick.
     """
     columns = len(logits) // _BLOCK
-    rest = np.arange(columns * _BLOCK, len(logits))
     maxima = logits[: columns * _BLOCK].reshape(_BLOCK, columns).max(axis=0, initial=-np.inf)
-    _check_finite(maxima, logits[rest])
+    _check_finite(maxima, logits[columns * _BLOCK :])
     if not 0 < limit < columns:
         return _ranked(logits, np.flatnonzero(numbers >= 0), limit)
     floor = np.partition(maxima, -limit)[-limit]
-    in_blocks = np.flatnonzero(maxima >= floor) + columns * np.arange(_BLOCK)[:, None]
-    ids = np.concatenate([in_blocks.ravel(), rest])
-    ids = ids[(logits[ids] >= floor) & (numbers[ids] >= 0)]
+    ids = ((maxima >= floor).nonzero()[0] + columns * _ROWS).ravel()
+    if columns * _BLOCK < len(logits):
+        ids = np.concatenate([ids, np.arange(columns * _BLOCK, len(logits))])
+    ids = ids[logits[ids] >= floor]
+    ids = ids[numbers[ids] >= 0]  # of few ids: each is far from the others in memory
     if len(ids) < limit:  # ids that are never sampled hid some of the largest
         ids = np.flatnonzero(numbers >= 0)
     return _ranked(logits, ids, limit)
@@ -112,8 +114,8 @@ def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[n
 def _ranked(logits: LogitArray, ids: npt.NDArray[np.intp], limit: int) -> npt.NDArray[np.intp]:
     scores = logits[ids]
     if 0 < limit < len(ids):
-        floor = np.partition(scores, -limit)[-limit]
-        ids, scores = ids[scores >= floor], scores[scores >= floor]
+        high = scores >= np.partition(scores, -limit)[-limit]
+        ids, scores = ids[high], scores[high]
     ids = ids[np.lexsort((ids, -scores))]
     if len(ids) == 0 or not np.isfinite(logits[ids[0]]):
         raise ValueError("no token that may be sampled has a finite logit")
@@ -138,5 +140,9 @@ def _truncated(probabilities: FloatArray, sampling: Sampling) -> FloatArray:
 
 
 def _merged(numbers: IntArray, probabilities: FloatArray) -> Distribution:
+    order = numbers.argsort(kind="stable")
+    ascending = numbers[order]
+    if (ascending[1:] != ascending[:-1]).all():
+        return Distribution(ascending, probabilities[order])
     distinct, where = np.unique(numbers, return_inverse=True)
     return Distribution(distinct, np.bincount(where, weights=probabilities).astype(np.float64, copy=False))

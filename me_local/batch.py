@@ -16,9 +16,9 @@ from me_local.config import Overrides
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError, MeLocalError
 from me_local.jsonl import parse_object
+from me_local.records import finished_records
 from me_local.templates import Message
 
-_RECORD_START = b'{"id": '
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
 
 
@@ -58,28 +58,9 @@ def run(ensemble: Ensemble, jobs: Iterable[Job], *, raw: bool) -> Iterator[dict[
 
 
 def finished_ids(path: Path) -> set[str | int]:
-    """The ids in an output file of an earlier run; a last line that was cut off is removed from the file.
-
-    Raises InputError when the file holds something else than records, and leaves it as it is then.
-    """
-    if not path.is_file():
-        return set()
-    whole = path.read_bytes()
-    *lines, rest = whole.split(b"\n")
-    ids = {_finished_id(line, f"{path}, line {i}") for i, line in enumerate(lines, start=1)}
-    if rest and not rest.startswith(_RECORD_START[: len(rest)]):
-        raise InputError(f"{path}, line {len(lines) + 1}: not a record of an earlier run; give another --output")
-    with path.open("r+b") as file:
-        file.truncate(len(whole) - len(rest))
-    return ids
-
-
-def _finished_id(line: bytes, where: str) -> str | int:
-    try:
-        id_ = json.loads(line)["id"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise InputError(f"{where}: not a record of an earlier run; give another --output") from None
-    return id_ if isinstance(id_, int) else str(id_)
+    """The ids in an output file of an earlier run; raises what `finished_records` raises."""
+    ids = [record["id"] for record in finished_records(path)]
+    return {id_ if isinstance(id_, int) else str(id_) for id_ in ids}
 
 
 def _parse(line: bytes, number: int, where: str) -> Job:

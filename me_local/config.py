@@ -25,7 +25,8 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict
 
 from me_local.errors import ConfigError
 
-Strategy = Literal["me", "ce"]
+Strategy = Literal["me", "ce", "union"]
+Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
@@ -79,6 +80,7 @@ class MemberConfig:
     n_threads: Annotated[_Int, Field(ge=1, le=512)] | None = None  # 512 is ggml's limit; None = all usable cores
     n_batch: Annotated[_Int, Field(ge=1)] = 512  # tokens
     flash_attn: Annotated[bool, Strict()] = False
+    swa_full: Annotated[bool, Strict()] = True
     type_k: CacheType | None = None  # None = llama.cpp's default, f16
     type_v: CacheType | None = None
     main_gpu: Annotated[_Int, Field(ge=0)] = 0
@@ -96,10 +98,12 @@ class Config:
     path: Path  # as it was given
     members: tuple[MemberConfig, ...]
     strategy: Strategy = "me"
-    decode: Decode = "sample"  # "argmax", of the mixture, exists for "ce" alone
+    unit: Unit = "token"  # what a member is drawn for; "word" exists for "me" alone
+    decode: Decode = "sample"  # "argmax", of the mixture, does not exist for "me"
     seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
     router: _Text = "constant"  # name of an entry point, looked up by its loader
     alignment: _Text = "top_k"  # the same
+    parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
     system: str | None = None
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
@@ -110,7 +114,9 @@ class Overrides:
     """Options that beat the file, for every member; None leaves the file's value. Checked by `override`."""
 
     strategy: Strategy | None = None
+    unit: Unit | None = None
     decode: Decode | None = None
+    parallel: bool | None = None
     seed: int | None = None
     system: str | None = None
     max_tokens: int | None = None
@@ -124,11 +130,11 @@ class Overrides:
 
 _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop")
-_ENSEMBLE_KEYS = ("strategy", "decode", "seed", "router", "alignment", "system")
+_ENSEMBLE_KEYS = ("strategy", "unit", "decode", "seed", "router", "alignment", "parallel", "system")
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
-_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy")
+_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit")
 
 
 def load_config(path: Path) -> Config:
@@ -143,6 +149,7 @@ def load_config(path: Path) -> Config:
     members = _members(document.get("members", []), path, Sampling(**sampling))
     config = Config(path=path, members=members, **ensemble, **reply)
     _require_decodable(config, f"{path}: [ensemble].decode")
+    _require_words_by_me(config, f"{path}: [ensemble].unit")
     return config
 
 
@@ -168,6 +175,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     )
     changed = replace(config, members=_normalised(members, "--weights") if weights else members, **given)
     _require_decodable(changed, "--decode" if "decode" in given else "--strategy")
+    _require_words_by_me(changed, "--unit" if "unit" in given else "--strategy")
     return changed
 
 
@@ -279,6 +287,12 @@ def _require_decodable(config: Config, place: str) -> None:
     if config.decode == "argmax" and config.strategy == "me":
         reason = '"me" runs one member per step and never sees the mixture'
         raise ConfigError(f'{place}: decode "argmax" needs strategy "ce"; {reason}')
+
+
+def _require_words_by_me(config: Config, place: str) -> None:
+    if config.unit == "word" and config.strategy != "me":
+        reason = f'"{config.strategy}" averages members piece by piece, and cannot do so for whole words'
+        raise ConfigError(f'{place}: unit "word" needs strategy "me"; {reason}')
 
 
 def _require_known(key: str, allowed: Sequence[str], place: str, kind: str) -> None:

@@ -3,23 +3,28 @@
 A `Generation` is one reply in the making. Its state is the text, as bytes; each member's context is its prompt
 followed by the canonical ids of that text. ME draws one member by the weights and samples from its distribution; CE
 runs all of them and samples from the mixture. Both use the same distributions, so that replies have the same
-probability under both. Knows nothing of files, of chat, or of when a reply should stop.
+probability under both. By words (`words`), ME draws a member for each word instead of each piece. "union" is CE
+with another mixture, for comparison. Knows nothing of files, of chat, or of when a reply should stop.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Protocol
 
 import numpy as np
 
 from me_local.alignment import Alignment, Distribution, FloatArray, LogitArray, argmax, mix, pick, sample
-from me_local.config import Sampling, Strategy
+from me_local.config import Sampling, Strategy, Unit
 from me_local.errors import RunError
 from me_local.member import Evaluated
 from me_local.routing import Router, route
+from me_local.schedule import Schedule
+from me_local.union import Union
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
+from me_local.words import Openings, is_free, may_end
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +48,9 @@ class Model(Protocol):
     def logits(self) -> LogitArray:
         """The logits after the last `sync`, once they are there."""
 
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the cores, one of so many, from now on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -51,7 +59,9 @@ class Request:
     `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
     the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
     document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
-    depend on what else was evaluated before. `top` is how many of the likeliest pieces each draw is to name.
+    depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
+    its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
+    with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name.
     """
 
     prompts: tuple[IntArray, ...]
@@ -62,6 +72,8 @@ class Request:
     seed: int
     head: bytes = b""
     alone: bool = False
+    parallel: bool | None = None
+    unit: Unit = "token"
     top: int = 0
 
 
@@ -69,10 +81,11 @@ class Request:
 class Draw:
     """One sampled piece.
 
-    `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME, the
-    mixture's for CE. `shares` are each member's part in it, sum 1; `member` is the index of the largest. `top` has the
-    likeliest pieces of that distribution with their probabilities, as many as the request asks for, the likeliest
-    first; the empty piece is END.
+    `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
+    where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
+    member's part in it, sum 1; `member` is the index of the largest. `top` has the likeliest
+    pieces of that distribution with their probabilities, as many as the request asks for, the likeliest first; the
+    empty piece is END.
     """
 
     number: int
@@ -85,7 +98,10 @@ class Draw:
 
 @dataclass(slots=True)
 class Work:
-    """What a member did for one reply: pieces predicted, tokens evaluated, and seconds inside llama.cpp."""
+    """What a member did for one reply: predictions made, tokens evaluated, and seconds inside llama.cpp.
+
+    By words there are more predictions than pieces: one that only shows that a word is over is dropped.
+    """
 
     calls: int = 0
     prompt_tokens: int = 0
@@ -107,6 +123,17 @@ class Engine:
             if model.vocabulary.identity not in identities:
                 identities.append(model.vocabulary.identity)
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
+        self.schedule = Schedule(self.models)
+
+    @cached_property
+    def openings(self) -> Openings:
+        """The pieces that begin a word."""
+        return Openings(self.unified)
+
+    @cached_property
+    def union(self) -> Union:
+        """What the strategy "union" mixes by."""
+        return Union(self.unified, [model.vocabulary for model in self.models])
 
 
 @dataclass(slots=True)
@@ -121,11 +148,18 @@ class Text:
     def append(self, piece: bytes) -> None:
         """Add the bytes of a piece."""
         self.whole += piece
+        if not self._open and piece.isascii():
+            return
         runs = list(utf8_runs(self._open + piece))
         self._open = runs.pop()[0] if runs and _may_continue(runs[-1]) else b""
         stray = b"".join(run for run, valid in runs if not valid)
         self._past_strays |= frozenset(stray)
         self.strays = self._past_strays | frozenset(self._open)
+
+    @property
+    def in_character(self) -> bool:
+        """Whether the text ends with the beginning of a character."""
+        return bool(self._open)
 
 
 def _may_continue(run: tuple[bytes, bool]) -> bool:
@@ -159,9 +193,11 @@ class Generation:
             for prompt, context in zip(request.prompts, self._contexts, strict=True)
         )
         self.work = tuple(Work() for _ in engine.models)
+        self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_random = np.random.default_rng(route_seed)
         self._piece_random = np.random.default_rng(piece_seed)
+        self._writer: int | None = None  # by words: the member that wrote the last piece
 
     @property
     def text(self) -> bytes:
@@ -171,6 +207,11 @@ class Generation:
     def ids(self, member: int) -> IntArray:
         """A member's context: its prompt and the canonical ids of the text, int32 (tokens,)."""
         return np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
+
+    def prepare(self) -> None:
+        """Evaluate the prompts of all members that have a weight now; otherwise each waits until it is needed."""
+        for member in np.flatnonzero(self._weights()):
+            self._prepare(int(member))
 
     def mixture(self) -> Distribution:
         """The ensemble's distribution over the next piece, from which CE samples. Raises what `step` raises."""
@@ -184,20 +225,60 @@ class Generation:
         """
         weights = self._weights()
         # Members that are not drawn count too: where a reply ends must not depend on the route.
-        if not all(self._fits(int(i)) for i in np.flatnonzero(weights)):
+        if not all(self._fits(i) for i in self._possible(weights)):
             return None
-        draw = self._step_me(weights) if self._request.strategy == "me" else self._step_ce(weights)
+        draw = self._draw(weights)
         if draw.number != END:
             self._append(draw)
+        if self._request.unit == "word":
+            self._writer = draw.member
         return draw
 
-    def _step_me(self, weights: FloatArray) -> Draw:
-        member = pick(weights, self._route_random.random())
-        distribution = self._predict(member)
+    def _possible(self, weights: FloatArray) -> set[int]:
+        """The members that may write the next piece."""
+        possible = set(np.flatnonzero(weights).tolist())
+        if self._writer is not None and self._can_write(self._engine.models[self._writer].vocabulary):
+            possible.add(self._writer)
+        return possible
+
+    def _draw(self, weights: FloatArray) -> Draw:
+        if self._request.strategy == "ce":
+            return self._step_ce(weights)
+        if self._writer is None or self._is_free(self._writer):
+            return self._write(self._route(weights))
+        return self._step_in_word(self._writer, weights)
+
+    def _route(self, weights: FloatArray) -> int:
+        return pick(weights, self._route_random.random())
+
+    def _write(self, member: int) -> Draw:
+        """A piece that the member samples from its distribution."""
+        return self._sample(member, self._predict(member))
+
+    def _sample(self, member: int, distribution: Distribution) -> Draw:
         number, probability = sample(distribution, self._piece_random.random())
-        shares = tuple(float(i == member) for i in range(len(weights)))
+        shares = tuple(float(i == member) for i in range(len(self._engine.models)))
         piece = self._engine.unified.pieces[number]
         return Draw(number, piece, member, probability, shares, self._top(distribution))
+
+    def _is_free(self, writer: int) -> bool:
+        """By words: whether a member is drawn here without asking the one that wrote the last piece."""
+        able = self._can_write(self._engine.models[writer].vocabulary)
+        return not able or (not self._text.in_character and is_free(self.text))
+
+    def _step_in_word(self, writer: int, weights: FloatArray) -> Draw:
+        """A piece by the writer of the word; where that shows the word to be over, by the next word's writer."""
+        draw = self._write(writer)
+        if not (may_end(self.text) and self._engine.openings.begins[draw.number]):
+            return draw
+        following = self._route(weights)
+        return draw if following == writer else self._sample(following, self._open_word(following))
+
+    def _open_word(self, member: int) -> Distribution:
+        """The member's distribution over the first piece of a word."""
+        openings = self._engine.openings
+        given = openings.condition(self._predict(member))
+        return self._align(member, openings.numbers[member]) if given is None else given
 
     def _step_ce(self, weights: FloatArray) -> Draw:
         mixture, distributions = self._mixture(weights)
@@ -220,42 +301,63 @@ class Generation:
 
     def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
         """The mixture, and the distribution of each member with a weight above 0."""
-        distributions = {int(i): self._predict(int(i)) for i in np.flatnonzero(weights)}
-        return mix(list(distributions.values()), [weights[i] for i in distributions]), distributions
+        members = [int(i) for i in np.flatnonzero(weights)]
+        contexts = {i: self._context(i) for i in members}
+        for i in members:
+            self._prepare(i)
+        evaluate = {
+            i: partial(self._engine.models[i].sync, ids, self._interrupted, final=final)
+            for i, (ids, final) in contexts.items()
+        }
+        for i, evaluated in self._engine.schedule.run(evaluate, self._request.parallel).items():
+            self._count(i, evaluated, len(contexts[i][0]))
+        distributions = {i: self._align(i, self._engine.unified.numbers[i]) for i in members}
+        if self._request.strategy == "union":
+            logits = {i: self._engine.models[i].logits() for i in members}
+            temperatures = {i: self._request.sampling[i].temperature for i in members}
+            distributions = self._engine.union.distributions(distributions, logits, temperatures)
+        return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
     def _predict(self, member: int) -> Distribution:
         """The member's distribution over the next piece, after bringing it up to date."""
-        model = self._engine.models[member]
-        ids = self.ids(member)
-        final = len(self._request.prompts[member]) + self._contexts[member].final
-        if self.work[member].calls == 0:
-            self._prepare(member, ids, final)
-        evaluated = model.sync(ids, self._interrupted, final=final)
+        self._prepare(member)
+        ids, final = self._context(member)
+        self._engine.schedule.divide(1)
+        evaluated = self._engine.models[member].sync(ids, self._interrupted, final=final)
         self._count(member, evaluated, len(ids))
-        return self._align(member)
+        return self._align(member, self._engine.unified.numbers[member])
 
-    def _align(self, member: int) -> Distribution:
-        """The member's distribution over pieces, of the logits that it gave last."""
+    def _context(self, member: int) -> tuple[IntArray, int]:
+        """A member's ids, and how many of them, from the first, stay as they are in this reply."""
+        return self.ids(member), len(self._request.prompts[member]) + self._contexts[member].final
+
+    def _align(self, member: int, numbers: IntArray) -> Distribution:
+        """The member's distribution over the pieces of these numbers, of the logits that it gave last."""
         model, work = self._engine.models[member], self.work[member]
         started = time.perf_counter()
         logits = model.logits()
         work.text_seconds += time.perf_counter() - started
         try:
-            return self._engine.alignment(logits, self._engine.unified.numbers[member], self._request.sampling[member])
+            return self._engine.alignment(logits, numbers, self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)
             raise RunError(f'member "{model.name}", after {len(self.text)} bytes of text: {error}') from None
 
-    def _prepare(self, member: int, ids: IntArray, final: int) -> None:
-        """Evaluate the prompt but for its last token, and drop what an earlier reply left behind it.
+    def _prepare(self, member: int) -> None:
+        """Before a member's first prediction, evaluate its prompt but for the last token.
 
-        Logits differ a little with the size of a batch. This way a seed gives the same reply when the prompt is
-        evaluated and when it is found in the cache.
+        Also drops what an earlier reply left behind it. Logits differ a little with the size of a batch. This way a
+        seed gives the same reply when the prompt is evaluated and when it is found in the cache.
         """
+        if self._ready[member]:
+            return
+        ids, final = self._context(member)
         given, alone = ids[: self.given[member] - 1], self._request.alone
+        self._engine.schedule.divide(1)
         evaluated = self._engine.models[member].prepare(given, self._interrupted, final=final, alone=alone)
         self.work[member].prompt_tokens += evaluated.tokens
         self.work[member].prompt_seconds += evaluated.seconds
+        self._ready[member] = True
 
     def _count(self, member: int, evaluated: Evaluated, length: int) -> None:
         work = self.work[member]

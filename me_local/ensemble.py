@@ -8,6 +8,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from me_local.member import Member
 from me_local.plugins import find
 from me_local.reply import Reply, ReplyStream
 from me_local.routing import Router
+from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.templates import PLAIN_STOPS, Message, PromptWriter, choose_render
 from me_local.vocabulary import IntArray
 from me_local.weights import Shelf, supports_gpu
@@ -54,6 +56,11 @@ class Ensemble:
         """The members' names, in the order of all weights and shares."""
         return tuple(member.name for member in self.members)
 
+    @property
+    def unit(self) -> str:
+        """What its likelihoods mix: "token" where all members share one vocabulary, else "word"."""
+        return "token" if self.engine.unified.same else "word"
+
     def stream(
         self,
         prompt: str | Sequence[Message],
@@ -84,6 +91,41 @@ class Ensemble:
     ) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
         return self.stream(prompt, overrides, raw=raw).finish()
+
+    def score(self, prompt: str | Sequence[Message], continuation: str, *, raw: bool = False) -> Score:
+        """How probable it is that a reply to the prompt begins with `continuation`; with `raw`, a completion of it.
+
+        The probabilities are those at temperature 1 without truncation, of tokens where all members share one
+        vocabulary, else of words: `scoring` has the definition. The first call makes a second context for each member.
+        Raises InputError for a text that is empty, too long, or one that a member cannot write.
+        """
+        passage = self.passage(prompt, continuation, raw=raw)
+        units = self.unit_scores(passage)
+        weights = np.array([member.weight for member in self.config.members])
+        mixture = mixed(units.log_probabilities, unit_weights(self.engine.router, passage, units, weights))
+        return Score(float(mixture.sum()), tuple(units.log_probabilities.sum(axis=1).tolist()), units.size)
+
+    def passage(self, prompt: str | Sequence[Message], continuation: str, *, raw: bool = False) -> Passage:
+        """The continuation behind the prompt, to be scored. Raises InputError when either is empty, or no text."""
+        text = Message("assistant", continuation).content.encode()
+        if not text:
+            raise InputError("the continuation is empty: there is nothing to score")
+        if raw:
+            head, prompts = self.raw_prompts(prompt, self.config)
+            return Passage(prompts, head + text, len(head))
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        check_conversation(messages)
+        return Passage(self.prompts(messages, self.config), text, 0)
+
+    def unit_scores(self, passage: Passage) -> UnitScores:
+        """What each member finds of each unit of the passage; raises what `Scorer.units` raises."""
+        return self._scorer.units(passage)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        enter, shelf = self._stack.enter_context, self.shelf
+        members = [enter(Member(m, shelf.weights(m), outputs=OUTPUTS)) for m in self.config.members]
+        return Scorer(members, same=self.engine.unified.same)
 
     def prompts(self, messages: Sequence[Message], config: Config) -> tuple[IntArray, ...]:
         """Each member's ids for a conversation.
@@ -189,6 +231,8 @@ def make_request(
         seed=secrets.randbits(32) if config.seed is None else config.seed,
         head=head,
         alone=alone,
+        parallel=config.parallel,
+        unit=config.unit,
         top=top,
     )
 

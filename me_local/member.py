@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class EvaluationInterruptedError(MeLocalError):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside llama.cpp."""
+    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside `llama_decode`."""
 
     tokens: int
     seconds: float
@@ -56,11 +56,12 @@ class Member:
 
     `n_ctx` is the number of tokens it can hold: the context asked for, at most the length it was trained with;
     `working_bytes` the size of the buffers for a batch, None where llama.cpp does not tell. Where `states` is set, a
-    prompt that begins like an earlier one gets that one's cache back.
+    prompt that begins like an earlier one gets that one's cache back. `outputs` is the
+    number of tokens after which one evaluation gives logits; each takes the room of the whole vocabulary.
     Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
     """
 
-    def __init__(self, config: MemberConfig, weights: Weights) -> None:
+    def __init__(self, config: MemberConfig, weights: Weights, *, outputs: int = 1) -> None:
         self.config = config
         self.name = config.name
         self.weights = weights
@@ -71,7 +72,8 @@ class Member:
         cells = allocated_context(config.n_ctx, weights.trained_context)
         _require_memory(config, weights, cells)
         self.n_batch = min(cells, config.n_batch)
-        self._context = _make_context(config, weights, cells, self.n_batch)
+        self._outputs = min(outputs, self.n_batch)
+        self._context = _make_context(config, weights, cells, self.n_batch, self._outputs)
         self.working_bytes = _working_bytes()
         try:
             self._read_context()
@@ -92,9 +94,14 @@ class Member:
         self.n_ctx = min(cells, self.weights.trained_context or cells)
         self._mirror = np.empty(cells, dtype=np.int32)
         self._length = 0
+        self._seconds = 0.0  # inside llama_decode, so far
         self._alone = 0  # as many tokens, from the first, were evaluated in one go
-        self._checkpoints = Checkpoints() if self.weights.memory in ("recurrent", "hybrid") else None
-        self._positions = np.arange(cells, dtype=np.int32)
+        self._evicts = self.weights.window > 0 and not self.config.swa_full
+        self._checkpoints = Checkpoints() if self._evicts or self.weights.memory in ("recurrent", "hybrid") else None
+        self._all_positions = np.arange(cells, dtype=np.int32)
+        self._tokens, self._positions = (np.empty(self.n_batch, dtype=np.int32) for _ in range(2))
+        token, position = (array.ctypes.data_as(_INT32) for array in (self._tokens, self._positions))
+        self._batch = llama_cpp.llama_batch(token=token, pos=position)
         self._address, self._view = 0, np.empty(0, dtype=np.float32)
 
     def _add_adapter(self, path: Path) -> None:
@@ -116,17 +123,17 @@ class Member:
         numbers depend on how batches were cut. Raises RunError when llama.cpp fails, EvaluationInterruptedError when
         `interrupted()` becomes true between two batches.
         """
-        started = time.perf_counter()
         if self.states is not None:
             self._exchange(self.states, ids, alone=alone)
         if alone and not (self._alone == len(ids) and np.array_equal(self._mirror[: self._alone], ids)):
             self.forget()
+        before = self._seconds
         keep = self._cut(self._common(ids, len(ids)))
         due = self._checkpoints.due_in_prompt(keep, final, len(ids)) if self._checkpoints else None
         self._extend(ids, due, interrupted, prompt=True)
         if alone or keep == 0:
             self._alone = len(ids)
-        return Evaluated(len(ids) - keep, time.perf_counter() - started)
+        return Evaluated(len(ids) - keep, self._seconds - before)
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
         """Make the cache hold exactly `ids`, at least one of them; `logits` are then those after them.
@@ -134,19 +141,23 @@ class Member:
         The last id is always evaluated. On a GPU the evaluation may still be under way when this returns. `final` and
         what it raises are as in `prepare`.
         """
-        started = time.perf_counter()
+        before = self._seconds
         common = self._common(ids, len(ids) - 1)
         keep = self._cut(common)
         due = self._checkpoints.due_in_text(keep, common, final, len(ids)) if self._checkpoints else None
         self._extend(ids, due, interrupted, prompt=False)
-        return Evaluated(len(ids) - keep, time.perf_counter() - started)
+        return Evaluated(len(ids) - keep, self._seconds - before)
 
     def logits(self) -> LogitArray:
         """The logits after the last evaluation, float32 (vocabulary,): a view that the next one overwrites.
 
         Waits for a GPU that is still at work.
         """
-        pointer = llama_cpp.llama_get_logits_ith(self._context, -1)
+        return self._row(-1)
+
+    def _row(self, index: int) -> LogitArray:
+        """The logits after one of the tokens of the last evaluation."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
         if not pointer:
             raise RunError(f'member "{self.name}": llama.cpp gave no logits after token {self._length - 1}')
         # llama.cpp keeps its buffer, and to make an array of a pointer takes long.
@@ -155,8 +166,22 @@ class Member:
             self._address, self._view = address, np.ctypeslib.as_array(pointer, shape=(self.vocabulary.size,))
         return self._view
 
-    def use_threads(self, count: int) -> None:
-        """Evaluate with this many threads from now on."""
+    def each_logits(self, ids: IntArray, start: int) -> Iterator[LogitArray]:
+        """The logits after each id of `ids` from `start` on, as views like that of `logits`.
+
+        The first `start` ids are evaluated in one go, or found so in the cache, and the others always in the same
+        batches: numbers do not depend on what was evaluated before. Raises RunError when llama.cpp fails.
+        """
+        self.prepare(ids[:start], final=start, alone=True)
+        for begin in range(start, len(ids), self._outputs):
+            part = ids[begin : begin + self._outputs]
+            self._evaluate(part, every=True)
+            for row in range(len(part)):
+                yield self._row(row)
+
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the threads, one of so many, from now on."""
+        count = max(1, (self.config.n_threads or usable_cores()) // parts)
         llama_cpp.llama_set_n_threads(self._context, count, count)
 
     def forget(self) -> None:
@@ -223,14 +248,22 @@ class Member:
     def _cut(self, length: int) -> int:
         """Shorten the cache to `length` tokens and return how many it holds then.
 
-        Recurrent and hybrid models refuse to drop a part of their memory: they go back to a checkpoint, or to zero.
+        Recurrent and hybrid models refuse to drop a part of their memory, and a cache of the window's size has lost
+        what stands before it: they go back to a checkpoint, or to zero.
         """
         # The mirror goes first: one that is short of the cache is mended here, one beyond it would go unnoticed.
         self._shorten(length)
         # Also where nothing is to be dropped: an interrupted evaluation may have left cells beyond the mirror.
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
+        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1) or not self._has_window():
             self._restore()
         return self._length
+
+    def _has_window(self) -> bool:
+        """Whether the cache still has all cells that the next token looks at."""
+        if not self._evicts or self._length == 0:
+            return True
+        first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, 0)
+        return 0 <= first <= max(0, self._length - self.weights.window)
 
     def _shorten(self, length: int) -> None:
         self._length = length
@@ -246,7 +279,8 @@ class Member:
             data, size = _bytes(newest.state), newest.state.size
             read = llama_cpp.llama_state_seq_set_data_ext(self._context, data, size, 0, _PARTIAL)
             # The recurrent part no longer stands behind this position, so a hybrid drops its attention's cells there.
-            if read == size and llama_cpp.llama_memory_seq_rm(self._memory, 0, newest.length, -1):
+            cut = read == size and llama_cpp.llama_memory_seq_rm(self._memory, 0, newest.length, -1)
+            if cut and self._has_window():
                 return
         self.forget()
 
@@ -266,9 +300,9 @@ class Member:
                 raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {start} of {len(ids)}')
             self._evaluate(ids[start : min(end, start + self.n_batch)])
 
-    def _evaluate(self, ids: IntArray) -> None:
+    def _evaluate(self, ids: IntArray, *, every: bool = False) -> None:
         start, end = self._length, self._length + len(ids)
-        code = self._decode(ids)
+        code = self._decode_each(ids) if every else self._decode(ids)
         if code:
             reason = _DECODE_ERRORS.get(code, f"llama.cpp failed with code {code}")
             raise RunError(f'member "{self.name}", tokens {start} to {end - 1}: {reason}')
@@ -280,11 +314,22 @@ class Member:
 
         No sequences and no outputs are named: llama.cpp then takes the first sequence, and the last id.
         """
-        tokens, positions = np.ascontiguousarray(ids), self._positions[self._length :]
-        batch = llama_cpp.llama_batch(
-            n_tokens=len(ids), token=tokens.ctypes.data_as(_INT32), pos=positions.ctypes.data_as(_INT32)
-        )
-        return int(llama_cpp.llama_decode(self._context, batch))
+        return self._decode_for(ids, None)
+
+    def _decode_each(self, ids: IntArray) -> int:
+        """The same for the logits after each of them."""
+        return self._decode_for(ids, np.ones(len(ids), dtype=np.int8))
+
+    def _decode_for(self, ids: IntArray, outputs: npt.NDArray[np.int8] | None) -> int:
+        count, start = len(ids), self._length
+        self._batch.n_tokens = count
+        self._batch.logits = None if outputs is None else outputs.ctypes.data_as(_INT8)
+        self._tokens[:count] = ids
+        self._positions[:count] = self._all_positions[start : start + count]
+        started = time.perf_counter()
+        code: int = llama_cpp.llama_decode(self._context, self._batch)
+        self._seconds += time.perf_counter() - started
+        return code
 
 
 def usable_cores() -> int:
@@ -321,7 +366,7 @@ def _require_memory(config: MemberConfig, weights: Weights, cells: int) -> None:
     llama.cpp writes to all of it, so that Linux would kill the process. The weights do not count: their pages come
     from the file and can go back to it. On a GPU the cache is there, and llama.cpp says so if it does not fit.
     """
-    if supports_gpu() and config.n_gpu_layers:
+    if (supports_gpu() and config.n_gpu_layers) or not config.swa_full:
         return
     cache, available = kv_cache_bytes(weights.metadata, weights.memory, config, cells), available_memory()
     if cache is None or available is None:
@@ -334,18 +379,21 @@ def _require_memory(config: MemberConfig, weights: Weights, cells: int) -> None:
         )
 
 
-def _make_context(config: MemberConfig, weights: Weights, cells: int, batch: int) -> llama_cpp.llama_context_p:
+def _make_context(
+    config: MemberConfig, weights: Weights, cells: int, batch: int, outputs: int
+) -> llama_cpp.llama_context_p:
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = cells, batch, min(batch, _LARGEST_BATCH)
     settings.n_threads = settings.n_threads_batch = config.n_threads or usable_cores()
     flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.flash_attn_type = flash
     settings.no_perf = True
+    settings.swa_full = config.swa_full
     if config.type_k:
         settings.type_k = _cache_type(config.type_k)
     if config.type_v:
         settings.type_v = _cache_type(config.type_v)
-    settings.n_outputs_max = 1  # without it there is room for the logits of a whole batch
+    settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
     first_errors.clear()
     last_lines.clear()
     context = llama_cpp.llama_init_from_model(weights.pointer, settings)
@@ -371,4 +419,5 @@ def _bytes(state: npt.NDArray[np.uint8]) -> Any:
 
 
 _INT32 = ctypes.POINTER(ctypes.c_int32)
+_INT8 = ctypes.POINTER(ctypes.c_int8)
 _NOTHING = np.empty(0, dtype=np.uint8)

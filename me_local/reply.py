@@ -39,9 +39,9 @@ class MemberUsage:
     """What one member did for a reply. Counts are in tokens, times in seconds inside llama.cpp.
 
     `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
-    `text_evaluated` the tokens of the reply that went through it, in `calls` backlogs. `pieces` counts the pieces
-    that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's last token, whose
-    evaluation gives the first piece.
+    `text_evaluated` the tokens of the reply that went through it, in `calls` backlogs, one for each prediction.
+    `pieces` counts the pieces that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's
+    last token, whose evaluation gives the first piece.
     """
 
     member: str
@@ -74,6 +74,7 @@ class Reply:
     text: str
     finish_reason: FinishReason
     strategy: str
+    unit: str
     seed: int
     steps: tuple[Step, ...]
     usage: tuple[MemberUsage, ...]
@@ -95,12 +96,18 @@ class Reply:
         seconds = self.seconds - self.prompt_seconds
         return len(self.steps) / seconds if seconds > 0 else 0.0
 
+    @property
+    def calls_per_piece(self) -> float:
+        """Predictions that were made, of all members, for each piece; 0 for a reply without pieces."""
+        return sum(usage.calls for usage in self.usage) / len(self.steps) if self.steps else 0.0
+
     def as_dict(self) -> dict[str, Any]:
         """The reply as JSON can hold it; pieces appear as `text` and, in full, as `bytes`."""
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,
             "strategy": self.strategy,
+            "unit": self.unit,
             "seed": self.seed,
             "pieces": [
                 {
@@ -132,6 +139,8 @@ class StopFilter:
 
     def push(self, draw: Draw) -> list[Draw]:
         """Pieces that may be shown after this one; the last of them is cut when `stopped` becomes true."""
+        if not self._stops:
+            return [draw]
         self._held.append(draw)
         text = b"".join(held.piece for held in self._held)
         found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
@@ -216,8 +225,16 @@ class ReplyStream(Iterator[Step]):
         request = self._request
         text = "".join(step.text for step in self._steps)
         usage = tuple(self._usage(i, work) for i, work in enumerate(self._generation.work))
-        steps = tuple(self._steps)
-        return Reply(text, self._finish_reason, request.strategy, request.seed, steps, usage, self._seconds)
+        return Reply(
+            text=text,
+            finish_reason=self._finish_reason,
+            strategy=request.strategy,
+            unit=request.unit,
+            seed=request.seed,
+            steps=tuple(self._steps),
+            usage=usage,
+            seconds=self._seconds,
+        )
 
     def _run(self) -> Iterator[Step]:
         drawn, failure = 0, None

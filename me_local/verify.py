@@ -3,7 +3,8 @@
 - Cache fidelity: in the middle of ME replies, the drawn member's prediction against a fresh evaluation of the same ids
   in one pass, in another context. The yardstick is what llama.cpp itself does to a prediction when ids come one by
   one, as under CE.
-- Strategy equality: at some prefixes, pieces drawn by the whole ME path against the mixture of CE, by a G-test.
+- Strategy equality: at some prefixes, pieces drawn by the whole ME path against the mixture of CE, by a G-test. By
+  tokens only: there is no CE by words to compare with.
 - Canonical context: after each step, a member's ids against those that its tokenizer gives the whole text.
 """
 
@@ -35,7 +36,7 @@ COMPARED = 16
 """Steps among them, for each prompt, whose prediction is evaluated anew."""
 STEPPED = 6
 """Contexts, for each prompt and member, that are evaluated one by one and anew."""
-DRAWS = 800
+DRAWS = 600
 """Pieces drawn at one prefix of each reply."""
 
 FACTOR = 3.0
@@ -130,6 +131,9 @@ class _Witness:
     def logits(self) -> LogitArray:
         return self.model.logits()
 
+    def share_cores(self, parts: int) -> None:
+        self.model.share_cores(parts)
+
 
 def work(ensemble: Ensemble) -> int:
     """The number of times that `verify` reports progress."""
@@ -168,7 +172,7 @@ class _Verification:
     def _request(self, text: bytes, seed: int) -> Request:
         config = self._ensemble.config
         _, prompts = self._ensemble.raw_prompts(text.decode(), config)
-        return replace(make_request(config, prompts, text), strategy="me", argmax=False, seed=seed)
+        return replace(make_request(config, prompts, text), strategy="me", unit="token", argmax=False, seed=seed)
 
     def _reply(self, number: int, prompt: str) -> bytes:
         """Write a reply, compare some of its steps, and return one of its prefixes."""

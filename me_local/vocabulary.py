@@ -31,6 +31,7 @@ END = 0
 _SEAM = re.compile(rb"[A-Za-z0-9](?= )")
 _WORD = 32  # bytes
 _UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
+_SHORT = 64  # tokens
 _LONG = 8192  # bytes
 _FRAME = 1024  # bytes of stack for each byte of text; llama.cpp takes about 300
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
@@ -107,6 +108,8 @@ class Vocabulary:
         Falcon's) loses those bytes, as in the model's own tokenizer. Raises KeyError when the vocabulary lacks a byte
         that is not UTF-8; `can_write` tells so beforehand.
         """
+        if len(text) <= _WORD and not at_start and text.isascii():
+            return self._encode_word(self._anchor + text)[self._anchor_length :]
         ids: list[int] = []
         for run, valid in utf8_runs(text):
             if not valid:
@@ -245,6 +248,8 @@ class TokenizedText:
     def _last_seam(self, text: bytes) -> int:
         if not self._vocabulary.has_seams:
             return 0
+        if text.find(b" ", self._seen) < 0:
+            return self._seam
         seams = [match.end() for match in _SEAM.finditer(text, max(self._seam, self._seen - 1))]
         return seams[-1] if seams else self._seam
 
@@ -347,9 +352,11 @@ def _suppressed(pointer: llama_cpp.llama_vocab_p) -> list[int]:
 
 
 def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
+    short = (llama_cpp.llama_token * _SHORT)()
+
     def tokenize(text: bytes) -> list[int]:
-        size = len(text) + 8
-        buffer = (llama_cpp.llama_token * size)()
+        size = max(_SHORT, len(text) + 8)
+        buffer = short if size == _SHORT else (llama_cpp.llama_token * size)()
         length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, size, False, False)
         if length < 0:
             buffer = (llama_cpp.llama_token * -length)()

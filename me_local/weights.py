@@ -27,7 +27,8 @@ class Weights:
     """One GGUF model in memory. `close` frees it, after the contexts of all its members.
 
     `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
-    of its tokens: "full", "sliding window N", "recurrent" or "hybrid". Raises LoadError when the file cannot be loaded.
+    of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0.
+    Raises LoadError when the file cannot be loaded.
     """
 
     def __init__(self, config: MemberConfig) -> None:
@@ -52,6 +53,7 @@ class Weights:
         self.description = _text(llama_cpp.llama_model_desc, model)
         self.size: int = llama_cpp.llama_model_size(model)
         self.parameters: int = llama_cpp.llama_model_n_params(model)
+        self.window: int = llama_cpp.llama_model_n_swa(model)
         self.memory = _memory_kind(model)
         self.chat_template = self.metadata.get("tokenizer.chat_template")
         self.token_texts = _token_texts(model, self.vocabulary)

@@ -102,6 +102,8 @@ def test_weights_choose_the_members(run: Run) -> None:
         (["generate", "x", "--weights", "bpe=1"], None, "bpe_a"),
         (["generate", "x", "--decode", "argmax"], None, '"argmax" needs strategy "ce"'),
         (["generate", "x", "--strategy", "mee"], None, "mee"),
+        (["generate", "x", "--strategy", "ce", "--unit", "word"], None, '--unit: unit "word" needs strategy "me"'),
+        (["chat"], "/unit word\n/strategy ce\n", '--strategy: unit "word" needs strategy "me"'),
         (["generate", "word " * 700], None, "tokens for member"),
         (["generate", "x", "--resume"], None, "--input"),
         (["generate", "--input", "missing.jsonl", "--output", "o"], None, "missing.jsonl"),
@@ -251,6 +253,20 @@ def test_a_scripted_chat(run: Run, tmp_path: Path) -> None:
     for part in ("■ bpe_a 1.00  ■ spm 0.00", "ce: ", "Loaded 4 messages", "strategy = ce", "/regen", "prompt new"):
         assert part in result.stderr
     assert "seed 4" in result.stderr  # the fourth reply
+
+
+def test_a_chat_by_words(run: Run) -> None:
+    script = "Hello\n/unit token\nAgain\n/set unit word\n/unit\n"
+    result = run("chat", "--unit", "word", "--seed", 1, "--max-tokens", 20, stdin=script)
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    assert "ME draws one member for each word. /help lists the commands." in lines
+    figures = [line for line in lines if line.startswith("me")]
+    assert figures[0].startswith("me by words: ")
+    assert "calls/piece" in figures[0]
+    assert figures[1].startswith("me: ")
+    assert "calls/piece" not in figures[1]
+    assert lines[-1] == "unit = word"
 
 
 def test_a_bad_command_in_a_scripted_chat_keeps_what_was_written(run: Run) -> None:

@@ -42,6 +42,7 @@ def test_the_smallest_file_gets_every_default(tmp_path):
         path=tmp_path / "models.toml",
         members=(MemberConfig(name="smol", path=tmp_path / "smol.gguf", hf=None, weight=1.0),),
         strategy="me",
+        unit="token",
         decode="sample",
         seed=None,
         router="constant",
@@ -199,10 +200,11 @@ def test_configs_are_frozen(tmp_path):
 SMOL = 'models.toml: members[0] "smol"'
 NAME_RULE = 'must be a name without "=", ",", control characters and outer spaces'
 MEMBER_KEYS = (
-    "name, path, hf, weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, type_k, type_v, main_gpu, "
+    "name, path, hf, weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
     "tensor_split, lora, system, chat_template, tokenizer, temperature, top_k, top_p, min_p"
 )
 HF_RULE = 'must look like "owner/repo:file.gguf"'
+WORDS = 'unit "word" needs strategy "me"; "ce" averages members piece by piece, and cannot do so for whole words'
 ARGMAX = 'decode "argmax" needs strategy "ce"; "me" runs one member per step and never sees the mixture'
 
 
@@ -283,9 +285,11 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         ("[[member]]", 'member: unknown table; did you mean "members"?'),
         ('strategy = "ce"', "strategy: unknown key; allowed: ensemble, sampling, members"),
         ("ensemble = 1", "[ensemble]: must be a table, got 1"),
-        ('[ensemble]\nstrategy = "mee"', '[ensemble].strategy: must be "me" or "ce", got "mee"'),
+        ('[ensemble]\nstrategy = "mee"', '[ensemble].strategy: must be "me", "ce" or "union", got "mee"'),
         ('[ensemble]\ndecode = "greedy"', '[ensemble].decode: must be "sample" or "argmax", got "greedy"'),
         ('[ensemble]\ndecode = "argmax"\n' + ONE, f"[ensemble].decode: {ARGMAX}"),
+        ('[ensemble]\nunit = "words"', '[ensemble].unit: must be "token" or "word", got "words"'),
+        ('[ensemble]\nunit = "word"\nstrategy = "ce"\n' + ONE, f"[ensemble].unit: {WORDS}"),
         ("[ensemble]\nseed = -1", "[ensemble].seed: must be at least 0, got -1"),
         (
             "[ensemble]\nseed = 9223372036854775808",
@@ -294,7 +298,7 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         ('[ensemble]\nrouter = ""', '[ensemble].router: must not be empty, got ""'),
         (
             "[ensemble]\nzzz = 1",
-            "[ensemble].zzz: unknown key; allowed: strategy, decode, seed, router, alignment, system",
+            "[ensemble].zzz: unknown key; allowed: strategy, unit, decode, seed, router, alignment, parallel, system",
         ),
         ("[sampling]\ntemperature = -1", "[sampling].temperature: must be at least 0, got -1"),
         ("[sampling]\nmax_tokens = -1", "[sampling].max_tokens: must be at least 0, got -1"),
@@ -393,9 +397,10 @@ def test_weights_override(config, weights, expected):
         (Overrides(max_tokens=-5), "--max-tokens: must be at least 0, got -5"),
         (Overrides(seed=-1), "--seed: must be at least 0, got -1"),
         (Overrides(stop=("",)), '--stop[0]: must not be empty, got ""'),
-        (Overrides(strategy="both"), '--strategy: must be "me" or "ce", got "both"'),
+        (Overrides(strategy="both"), '--strategy: must be "me", "ce" or "union", got "both"'),
         (Overrides(decode="argmax"), f"--decode: {ARGMAX}"),
         (Overrides(decode="argmax", strategy="me"), f"--decode: {ARGMAX}"),
+        (Overrides(unit="word", strategy="ce"), f"--unit: {WORDS}"),
         (Overrides(weights={"smoll": 1}), '--weights: unknown member "smoll"; did you mean "smol"?'),
         (Overrides(weights={"x": 1}), '--weights: unknown member "x"; allowed: smol, gemma'),
         (Overrides(weights={"smol": -1}), '--weights: "smol": must be at least 0, got -1'),
@@ -409,6 +414,14 @@ def test_bad_options(config, given, expected):
 def test_the_option_that_makes_argmax_impossible_is_named(config):
     ce = override(config, Overrides(strategy="ce", decode="argmax"))
     assert message(override, ce, Overrides(strategy="me")) == f"--strategy: {ARGMAX}"
+
+
+def test_the_option_that_makes_words_impossible_is_named(config):
+    words = override(config, Overrides(unit="word"))
+    assert (words.unit, words.strategy) == ("word", "me")
+    assert message(override, words, Overrides(strategy="ce")) == f"--strategy: {WORDS}"
+    ce = override(config, Overrides(strategy="ce"))
+    assert message(override, ce, Overrides(unit="word")) == f"--unit: {WORDS}"
 
 
 @pytest.mark.parametrize(
@@ -456,6 +469,7 @@ def test_bad_weights(text, expected):
         ("seed", "9007199254740993", Overrides(seed=9007199254740993)),  # 2**53 + 1: no float on the way
         ("stop", "7", Overrides(stop=("7",))),
         ("decode", "argmax", Overrides(decode="argmax")),
+        ("unit", "word", Overrides(unit="word")),
     ],
 )
 def test_parse_setting(key, value, expected):
@@ -470,7 +484,7 @@ def test_parse_setting(key, value, expected):
             "zzz",
             "1",
             '/set: unknown key "zzz"; allowed: temperature, top_k, top_p, min_p, '
-            "max_tokens, seed, stop, decode, strategy",
+            "max_tokens, seed, stop, decode, strategy, unit",
         ),
         ("temperature", "-1", "/set temperature: must be at least 0, got -1"),
         ("temperature", "hot", '/set temperature: must be a number, got "hot"'),

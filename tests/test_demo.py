@@ -43,6 +43,19 @@ def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) ->
     assert sum(word.lower() in COMMON for word in words) >= 0.25 * len(words)
 
 
+def test_the_right_continuation_is_the_likeliest(ensemble: Ensemble) -> None:
+    texts = [" Paris", " Rome", " the cat", "Paris"]
+    scores = {text: ensemble.score("The capital of France is", text, raw=True) for text in texts}
+    assert max(texts, key=lambda text: scores[text].log_likelihood) == " Paris"
+    for member in range(2):
+        assert max(texts, key=lambda text: scores[text].members[member]) == " Paris"
+    paris = scores[" Paris"]
+    # One word: the mixture lies between its members, 0.7 and 0.3 of them.
+    mixture = np.log(0.7 * np.exp(paris.members[0]) + 0.3 * np.exp(paris.members[1]))
+    assert paris.log_likelihood == pytest.approx(mixture)
+    assert ensemble.score("The capital of France is", " Paris", raw=True) == paris
+
+
 COMMON = {
     "the",
     "of",

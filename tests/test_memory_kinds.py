@@ -36,19 +36,19 @@ finals = st.sampled_from([0.0, 0.5, 0.8, 0.95, 1.0])
 class MemoryMachine(RuleBasedStateMachine):
     """A member in batches of 8 tokens, with another context that evaluates everything anew and in one batch."""
 
-    def __init__(self, member: Member, reference: Member) -> None:
+    def __init__(self, member: Member, reference: Member, beginning: Sequence[int] = ()) -> None:
         super().__init__()
-        self.member, self.reference = member, reference
+        self.member, self.reference, self.beginning = member, reference, list(beginning)
         member.forget()
         self.ids: list[int] = []
         self.states: list[State] = []
 
     @initialize(history=histories)
     def begin(self, history: list[int]) -> None:
-        self.ids = history
+        self.ids = self.beginning + history
         self.check()
 
-    @precondition(lambda self: len(self.ids) < LONGEST)
+    @precondition(lambda self: len(self.ids) < len(self.beginning) + LONGEST)
     @rule(new=tokens, final=finals)
     def append(self, new: list[int], final: float) -> None:
         self.ids = self.ids + new
@@ -162,6 +162,21 @@ def test_any_history_equals_a_fresh_evaluation(open_member: OpenMember, name: st
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: MemoryMachine(member, reference),
         settings=settings(max_examples=40, stateful_step_count=25, deadline=None),
+    )
+
+
+def test_a_cache_that_loses_what_leaves_the_window(open_member: OpenMember) -> None:
+    """llama.cpp rounds it up to 256 cells, so that it is after as many tokens that cells are lost."""
+    member = open_member("swa", n_batch=8, n_ctx=1024, swa_full=False, **SETTINGS)
+    reference = open_member("swa", n_ctx=1024, **SETTINGS)
+    beginning = np.random.default_rng(4).integers(3, 340, 400).tolist()
+    ids = np.array(beginning, dtype=np.int32)
+    member.sync(ids)
+    assert llama_cpp.llama_memory_seq_pos_min(member._memory, 0) > 100
+    assert member.sync(ids[:100]).tokens == 100, "its first 100 tokens are lost"
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        lambda: MemoryMachine(member, reference, beginning),
+        settings=settings(max_examples=20, stateful_step_count=25, deadline=None),
     )
 
 

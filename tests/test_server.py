@@ -280,7 +280,7 @@ def test_a_request_has_a_time_limit(two_models: Path, stream: bool) -> None:
     with served(two_models, limits=Limits(timeout=0.3)) as server:
         tap = Tap(server.ensemble)
         tap.let(2)
-        response = server.chat(stream=stream)
+        response = server.chat(stream=stream, seed=1)
         tap.let(100)
         if stream:
             last = json.loads(response.text.strip().rpartition("data: ")[2])

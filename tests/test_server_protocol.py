@@ -26,7 +26,7 @@ def reply(*usages: MemberUsage, seed: int = 7) -> Reply:
         Step("é".encode()[1:], "é", "b", 1.0, (0.0, 1.0), ((b"\xa9", 1.0),)),
         Step(b" x", " x", "b", 0.25, (0.0, 1.0), ((b"", 0.5), (b" x", 0.25))),
     )
-    return Reply("é x", "length", "me", seed, steps, usages, 2.0)
+    return Reply("é x", "length", "me", "token", seed, steps, usages, 2.0)
 
 
 def answer(*, chat: bool = True, logprobs: bool = False, n: int = 1) -> Answer:

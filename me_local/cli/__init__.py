@@ -12,9 +12,13 @@ from typing import Any
 
 import click
 
+from me_local.cli.bench import bench
 from me_local.cli.chat import chat
+from me_local.cli.eval import evaluate
+from me_local.cli.fit import fit
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
+from me_local.cli.score import score
 from me_local.cli.serve import serve
 from me_local.cli.verify import verify
 from me_local.errors import MeLocalError, RunError
@@ -75,8 +79,12 @@ def _open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
+main.add_command(bench)
 main.add_command(chat)
+main.add_command(evaluate)
+main.add_command(fit)
 main.add_command(generate)
 main.add_command(inspect)
+main.add_command(score)
 main.add_command(serve)
 main.add_command(verify)

@@ -16,7 +16,12 @@ from me_local.config import Overrides, parse_setting, parse_weights
 from me_local.errors import InputError
 from me_local.reply import Reply
 
-_STRATEGIES = {"me": "ME draws one member for each piece", "ce": "CE averages all members for each piece"}
+_STRATEGIES = {
+    ("me", "token"): "ME draws one member for each piece",
+    ("me", "word"): "ME draws one member for each word",
+    ("ce", "token"): "CE averages all members for each piece",
+    ("union", "token"): "CE averages all members over the union of their candidates for each piece, as UniTE does",
+}
 
 
 @dataclass(slots=True)
@@ -35,7 +40,8 @@ class Session:
     def greet(self) -> None:
         """Show the members and what their user should know about them."""
         self.notes.print(self.painter.legend(self._weights()))
-        self.note(f"{_STRATEGIES[self.chat.config.strategy]}. /help lists the commands.")
+        config = self.chat.config
+        self.note(f"{_STRATEGIES[config.strategy, config.unit]}. /help lists the commands.")
         for notice in self.chat.ensemble.notices:
             self.note(f"Note: {notice}")
 
@@ -110,6 +116,12 @@ def _strategy(session: Session, argument: str) -> None:
     session.note(f"strategy = {session.chat.config.strategy}")
 
 
+def _unit(session: Session, argument: str) -> None:
+    if argument:
+        session.chat.set(parse_setting("unit", argument))
+    session.note(f"unit = {session.chat.config.unit}")
+
+
 def _members(session: Session, _: str) -> None:
     table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
     for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
@@ -181,7 +193,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "system": ("TEXT: set the system message; without a text, remove it", _system),
     "set": ("KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode", _set),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
-    "strategy": ("show the strategy, or set it: me or ce", _strategy),
+    "strategy": ("show the strategy, or set it: me, ce or union", _strategy),
+    "unit": ("show what a member is drawn for, or set it: token or word (word needs me)", _unit),
     "members": ("show the members", _members),
     "stats": ("show the figures of the last reply", _stats),
     "save": ("FILE: write the conversation to a file", _save),

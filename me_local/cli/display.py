@@ -8,6 +8,7 @@ from typing import Literal
 
 import click
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from me_local.reply import Reply
@@ -25,6 +26,14 @@ def make_console(*, no_color: bool = False, stderr: bool = False) -> Console:
     colours: Literal["auto"] | None = None if plain else "auto"
     # Bound to the stream as it is now: while a model loads, sys.stderr is another one.
     return Console(file=stream, highlight=False, markup=False, emoji=False, color_system=colours)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout, as wide as it is where that is no terminal."""
+    console = make_console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
 
 
 def printable(text: str) -> str:
@@ -63,7 +72,8 @@ class Painter:
 def stats_line(reply: Reply) -> str:
     """One line of figures on a reply: pieces, speed, shares, and the times for prompt and text.
 
-    For each member the prompt's tokens appear as new + cached.
+    For each member the prompt's tokens appear as new + cached. By words, not every prediction gives a piece, so their
+    number for each piece is there too.
     """
     pieces = len(reply.steps)
     shares = ", ".join(f"{u.member} {u.pieces / max(pieces, 1):.0%}" for u in reply.usage)
@@ -71,8 +81,11 @@ def stats_line(reply: Reply) -> str:
         f"{u.member} {u.prompt_evaluated}+{u.prompt_length - u.prompt_evaluated}" for u in reply.usage if u.calls
     )
     text_seconds = sum(u.text_seconds for u in reply.usage)
+    by_words = reply.unit == "word"
+    calls = f", {reply.calls_per_piece:.2f} calls/piece" if by_words else ""
     return (
-        f"{reply.strategy}: {pieces} pieces, {reply.pieces_per_second:.1f} pieces/s | {shares} | "
+        f"{reply.strategy}{' by words' if by_words else ''}: {pieces} pieces, {reply.pieces_per_second:.1f} pieces/s"
+        f"{calls} | {shares} | "
         f"prompt {reply.prompt_seconds:.2f} s, tokens new+cached: {prompts or 'none'} | "
         f"sync {text_seconds:.2f} s | {reply.finish_reason}, seed {reply.seed}"
     )

@@ -3,21 +3,19 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from me_local.batch import Job, finished_ids, read_jobs, run
-from me_local.cli.display import make_console
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
+from me_local.cli.progress import progress
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble
-from me_local.errors import InputError, RunError
+from me_local.errors import InputError
+from me_local.records import open_records, require_new, write_record
 from me_local.reply import ReplyStream
 
 
@@ -61,11 +59,7 @@ def generate(
     if prompt is not None or output is None or count > 1:
         raise click.UsageError("--input goes with --output, and not with a PROMPT or -n")
     jobs, skipped = _open_jobs(source, output, resume)
-    try:
-        records = output.open("ab", buffering=0)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
-    with records, load(config) as ensemble:
+    with open_records(output) as records, load(config) as ensemble:
         _batch(ensemble, jobs, records, raw=raw, skipped=skipped)
 
 
@@ -116,8 +110,7 @@ def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int
         raise InputError(f"{source}: it has no line with a prompt")
     if output.exists() and output.samefile(source):
         raise InputError(f"{output}: --output is the same file as --input")
-    if output.is_file() and output.stat().st_size and not resume:
-        raise InputError(f"{output}: it exists already; continue it with --resume, or give another --output")
+    require_new(output, resume=resume)
     done = finished_ids(output)
     todo = [job for job in jobs if job.id not in done]
     return todo, len(jobs) - len(todo)
@@ -125,30 +118,11 @@ def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int
 
 def _batch(ensemble: Ensemble, jobs: list[Job], records: IO[bytes], *, raw: bool, skipped: int) -> None:
     failed = 0
-    with _progress(len(jobs) + skipped, skipped) as advance:
+    with progress("prompts", len(jobs) + skipped, skipped) as advance:
         for record in run(ensemble, jobs, raw=raw):
-            _write(records, record)
+            write_record(records, record)
             failed += "error" in record
             advance()
     if failed:
         click.echo(f"{failed} of {len(jobs)} prompts failed; their records say why", err=True)
         click.get_current_context().exit(1)
-
-
-def _write(records: IO[bytes], record: dict[str, Any]) -> None:
-    line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    try:
-        while line:
-            line = line[records.write(line) :]
-    except OSError as error:
-        raise RunError(
-            f"{records.name}: cannot be written: {error.strerror}; what is there stays, and --resume continues it"
-        ) from None
-
-
-@contextmanager
-def _progress(total: int, completed: int) -> Iterator[Any]:
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=make_console(stderr=True)) as progress:
-        task = progress.add_task("prompts", total=total, completed=completed)
-        yield lambda: progress.advance(task)

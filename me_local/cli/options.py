@@ -18,7 +18,7 @@ Decorator = Callable[[Command], Command]
 
 def named(name: str, **attributes: Any) -> Decorator:
     """An option that an environment variable of its name sets, too."""
-    variable = "ME_LOCAL_" + name.strip("-").replace("-", "_").upper()
+    variable = "ME_LOCAL_" + name.split("/")[0].strip("-").replace("-", "_").upper()
     return click.option(name, envvar=variable, show_envvar=True, **attributes)
 
 
@@ -30,16 +30,29 @@ _MODELS = named(
     help="The file that describes the ensemble.",
 )
 
+_WEIGHTS = named("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
+
 _SAMPLING: list[Decorator] = [
-    named("--strategy", type=click.Choice(["me", "ce"]), help="me: one member per piece; ce: all of them, averaged."),
-    named("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3."),
+    named(
+        "--strategy",
+        type=click.Choice(["me", "ce", "union"]),
+        help="me: one member per piece; ce: all of them, averaged; union: ce as UniTE does it, to compare; "
+        "me cannot have its distribution.",
+    ),
+    named(
+        "--unit",
+        type=click.Choice(["token", "word"]),
+        help="word: a member writes whole words, which vocabularies cut differently (me only).",
+    ),
+    _WEIGHTS,
     named("--seed", type=int, help="Makes a reply repeatable."),
     named("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
     named("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
     named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
     named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
-    named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (ce only)."),
+    named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
+    named("--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
 ]
@@ -48,6 +61,17 @@ _SAMPLING: list[Decorator] = [
 def models_option(command: Command) -> Command:
     """Add --models."""
     return _MODELS(command)
+
+
+def weights_option(command: Command) -> Command:
+    """Add --weights."""
+    return _WEIGHTS(command)
+
+
+def raw_option(command: Command) -> Command:
+    """Add --raw, for prompts in a file."""
+    help_ = "Take prompts as they stand, without chat templates."
+    return click.option("--raw", is_flag=True, help=help_)(command)
 
 
 def sampling_options(command: Command) -> Command:
@@ -61,9 +85,14 @@ def configured(models: Path, given: dict[str, Any]) -> Config:
     """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
     config = load_config(models)
     weights, stop = given.pop("weights"), given.pop("stop")
-    names = [member.name for member in config.members]
-    parsed = parse_weights(weights, names) if weights is not None else None
-    return override(config, Overrides(weights=parsed, stop=stop or None, **given))
+    return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
+
+
+def with_weights(config: Config, weights: str | None) -> Config:
+    """The configuration with the value of --weights, if it is given. Raises ConfigError."""
+    if weights is None:
+        return config
+    return override(config, Overrides(weights=parse_weights(weights, [member.name for member in config.members])))
 
 
 def load(config: Config, *, no_color: bool = False) -> Ensemble:

@@ -22,7 +22,7 @@ cache fidelity     total-variation distance of a prediction in the middle of ME 
                    largest, and those of llama.cpp's own rounding when tokens come one by one; fails beyond {FACTOR:g}
                    times that + {ROUNDING:g}
 strategy equality  {DRAWS} pieces drawn by ME after each of {len(PROMPTS)} texts against the mixture of CE, G-test;
-                   fails by chance in 1 of {1 / FALSE_ALARM:,.0f} runs
+                   fails by chance in 1 of {1 / FALSE_ALARM:,.0f} runs; for unit "token" only, since CE has no words
 canonical context  after each step, the ids of each member against its tokenizer's ids for the whole text"""
 
 

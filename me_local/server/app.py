@@ -115,7 +115,7 @@ class Routes:
         config = self._ensemble.config
         described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": MODEL}
         if name == MODEL:
-            described["strategy"] = config.strategy
+            described["strategy"], described["unit"] = config.strategy, config.unit
             described["max_tokens"] = config.max_tokens
             described["seed"] = config.seed
             described["members"] = [

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from me_local.config import Overrides, Strategy, override
+from me_local.config import Overrides, Strategy, Unit, override
 from me_local.ensemble import Ensemble, check_conversation
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
 from me_local.templates import Message, Role
@@ -142,7 +142,7 @@ class _Request(_Model):
     stream_options: StreamOptions | None = None
     strategy: Strategy | None = None
     weights: dict[str, _Finite] | None = None
-    unit: Annotated[str | None, _no_effect_but("token")] = None
+    unit: Unit | None = None
     presence_penalty: _Penalty
     frequency_penalty: _Penalty
     logit_bias: _Unsupported
@@ -174,6 +174,7 @@ class _Request(_Model):
         """
         overrides = Overrides(
             strategy=self.strategy,
+            unit=self.unit,
             seed=self.seed if self.seed is not None else ensemble.config.seed,
             max_tokens=self.limit(),
             stop=None if self.stop is None else tuple(self.stop),

@@ -1,0 +1,141 @@
+"""`me-local bench`: how fast the ensemble is on this machine, and how fast it could be."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from me_local.bench import Report, Speed, work
+from me_local.bench import bench as run_bench
+from me_local.cli.display import make_console
+from me_local.cli.options import load, models_option, weights_option
+from me_local.config import Config, Overrides, load_config, override, parse_weights
+from me_local.ensemble import Ensemble
+from me_local.errors import ConfigError, InputError
+
+
+@click.command()
+@models_option
+@weights_option
+@click.option("--members", "count", type=click.IntRange(1, 64), help="The first member so many times, equal weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object; times are in seconds, sizes in bytes.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write bars and curves, as PNG.")
+def bench(models: Path, weights: str | None, count: int | None, as_json: bool, plot: Path | None) -> None:
+    """Measure the speed of each member alone, of CE and of ME, and the limit that ME could reach.
+
+    End of generation is never sampled, so that all write equally long.
+    """
+    config = load_config(models)
+    if weights is not None:
+        names = [member.name for member in config.members]
+        config = override(config, Overrides(weights=parse_weights(weights, names)))
+    config = repeated(config, count) if count else config
+    with load(config) as ensemble:
+        report = _run(ensemble)
+    if plot:
+        _plot(report, plot)
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+    else:
+        _print(make_console(), report)
+
+
+def repeated(config: Config, count: int) -> Config:
+    """The first member so many times."""
+    first = config.members[0]
+    return replace(
+        config, members=tuple(replace(first, name=f"{first.name}-{i + 1}", weight=1 / count) for i in range(count))
+    )
+
+
+def _run(ensemble: Ensemble) -> Report:
+    columns = (TextColumn("measuring"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=work(ensemble))
+        return run_bench(ensemble, lambda: progress.advance(task))
+
+
+def _plot(report: Report, path: Path) -> None:
+    try:
+        from me_local.plots import plot_bench
+    except ImportError:
+        raise ConfigError('--plot needs matplotlib: pip install "me-local[plot]"') from None
+    try:
+        plot_bench(report, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _print(console: Console, report: Report) -> None:
+    if not console.is_terminal:
+        console.width = 10_000
+    machine = report.machine
+    console.print(f"{machine['processor']}, {machine['cores']} cores, load {machine['load']:.1f}")
+    console.print()
+    console.print(_speeds(report))
+    console.print()
+    console.print(_calls(report))
+    console.print()
+    for line in remarks(report):
+        console.print(line)
+
+
+def _speeds(report: Report) -> Table:
+    several = len(report.weights) > 1
+    ce, best = report.speed("ce" if several else "single"), report.speed("single")
+    titles = ["", "pieces/s", "bytes/s", "to CE", "to best single", "in decode", "prompt s"]
+    table = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for speed in report.speeds:
+        table.add_row(*_speed_row(speed, ce, best))
+    return table
+
+
+def _speed_row(speed: Speed, ce: Speed, best: Speed) -> list[str]:
+    share = "" if speed.decode_share is None else f"{speed.decode_share:.1%}"
+    figures = [f"{speed.pieces:.1f}", f"{speed.bytes:.0f}", f"{speed.pieces / ce.pieces:.2f}"]
+    return [speed.name, *figures, f"{speed.pieces / best.pieces:.2f}", share, f"{speed.prompt_seconds:.2f}"]
+
+
+def _calls(report: Report) -> Table:
+    tokens = sorted({call.tokens for call in report.calls})
+    titles = ["ms for k tokens", "context", *map(str, tokens)]
+    table = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    rows: dict[tuple[str, int], list[str]] = {}
+    for call in report.calls:
+        rows.setdefault((call.member, call.context), []).append(f"{1000 * call.seconds:.1f}")
+    for (member, context), figures in rows.items():
+        table.add_row(member, str(context), *figures)
+    return table
+
+
+def remarks(report: Report) -> list[str]:
+    """What the figures say, in sentences."""
+    lines = []
+    if len(report.weights) > 1:
+        lines.append(
+            f"ME is {report.speed_up:.2f} times as fast as CE; the limit on this machine is {report.limit:.2f}, "
+            f"so it reaches {report.speed_up / report.limit:.0%} of it."
+        )
+        faster = "at the same time" if report.speed("ce parallel").pieces > report.speed("ce").pieces else "in turn"
+        lines.append(f"CE is faster with its members {faster}.")
+    lines.append(f"A step of ME spends {1e6 * report.outside_seconds:.0f} µs outside llama.cpp's decode.")
+    if report.memory_bytes is not None:
+        lines.append(f"Weights, caches and buffers take {decimal(report.memory_bytes)}.")
+    if len(report.weights) > 1 and report.limit < 1.2:
+        lines.append(_little_to_gain(report))
+    return lines
+
+
+def _little_to_gain(report: Report) -> str:
+    name, weight = max(report.weights.items(), key=lambda item: item[1])
+    if weight > 0.85:
+        return f"There is little to gain: {name} has {weight:.0%} of the weight and is drawn nearly always."
+    return (
+        "There is little to gain: on this machine several tokens at once cost nearly as much as one by one, so that "
+        "what ME leaves for later is hardly cheaper then."
+    )

@@ -1,0 +1,141 @@
+"""`me-local eval`: does the ensemble answer better than its members?"""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from me_local.cli.options import load, models_option, weights_option, with_weights
+from me_local.cli.progress import progress
+from me_local.config import Config, load_config
+from me_local.errors import InputError
+from me_local.evaluation import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
+from me_local.records import finished_records, open_records, require_new, write_record
+from me_local.tasks import TASKS, find_tasks, read_questions
+
+_STRATEGIES = ("members", "me", "ce", "union")
+_DEFAULT = "members,me,ce"
+_NAMES = ", ".join([*TASKS, "arc"])
+
+
+@click.command(name="eval")
+@models_option
+@weights_option
+@click.option("--task", "tasks", required=True, help=f"A list with commas of {_NAMES} (both sets of ARC).")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="The folder of the questions.")
+@click.option(
+    "--method",
+    type=click.Choice(["sampling", "likelihood"]),
+    default="sampling",
+    show_default=True,
+    help="likelihood: score the choices of MMLU and ARC; quick, and the same every time.",
+)
+@click.option("--few-shot", is_flag=True, help="Show solved examples before each question.")
+@click.option("--limit", type=click.IntRange(1), help="Questions of each task, evenly spread over its file.")
+@click.option("--runs", type=click.IntRange(1), default=1, show_default=True, help="Replies to each question.")
+@click.option(
+    "--strategies",
+    default=_DEFAULT,
+    show_default=True,
+    help="Who replies: members (each alone), me, ce, union (ce as UniTE does it; me cannot have its distribution).",
+)
+@click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="For replies, as in generate.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where a record per answer goes.")
+@click.option("--resume", is_flag=True, help="Go on after the records that --output already has.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def evaluate(
+    models: Path,
+    weights: str | None,
+    tasks: str,
+    data: Path,
+    method: str,
+    few_shot: bool,
+    limit: int | None,
+    runs: int,
+    strategies: str,
+    top_k: int,
+    output: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Put questions with known answers to the ensemble and to each member alone, and print who is right how often.
+
+    Replies are sampled as in the paper: up to 512 pieces at temperature 1, no top-p. Accuracies are in per cent, ± a
+    standard error, with the gain over the best member in parentheses.
+    """
+    if resume and output is None:
+        raise click.UsageError("--resume goes with --output")
+    config = with_weights(load_config(models), weights)
+    chosen = _method(config, method, _listed(strategies), runs, top_k, few_shot)
+    jobs = _jobs(chosen, tasks, data, few_shot, limit)
+    done = _done(output, resume, chosen.settings) if output else {}
+    records = _run(config, chosen, jobs, done, output)
+    names = [member.name for member in config.members]
+    rows = tabulate(records, chosen.arms, [arm for arm in chosen.arms if arm in names])
+    if as_json:
+        click.echo(json.dumps({"settings": chosen.settings, "rows": [asdict(row) for row in rows]}))
+    else:
+        click.echo(markdown(rows, chosen.arms))
+        if "UNION" in chosen.arms:
+            click.echo(
+                "\nUNION is CE over the union of the members' candidates (UniTE): ME cannot have its distribution."
+            )
+
+
+def _listed(strategies: str) -> list[str]:
+    listed = list(dict.fromkeys(name.strip() for name in strategies.split(",")))
+    for name in listed:
+        if name not in _STRATEGIES:
+            raise InputError(f'--strategies: there is no "{name}"; there are {", ".join(_STRATEGIES)}')
+    return listed
+
+
+def _method(config: Config, method: str, strategies: list[str], runs: int, top_k: int, few_shot: bool) -> Method:
+    names = [member.name for member in config.members]
+    members = {m.name: {"model": m.path.name if m.path else m.hf, "weight": m.weight} for m in config.members}
+    settings: dict[str, Any] = {"members": members, "few_shot": few_shot}
+    if method == "likelihood":
+        return Likelihood(names, settings)
+    return Sampling(names, strategies, runs, top_k, settings)
+
+
+def _jobs(method: Method, tasks: str, data: Path, few_shot: bool, limit: int | None) -> list[Job]:
+    return [
+        job
+        for task in find_tasks(tasks)
+        for job in method.jobs(task, spread(read_questions(task, data, few_shot=few_shot), limit))
+    ]
+
+
+def _done(output: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Record]:
+    """The records that there are already, by their ids. Raises InputError for those of another run."""
+    require_new(output, resume=resume)
+    records = finished_records(output)
+    for number, record in enumerate(records, start=1):
+        if record.get("settings") != settings:
+            was, now = json.dumps(record.get("settings")), json.dumps(settings)
+            raise InputError(f"{output}, line {number}: made with other settings: {was}, not {now}")
+    return {record["id"]: record for record in records}
+
+
+def _run(
+    config: Config, method: Method, jobs: Sequence[Job], done: dict[str, Record], output: Path | None
+) -> list[Record]:
+    """The records of all jobs; models are loaded only where some is missing."""
+    missing = [job for job in jobs if job.id not in done]
+    made: dict[str, Record] = {}
+    if missing:
+        with ExitStack() as stack:
+            file = stack.enter_context(open_records(output)) if output else None
+            ensemble = stack.enter_context(load(config))
+            advance = stack.enter_context(progress("answers", len(jobs), len(jobs) - len(missing)))
+            for job in missing:
+                made[job.id] = record = method.record(ensemble, job)
+                if file:
+                    write_record(file, record)
+                advance()
+    return [done.get(job.id) or made[job.id] for job in jobs]

@@ -1,0 +1,74 @@
+"""When several members are to be evaluated: one after the other with all cores, or all at once with a share each.
+
+On a CPU two evaluations at once on all cores get in each other's way, so each has its share of them. Which of both is
+faster depends on the models and the machine, and is measured in the first steps; the numbers that a model computes do
+not depend on the number of its threads. On a GPU an evaluation is queued and returns at once: one after the other is
+parallel there.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import Protocol, TypeVar
+
+Result = TypeVar("Result")
+
+_TRIALS = 5  # of each way
+
+
+class Shares(Protocol):
+    """What can evaluate with a share of the cores."""
+
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the cores, one of so many, from now on."""
+
+
+class Schedule:
+    """Runs evaluations of several models; `parallel` is which way was found faster, None as long as it is tried."""
+
+    def __init__(self, models: Sequence[Shares]) -> None:
+        self._models = models
+        self._parts = 1
+        self._pool: ThreadPoolExecutor | None = None
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+
+    @property
+    def parallel(self) -> bool | None:
+        """Whether all at once is faster."""
+        if len(self._seconds[True]) < _TRIALS:
+            return None
+        return median(self._seconds[True]) < median(self._seconds[False])
+
+    def divide(self, parts: int) -> None:
+        """Give each model one of so many parts of the cores."""
+        if parts != self._parts:
+            self._parts = parts
+            for model in self._models:
+                model.share_cores(parts)
+
+    def run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool | None) -> dict[int, Result]:
+        """The results of all evaluations, by key, all at once or not; None: the way that is faster, or to be tried."""
+        if len(evaluate) < 2:
+            parallel = False
+        chosen = self.parallel if parallel is None else parallel
+        if chosen is not None:
+            return self._run(evaluate, chosen)
+        trial = len(self._seconds[True]) < len(self._seconds[False])
+        started = time.perf_counter()
+        results = self._run(evaluate, trial)
+        self._seconds[trial].append(time.perf_counter() - started)
+        return results
+
+    def _run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool) -> dict[int, Result]:
+        self.divide(len(evaluate) if parallel else 1)
+        if not parallel:
+            return {key: function() for key, function in evaluate.items()}
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(len(self._models))
+        futures = {key: self._pool.submit(function) for key, function in evaluate.items()}
+        # All have to be over before an error goes on: a member must not be evaluated behind the back of the next step.
+        errors = [error for future in futures.values() if (error := future.exception())]
+        if errors:
+            raise errors[0]
+        return {key: future.result() for key, future in futures.items()}

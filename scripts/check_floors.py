@@ -1,0 +1,242 @@
+"""Check that the ensemble is as fast as it should be: ratios in one run each, so that the machine cancels out.
+
+    python scripts/check_floors.py [--models models.toml] [--short] [--slack 0.0] [--only limit,step,...]
+
+Prints each figure beside its floor and ends with status 1 where one is missed. --short takes fewer steps and leaves out
+the longest texts; --slack, such as 0.15, forgives so much noise. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import gc
+import json
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from io import StringIO
+from pathlib import Path
+from statistics import median
+
+import llama_cpp
+from bench_step import aligning, inside, outside
+
+import me_local
+from me_local.bench import endless, make_generation, sample_text
+from me_local.cli.bench import repeated
+from me_local.config import Config, load_config
+from me_local.ensemble import Ensemble
+from me_local.inspection import inspect_member
+from me_local.member import usable_cores
+from me_local.vocabulary import UnifiedVocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A figure and what it has to be: at least `floor`, or at most."""
+
+    name: str
+    figure: float
+    floor: float
+    at_least: bool
+
+    def holds(self, slack: float) -> bool:
+        """Whether it is on the right side, or off by less than the slack."""
+        return self.figure >= self.floor * (1 - slack) if self.at_least else self.figure <= self.floor * (1 + slack)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is measured, and how thoroughly."""
+
+    models: Path
+    short: bool
+
+    @property
+    def steps(self) -> int:
+        """Steps of each measurement."""
+        return 60 if self.short else 200
+
+
+def bench(given: Given, *options: str) -> dict:
+    """The report of `me-local bench`."""
+    command = ["me-local", "bench", "--models", str(given.models), "--json", *options]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def limit(given: Given) -> Iterator[Check]:
+    """ME stands at the limit that its members' times allow."""
+    report = bench(given)
+    print(f"  speed-up {report['speed_up']:.2f}, limit {report['limit']:.2f}")
+    yield Check("ME's speed-up over its limit", report["measured_over_limit"], 0.95, True)
+
+
+def step(given: Given) -> Iterator[Check]:
+    """A step costs little outside decode, and aligning 262,144 logits is quick."""
+    yield Check("aligning 262,144 logits, µs", 1e6 * aligning(262144), 120, False)
+    with me_local.load(given.models) as ensemble:
+        generation = make_generation(endless(ensemble.engine), ensemble, seed=1)
+        generation.prepare()
+        outside(generation, 20)
+        before, started = inside(generation), time.perf_counter()
+        found = outside(generation, given.steps)
+        wall, decode = time.perf_counter() - started, inside(generation) - before
+    yield Check("an ME step outside decode, µs", 1e6 * median(found), 200, False)
+    yield Check("share of ME outside decode", 1 - decode / wall, 0.03, False)
+
+
+def single(given: Given) -> Iterator[Check]:
+    """An ensemble of one is as fast as llama-cpp-python's own loop, and CE of one as ME of one."""
+    config = load_config(given.models)
+    for member in config.members:
+        alone = replace(config, members=(replace(member, weight=1.0),))
+        with Ensemble(alone) as ensemble, redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            llama = llama_cpp.Llama(
+                str(member.path),
+                n_ctx=member.n_ctx,
+                n_threads=usable_cores(),
+                n_threads_batch=usable_cores(),
+                verbose=False,
+            )
+            rounds = [
+                (_ours(ensemble, "me", given), _ours(ensemble, "ce", given), _theirs(llama, given)) for _ in range(5)
+            ]
+            llama.close()
+        me, ce, theirs = (median(times) for times in zip(*rounds, strict=True))
+        yield Check(f"{member.name}: speed to Llama.generate", theirs / me, 1.0, True)
+        yield Check(f"{member.name}: CE of one to ME of one", me / ce, 0.97, True)
+
+
+def _ours(ensemble: Ensemble, strategy: str, given: Given) -> float:
+    generation = make_generation(endless(ensemble.engine), ensemble, strategy=strategy, seed=1)  # type: ignore[arg-type]
+    generation.prepare()
+    outside(generation, 5)
+    started = time.perf_counter()
+    for _ in range(given.steps):
+        generation.step()
+    return (time.perf_counter() - started) / given.steps
+
+
+def _theirs(llama: llama_cpp.Llama, given: Given) -> float:
+    tokens = llama.tokenize(sample_text(100).encode())
+    source = llama.generate(tokens, top_k=10, top_p=1.0, min_p=0.0, temp=0.7)
+    for _ in range(5):
+        next(source)
+    started = time.perf_counter()
+    for _ in range(given.steps):
+        next(source)
+    return (time.perf_counter() - started) / given.steps
+
+
+def flat(given: Given) -> Iterator[Check]:
+    """What a step costs outside decode depends neither on the length of the text nor on members that are not drawn."""
+    config = load_config(given.models)
+    lengths = (100, 1000) if given.short else (100, 8000)
+    roomy = replace(config, members=tuple(replace(member, n_ctx=9728) for member in config.members))
+    with Ensemble(roomy) as ensemble:
+        room = min(member.n_ctx for member in ensemble.members)
+        lengths = tuple(min(length, room - 1000) for length in lengths)
+        costs = [_outside(ensemble, length, given) for length in lengths]
+    print(f"  {', '.join(f'{1e6 * c:.0f} µs at {n} pieces' for n, c in zip(lengths, costs, strict=True))}")
+    yield Check(f"outside decode at {lengths[1]} pieces to {lengths[0]}", costs[1] / costs[0], 1.2, False)
+    costs = []
+    for count in (1, 4):
+        members = repeated(config, count).members
+        drawn = tuple(replace(member, weight=float(i == 0)) for i, member in enumerate(members))
+        with Ensemble(replace(config, members=drawn)) as ensemble:
+            costs.append(_outside(ensemble, 100, given))
+    print(f"  {1e6 * costs[0]:.0f} µs with one member, {1e6 * costs[1]:.0f} µs with three more that are not drawn")
+    yield Check("outside decode with members that are not drawn", costs[1] / costs[0], 1.2, False)
+
+
+def _outside(ensemble: Ensemble, length: int, given: Given) -> float:
+    generation = make_generation(endless(ensemble.engine), ensemble, length=length, seed=1)
+    generation.prepare()
+    outside(generation, 20)
+    return median(outside(generation, given.steps))
+
+
+def growth(given: Given) -> Iterator[Check]:
+    """CE's time grows with the number of members, ME's as its limit says; copies share the weights."""
+    counts = (2, 4) if given.short else (2, 4, 8)
+    for count in counts:
+        report = bench(given, "--members", str(count))
+        print(f"  {count} copies: speed-up {report['speed_up']:.2f}, limit {report['limit']:.2f}")
+        yield Check(f"ME's speed-up over its limit, {count} copies", report["measured_over_limit"], 0.9, True)
+    config = load_config(given.models)
+    one, many = (_resident(repeated(config, count)) for count in (1, counts[-1]))
+    with Ensemble(repeated(config, 1)) as ensemble:
+        member = ensemble.members[0]
+        context = inspect_member(member)
+        each = (context.kv_cache_bytes or 0) + (context.working_bytes or 0)
+    allowed = one + (counts[-1] - 1) * each
+    yield Check(
+        f"resident memory of {counts[-1]} copies to one model and {counts[-1]} contexts", many / allowed, 1.05, False
+    )
+
+
+def _resident(config: Config) -> float:
+    """Resident bytes that a loaded ensemble adds, all of its caches used, in a process of its own."""
+    code = (
+        "import sys, pickle, me_local\n"
+        "from me_local.ensemble import Ensemble\n"
+        "from me_local.bench import make_generation\n"
+        "def resident(): return 1024 * int(open('/proc/self/status').read().split('VmRSS:')[1].split()[0])\n"
+        "config = pickle.load(sys.stdin.buffer); before = resident()\n"
+        "with Ensemble(config) as ensemble:\n"
+        "    make_generation(ensemble.engine, ensemble).prepare()\n"
+        "    print(resident() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(config), capture_output=True, check=True)
+    return float(done.stdout)
+
+
+def start(given: Given) -> Iterator[Check]:
+    """The unified vocabulary is quick to make, and loading hardly slower than llama-cpp-python's."""
+    config = load_config(given.models)
+    with Ensemble(config) as ensemble:
+        started = time.perf_counter()
+        UnifiedVocabulary([member.vocabulary for member in ensemble.members])
+        yield Check("unified vocabulary, s", time.perf_counter() - started, 1.0, False)
+    ours, theirs = [], []
+    for _ in range(3):
+        started = time.perf_counter()
+        Ensemble(config).close()
+        ours.append(time.perf_counter() - started)
+        gc.collect()
+        started = time.perf_counter()
+        with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+            for member in config.members:
+                llama_cpp.Llama(str(member.path), n_ctx=member.n_ctx, verbose=False).close()
+        theirs.append(time.perf_counter() - started)
+    print(f"  ours {median(ours):.2f} s, Llama(...) {median(theirs):.2f} s")
+    yield Check("loading to the sum of plain Llama(...)", median(ours) / median(theirs), 1.3, False)
+
+
+CHECKS = {"limit": limit, "step": step, "single": single, "flat": flat, "growth": growth, "start": start}
+
+
+def main() -> int:
+    """Run the checks; the status is 1 where one fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path("models.toml"))
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--slack", type=float, default=0.0)
+    parser.add_argument("--only", default=",".join(CHECKS), help="some of " + ", ".join(CHECKS))
+    arguments = parser.parse_args()
+    failed = 0
+    for name in arguments.only.split(","):
+        print(f"{name}: {(CHECKS[name].__doc__ or '').splitlines()[0]}", flush=True)
+        for check in CHECKS[name](Given(arguments.models, arguments.short)):
+            holds = check.holds(arguments.slack)
+            failed += not holds
+            relation = "at least" if check.at_least else "at most"
+            verdict = "ok" if holds else "MISSED"
+            print(f"  {check.name}: {check.figure:.3g}, {relation} {check.floor:g}: {verdict}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
