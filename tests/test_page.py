@@ -238,7 +238,7 @@ def test_weights_and_strategy(page: Page, ensemble: Ensemble) -> None:
 
 def described(page: Page, **ensemble: Any) -> None:
     """Have the browser take this for the server's description of its ensemble."""
-    whole = {"id": "me-local", "strategy": "me", "seed": None} | ensemble
+    whole = {"id": "me-local", "strategy": "me", "unit": "token", "seed": None} | ensemble
     page.route("**/v1/models", lambda route: route.fulfill(json={"data": [whole]}))
     page.reload()
 
@@ -254,16 +254,13 @@ def test_weights_of_three_stay_one_in_all(page: Page) -> None:
     expect(shares).to_have_text(["60 %", "20 %", "20 %"])
 
 
-def test_units_where_the_server_has_them(page: Page) -> None:
-    expect(page.get_by_label("Word")).to_be_hidden()
-    members = [{"name": "bpe_a", "weight": 0.5}, {"name": "spm", "weight": 0.5}]
-    described(page, unit="token", members=members)
-    stubbed(page, ["a"])
+def test_units(page: Page, ensemble: Ensemble) -> None:
     page.get_by_label("Word").check()
     assert send(page)["unit"] == "word"
+    assert finished(page) == direct(ensemble, 1, unit="word").text
     page.get_by_role("radio", name="CE all models").check()
     expect(page.get_by_label("Word")).to_be_disabled()
-    assert send(page)["unit"] == "token"
+    assert (send(page)["unit"], finished(page) != "") == ("token", True)
 
 
 def test_another_reply_has_another_seed(page: Page, ensemble: Ensemble) -> None:
@@ -402,6 +399,17 @@ def test_a_conversation_that_is_too_long(page: Page) -> None:
         re.compile(r"The conversation is too long: the prompt has \d+ tokens for member .* Or start a new chat\.")
     )
     assert len(send(page)["messages"]) == 1
+    assert finished(page) != ""
+
+
+def test_what_the_server_refuses(page: Page) -> None:
+    page.get_by_label("Seed").fill("many")
+    send(page)
+    finished(page)
+    expect(last(page).locator(".notice")).to_have_text("Seed: Input should be a valid integer.")
+    page.get_by_label("Seed").fill("1")
+    page.get_by_role("button", name="Try again").click()
+    expect(last(page).locator(".notice")).to_be_empty()
     assert finished(page) != ""
 
 

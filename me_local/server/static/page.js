@@ -7,7 +7,6 @@ import { Turn } from "./turn.js";
 import { showTips } from "./tip.js";
 
 const KEY = "me-local-key";
-const MOST_SEED = 2 ** 32;
 
 const $ = (id) => document.getElementById(id);
 const speech = new Speech($("spoken"));
@@ -53,8 +52,7 @@ async function connect() {
 function showModel() {
   members = new Members($("members"), $("member"), model.members);
   choose("strategy", model.strategy);
-  $("unit").hidden = !model.unit;
-  if (model.unit) choose("unit", model.unit);
+  choose("unit", model.unit);
   $("seed").value = model.seed ?? "";
   onStrategy();
 }
@@ -92,13 +90,20 @@ async function onSend(event) {
   turn.copy.addEventListener("click", () => copy(turn));
   turns.push(turn);
   $("turns").append(turn.element);
-  await answer(turn, $("seed").value.trim());
+  await answer(turn, typedSeed());
+}
+
+/** The seed that was typed in, or null; what is no number is for the server to refuse. */
+function typedSeed() {
+  const text = $("seed").value.trim();
+  if (text === "") return null;
+  return Number.isNaN(Number(text)) ? text : Number(text);
 }
 
 /** Another seed than the last: a fixed one goes on by one, otherwise the server draws. */
 function nextSeed() {
-  if ($("seed").value.trim() !== "") $("seed").value = (Number($("seed").value) + 1) % MOST_SEED;
-  return $("seed").value.trim();
+  if (typeof typedSeed() === "number") $("seed").value = typedSeed() + 1;
+  return typedSeed();
 }
 
 /** Have a turn answered, and show the reply while it is made. */
@@ -175,10 +180,9 @@ function request(seed) {
     messages.push({ role: "user", content: turn.text }, { role: "assistant", content: turn.reply });
   }
   messages.push({ role: "user", content: turns.at(-1).text });
-  const body = { model: model.id, messages, stream: true, strategy: chosen("strategy"), weights: members.asked() };
-  if (model.unit) body.unit = chosen("unit");
-  if (seed !== "") body.seed = Number(seed);
-  return body;
+  const mixing = { strategy: chosen("strategy"), unit: chosen("unit"), weights: members.asked() };
+  const body = { model: model.id, messages, stream: true, ...mixing };
+  return seed === null ? body : { ...body, seed };
 }
 
 function clear() {
