@@ -4,6 +4,7 @@ python scripts/make_page_picture.py SEED QUESTION    (needs Debian's chromium, a
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
-SIZE = {"width": 1120, "height": 700}
+SIZE = {"width": 1120, "height": 720}
 
 
 def main(seed: int, question: str) -> None:
@@ -21,7 +22,7 @@ def main(seed: int, question: str) -> None:
     try:
         url = next(found[0] for line in server.stderr or () if (found := re.search(r"http://\S+", line)))
         with sync_playwright() as playwright:
-            chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
+            chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             page = chromium.new_page(viewport=SIZE, color_scheme="light")  # type: ignore[arg-type]
             page.goto(url)
             ask(page, seed, question)
