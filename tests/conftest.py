@@ -1,6 +1,7 @@
 """What the tests share: the tiny models, ensembles of them, and the demo ensemble where it is there."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ OpenMember = Callable[..., Member]
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Tests of files that a script fetches are skipped where these are missing, but never in CI."""
+    """Tests of what a script fetches, or the system has to have, are skipped where it is missing, but never in CI."""
     if os.environ.get("CI"):
         return
     missing = {}
@@ -32,6 +33,8 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         missing["demo"] = "no demo models: run scripts/fetch_demo_models.py"
     if not fetch_vocabularies.kept(fetch_vocabularies.folder()):
         missing["vocabularies"] = "no real vocabularies: run scripts/fetch_vocabularies.py"
+    if not shutil.which("chromium"):
+        missing["browser"] = "no browser: apt-get install chromium"
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):

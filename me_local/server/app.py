@@ -117,6 +117,7 @@ class Routes:
         if name == MODEL:
             described["strategy"], described["unit"] = config.strategy, config.unit
             described["max_tokens"] = config.max_tokens
+            described["seed"] = config.seed
             described["members"] = [
                 {
                     "name": member.name,
