@@ -126,6 +126,9 @@ class Remembered:
     def logits(self) -> LogitArray:
         return self._known[self._last]
 
+    def share_cores(self, parts: int) -> None:
+        self._member.share_cores(parts)
+
 
 def remembered_top_k() -> Callable[[LogitArray, IntArray, Sampling], Distribution]:
     """The default alignment, for arrays that stay where they are: a pure function, so once for each is enough."""

@@ -102,7 +102,7 @@ FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"frequency_penalty": -0.5}, "frequency_penalty", "not supported"),
     ({"unit": "word", "strategy": "ce"}, "unit", "needs strategy"),
     ({"unit": "page"}, "unit", "word"),
-    ({"strategy": "average"}, "strategy", "'me' or 'ce'"),
+    ({"strategy": "average"}, "strategy", "'me', 'ce' or 'union'"),
     ({"weights": {"nobody": 1}}, "weights", "unknown member"),
     ({"weights": {"bpe_a": 0, "spm": 0}}, "weights", "every weight is 0"),
     ({"weights": {"bpe_a": -1}}, "weights.bpe_a", "greater"),
