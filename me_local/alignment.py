@@ -97,12 +97,18 @@ def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[n
     """
     columns = len(logits) // _BLOCK
     maxima = logits[: columns * _BLOCK].reshape(_BLOCK, columns).max(axis=0, initial=-np.inf)
-    _check_finite(maxima, logits[columns * _BLOCK :])
     if not 0 < limit < columns:
+        _check_finite(maxima)
+        _check_finite(logits[columns * _BLOCK :])
         return _ranked(logits, np.flatnonzero(numbers >= 0), limit)
-    floor = np.partition(maxima, -limit)[-limit]
-    ids = ((maxima >= floor).nonzero()[0] + columns * _ROWS).ravel()
+    blocks = maxima.argpartition(-limit - 1)[-limit - 1 :]
+    best = maxima[blocks]  # the smallest of them first; NaN counts as the largest
+    _check_finite(best)
+    floor = best[1:].min()
+    blocks = blocks[1:] if best[0] < floor else np.flatnonzero(maxima >= floor)
+    ids = (blocks + columns * _ROWS).ravel()
     if columns * _BLOCK < len(logits):
+        _check_finite(logits[columns * _BLOCK :])
         ids = np.concatenate([ids, np.arange(columns * _BLOCK, len(logits))])
     ids = ids[logits[ids] >= floor]
     ids = ids[numbers[ids] >= 0]  # of few ids: each is far from the others in memory
@@ -122,10 +128,9 @@ def _ranked(logits: LogitArray, ids: npt.NDArray[np.intp], limit: int) -> npt.ND
     return ids[:limit] if limit else ids
 
 
-def _check_finite(*parts: LogitArray) -> None:
-    for part in parts:
-        if len(part) and not part.max() < np.inf:  # NaN fails too
-            raise ValueError("NaN or infinite logits")
+def _check_finite(logits: LogitArray) -> None:
+    if len(logits) and not logits.max() < np.inf:  # NaN fails too
+        raise ValueError("NaN or infinite logits")
 
 
 def _truncated(probabilities: FloatArray, sampling: Sampling) -> FloatArray:

@@ -10,7 +10,7 @@ import ctypes
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from me_local.checkpoints import Checkpoint, Checkpoints
 from me_local.config import MemberConfig
-from me_local.errors import ConfigError, LoadError, MeLocalError, RunError
+from me_local.errors import LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
 from me_local.states import WORTH, State, States, common_length
 from me_local.vocabulary import IntArray
@@ -339,25 +339,6 @@ def usable_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))
     return cores
-
-
-def render_built_in(template: str, messages: Sequence[tuple[str, str]]) -> str:
-    """Render (role, content) pairs by one of llama.cpp's built-in chat templates, up to where the reply starts.
-
-    Contents must not hold NUL characters. Raises ConfigError when there is no template of this name.
-    """
-    chat = (llama_cpp.llama_chat_message * len(messages))(
-        *[llama_cpp.llama_chat_message(role.encode(), content.encode()) for role, content in messages]
-    )
-    size = 0
-    while True:
-        buffer = ctypes.create_string_buffer(size) if size else None
-        needed = llama_cpp.llama_chat_apply_template(template.encode(), chat, len(messages), True, buffer, size)
-        if needed < 0:
-            raise ConfigError(f'chat_template = "{template}": llama.cpp has no built-in template of this name')
-        if buffer is not None and needed <= size:
-            return buffer.raw[:needed].decode()
-        size = needed + 1
 
 
 def _require_memory(config: MemberConfig, weights: Weights, cells: int) -> None:

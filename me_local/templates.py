@@ -20,8 +20,8 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from me_local.errors import ConfigError, InputError
-from me_local.member import render_built_in
 from me_local.vocabulary import IntArray, Vocabulary
+from me_local.weights import render_built_in
 
 Role = Literal["system", "user", "assistant"]
 Render = Callable[[Sequence["Message"]], str]

@@ -7,14 +7,14 @@ import ctypes
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import llama_cpp
 
 from me_local.config import MemberConfig
-from me_local.errors import LoadError, MeLocalError
+from me_local.errors import ConfigError, LoadError, MeLocalError
 from me_local.vocabulary import Vocabulary
 
 log = logging.getLogger("me_local.llama_cpp")
@@ -90,6 +90,25 @@ class Shelf:
 def supports_gpu() -> bool:
     """Whether this build of llama.cpp can offload layers to a GPU."""
     return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def render_built_in(template: str, messages: Sequence[tuple[str, str]]) -> str:
+    """Render (role, content) pairs by one of llama.cpp's built-in chat templates, up to where the reply starts.
+
+    Contents must not hold NUL characters. Raises ConfigError when there is no template of this name.
+    """
+    chat = (llama_cpp.llama_chat_message * len(messages))(
+        *[llama_cpp.llama_chat_message(role.encode(), content.encode()) for role, content in messages]
+    )
+    size = 0
+    while True:
+        buffer = ctypes.create_string_buffer(size) if size else None
+        needed = llama_cpp.llama_chat_apply_template(template.encode(), chat, len(messages), True, buffer, size)
+        if needed < 0:
+            raise ConfigError(f'chat_template = "{template}": llama.cpp has no built-in template of this name')
+        if buffer is not None and needed <= size:
+            return buffer.raw[:needed].decode()
+        size = needed + 1
 
 
 def checked_file(config: MemberConfig) -> Path:

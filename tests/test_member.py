@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, RunError
-from me_local.member import EvaluationInterruptedError, Member, render_built_in
+from me_local.member import EvaluationInterruptedError, Member
 from me_local.vocabulary import IntArray
-from me_local.weights import Weights
+from me_local.weights import Weights, render_built_in
 
 OpenMember = Callable[..., Member]
 F32 = {"type_k": "f32", "type_v": "f32"}  # an f16 cache rounds batches of different sizes apart by up to 1e-3
