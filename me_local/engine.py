@@ -242,7 +242,7 @@ class Generation:
         return possible
 
     def _draw(self, weights: FloatArray) -> Draw:
-        if self._request.strategy == "ce":
+        if self._request.strategy != "me":
             return self._step_ce(weights)
         if self._writer is None or self._is_free(self._writer):
             return self._write(self._route(weights))

@@ -109,3 +109,9 @@ def test_temperature_0_and_what_a_member_cannot_write(open_member: OpenMember) -
         assert set(distribution.numbers.tolist()) == {END, number_of[b" the"], number_of[b"e"]}
     assert found[0].of(number_of[b"e"]) == 1.0
     assert found[1].of(END) == pytest.approx(math.exp(3) / (math.exp(3) + 2))
+
+
+def test_union_runs_all_members_at_every_step(open_ensemble: OpenEnsemble) -> None:
+    reply = open_ensemble("bpe_c", "spm").generate("Hello", Overrides(strategy="union", seed=2, max_tokens=20))
+    assert len(reply.steps) > 3
+    assert all(usage.calls >= len(reply.steps) for usage in reply.usage)
