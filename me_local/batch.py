@@ -6,19 +6,23 @@ record, and the run goes on.
 """
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from me_local.chat import parse_messages
 from me_local.config import Overrides
-from me_local.ensemble import Ensemble
-from me_local.errors import InputError, MeLocalError
+from me_local.ensemble import Ask, Ensemble
+from me_local.errors import InputError
 from me_local.jsonl import parse_object
 from me_local.records import finished_records
+from me_local.routing import Stretch
 from me_local.templates import Message
 
+_STRETCH = TypeAdapter(Stretch)
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
 
 
@@ -45,22 +49,42 @@ def read_jobs(source: IO[bytes], name: str) -> Iterator[Job]:
         yield job
 
 
-def run(ensemble: Ensemble, jobs: Iterable[Job], *, raw: bool) -> Iterator[dict[str, Any]]:
-    """A record for each job: `id` with the reply's `as_dict`, or `id` with `error`."""
-    for job in jobs:
-        try:
-            if job.error:
-                raise InputError(job.error)
-            prompt = job.prompt if isinstance(job.prompt, str) else list(job.prompt)
-            yield {"id": job.id, **ensemble.generate(prompt, job.overrides, raw=raw).as_dict()}
-        except MeLocalError as error:
-            yield {"id": job.id, "error": str(error)}
+def run(
+    ensemble: Ensemble, jobs: Sequence[Job], done: Mapping[str | int, Stretch | None], *, raw: bool
+) -> Iterator[dict[str, Any]]:
+    """A record for each job that is not `done`: `id` with the reply's `as_dict`, or `id` with `error`.
+
+    They come in the order in which they are finished. Where the route was shared, `route` has the part of it that the
+    reply took, so that a run can be continued as if it had not been interrupted.
+    """
+    earlier: dict[int, Stretch | None] = {i: done[job.id] for i, job in enumerate(jobs) if job.id in done}
+    for index, job in enumerate(jobs):
+        if job.error and index not in earlier:
+            earlier[index] = None
+            yield {"id": job.id, "error": job.error}
+    asks = [Ask(job.prompt, job.overrides) for job in jobs]
+    for finished in ensemble.generate_many(asks, raw=raw, earlier=earlier):
+        record: dict[str, Any] = {"id": jobs[finished.index].id}
+        record |= finished.reply.as_dict() if finished.reply else {"error": str(finished.error)}
+        yield record | ({"route": asdict(finished.stretch)} if finished.stretch else {})
 
 
-def finished_ids(path: Path) -> set[str | int]:
-    """The ids in an output file of an earlier run; raises what `finished_records` raises."""
-    ids = [record["id"] for record in finished_records(path)]
-    return {id_ if isinstance(id_, int) else str(id_) for id_ in ids}
+def finished_jobs(path: Path) -> dict[str | int, Stretch | None]:
+    """The ids in an output file of an earlier run, with the part of its route that the replies took.
+
+    Raises what `finished_records` raises.
+    """
+    return dict(_finished(record, f"{path}, line {i}") for i, record in enumerate(finished_records(path), start=1))
+
+
+def _finished(record: dict[str, Any], where: str) -> tuple[str | int, Stretch | None]:
+    id_ = record["id"] if isinstance(record["id"], int) else str(record["id"])
+    if record.get("route") is None:
+        return id_, None
+    try:
+        return id_, _STRETCH.validate_python(record["route"])
+    except ValidationError:
+        raise InputError(f"{where}: not a record of an earlier run; give another --output") from None
 
 
 def _parse(line: bytes, number: int, where: str) -> Job:

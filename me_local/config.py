@@ -28,6 +28,7 @@ from me_local.errors import ConfigError
 Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
+Route = Literal["shared", "own"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 _UNQUANTISED = ("f32", "f16", "bf16")
@@ -103,6 +104,7 @@ class Config:
     seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
     router: _Text = "constant"  # name of an entry point, looked up by its loader
     alignment: _Text = "top_k"  # the same
+    route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
     system: str | None = None
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
@@ -116,6 +118,7 @@ class Overrides:
     strategy: Strategy | None = None
     unit: Unit | None = None
     decode: Decode | None = None
+    route: Route | None = None
     parallel: bool | None = None
     seed: int | None = None
     system: str | None = None
@@ -130,7 +133,7 @@ class Overrides:
 
 _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop")
-_ENSEMBLE_KEYS = ("strategy", "unit", "decode", "seed", "router", "alignment", "parallel", "system")
+_ENSEMBLE_KEYS = ("strategy", "unit", "decode", "seed", "router", "alignment", "route", "parallel", "system")
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
@@ -150,6 +153,7 @@ def load_config(path: Path) -> Config:
     config = Config(path=path, members=members, **ensemble, **reply)
     _require_decodable(config, f"{path}: [ensemble].decode")
     _require_words_by_me(config, f"{path}: [ensemble].unit")
+    _require_route(config, f"{path}: [ensemble].route")
     return config
 
 
@@ -176,6 +180,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     changed = replace(config, members=_normalised(members, "--weights") if weights else members, **given)
     _require_decodable(changed, "--decode" if "decode" in given else "--strategy")
     _require_words_by_me(changed, "--unit" if "unit" in given else "--strategy")
+    _require_route(changed, "--route" if "route" in given else "--unit")
     return changed
 
 
@@ -293,6 +298,11 @@ def _require_words_by_me(config: Config, place: str) -> None:
     if config.unit == "word" and config.strategy != "me":
         reason = f'"{config.strategy}" averages members piece by piece, and cannot do so for whole words'
         raise ConfigError(f'{place}: unit "word" needs strategy "me"; {reason}')
+
+
+def _require_route(config: Config, place: str) -> None:
+    if config.route == "shared" and config.unit == "word":
+        raise ConfigError(f'{place}: unit "word" needs route "own"; words begin at other steps in each reply')
 
 
 def _require_known(key: str, allowed: Sequence[str], place: str, kind: str) -> None:

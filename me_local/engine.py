@@ -5,14 +5,17 @@ followed by the canonical ids of that text. ME draws one member by the weights a
 runs all of them and samples from the mixture. Both use the same distributions, so that replies have the same
 probability under both. By words (`words`), ME draws a member for each word instead of each piece. "union" is CE
 with another mixture, for comparison. Knows nothing of files, of chat, or of when a reply should stop.
+
+A step is a `Course`: it says which members' logits it needs, and goes on once it gets them. `Generation.step` gets them
+from the members for this one reply; `batching` gets those of several replies at once.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -27,6 +30,10 @@ from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, Unifi
 from me_local.words import Openings, is_free, may_end
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, LogitArray], Result]
+"""Yields the members, by their indices, whose logits after their contexts it needs next, and is sent these logits."""
 
 
 class Model(Protocol):
@@ -178,10 +185,18 @@ class Generation:
     """One reply in the making; each `step` samples one piece and appends it.
 
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
-    counts what the member did.
+    counts what the member did. `route` gives the random numbers by which members are drawn, in [0, 1); where there is
+    none they follow from the seed.
     """
 
-    def __init__(self, engine: Engine, request: Request, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        interrupted: Callable[[], bool] = lambda: False,
+        *,
+        route: Callable[[], float] | None = None,
+    ) -> None:
         self._engine = engine
         self._request = request
         self._interrupted = interrupted
@@ -195,7 +210,7 @@ class Generation:
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
-        self._route_random = np.random.default_rng(route_seed)
+        self._route_uniform = route or np.random.default_rng(route_seed).random
         self._piece_random = np.random.default_rng(piece_seed)
         self._writer: int | None = None  # by words: the member that wrote the last piece
 
@@ -208,14 +223,18 @@ class Generation:
         """A member's context: its prompt and the canonical ids of the text, int32 (tokens,)."""
         return np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
 
+    def writers(self) -> list[int]:
+        """The members that have a weight now. Raises RunError when the router fails."""
+        return [int(member) for member in np.flatnonzero(self._weights())]
+
     def prepare(self) -> None:
         """Evaluate the prompts of all members that have a weight now; otherwise each waits until it is needed."""
-        for member in np.flatnonzero(self._weights()):
-            self._prepare(int(member))
+        for member in self.writers():
+            self._prepare(member)
 
     def mixture(self) -> Distribution:
         """The ensemble's distribution over the next piece, from which CE samples. Raises what `step` raises."""
-        return self._mixture(self._weights())[0]
+        return self._run(self._mixture(self._weights()))[0]
 
     def step(self) -> Draw | None:
         """Sample the next piece and append it to the text; None when a member's context has no room for the text.
@@ -223,11 +242,15 @@ class Generation:
         Raises RunError when a member fails, `member.EvaluationInterruptedError` when the user stops it; the text is
         then as before.
         """
+        return self._run(self.course())
+
+    def course(self) -> Course[Draw | None]:
+        """The same for whoever brings the members up to date: see `Course`. Raises RunError."""
         weights = self._weights()
         # Members that are not drawn count too: where a reply ends must not depend on the route.
         if not all(self._fits(i) for i in self._possible(weights)):
             return None
-        draw = self._draw(weights)
+        draw = yield from self._draw(weights)
         if draw.number != END:
             self._append(draw)
         if self._request.unit == "word":
@@ -241,19 +264,29 @@ class Generation:
             possible.add(self._writer)
         return possible
 
-    def _draw(self, weights: FloatArray) -> Draw:
+    def _run(self, course: Course[Result]) -> Result:
+        """Take a course to its end with what this reply alone needs of the members."""
+        try:
+            members = next(course)
+            while True:
+                members = course.send(self._bring(members))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+    def _draw(self, weights: FloatArray) -> Course[Draw]:
         if self._request.strategy != "me":
-            return self._step_ce(weights)
+            return (yield from self._step_ce(weights))
         if self._writer is None or self._is_free(self._writer):
-            return self._write(self._route(weights))
-        return self._step_in_word(self._writer, weights)
+            return (yield from self._write(self._route(weights)))
+        return (yield from self._step_in_word(self._writer, weights))
 
     def _route(self, weights: FloatArray) -> int:
-        return pick(weights, self._route_random.random())
+        return pick(weights, self._route_uniform())
 
-    def _write(self, member: int) -> Draw:
+    def _write(self, member: int) -> Course[Draw]:
         """A piece that the member samples from its distribution."""
-        return self._sample(member, self._predict(member))
+        return self._sample(member, (yield from self._predict(member)))
 
     def _sample(self, member: int, distribution: Distribution) -> Draw:
         number, probability = sample(distribution, self._piece_random.random())
@@ -266,22 +299,23 @@ class Generation:
         able = self._can_write(self._engine.models[writer].vocabulary)
         return not able or (not self._text.in_character and is_free(self.text))
 
-    def _step_in_word(self, writer: int, weights: FloatArray) -> Draw:
+    def _step_in_word(self, writer: int, weights: FloatArray) -> Course[Draw]:
         """A piece by the writer of the word; where that shows the word to be over, by the next word's writer."""
-        draw = self._write(writer)
+        draw = yield from self._write(writer)
         if not (may_end(self.text) and self._engine.openings.begins[draw.number]):
             return draw
         following = self._route(weights)
-        return draw if following == writer else self._sample(following, self._open_word(following))
+        return draw if following == writer else self._sample(following, (yield from self._open_word(following)))
 
-    def _open_word(self, member: int) -> Distribution:
+    def _open_word(self, member: int) -> Course[Distribution]:
         """The member's distribution over the first piece of a word."""
+        logits = (yield (member,))[member]
         openings = self._engine.openings
-        given = openings.condition(self._predict(member))
-        return self._align(member, openings.numbers[member]) if given is None else given
+        given = openings.condition(self._align(member, logits, self._engine.unified.numbers[member]))
+        return self._align(member, logits, openings.numbers[member]) if given is None else given
 
-    def _step_ce(self, weights: FloatArray) -> Draw:
-        mixture, distributions = self._mixture(weights)
+    def _step_ce(self, weights: FloatArray) -> Course[Draw]:
+        mixture, distributions = yield from self._mixture(weights)
         uniform = self._piece_random.random()
         number, probability = argmax(mixture) if self._request.argmax else sample(mixture, uniform)
         parts = np.zeros(len(weights))
@@ -299,49 +333,52 @@ class Generation:
         numbers, probabilities = distribution.numbers[likeliest], distribution.probabilities[likeliest]
         return tuple((self._engine.unified.pieces[n], float(p)) for n, p in zip(numbers, probabilities, strict=True))
 
-    def _mixture(self, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
+    def _mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         """The mixture, and the distribution of each member with a weight above 0."""
         members = [int(i) for i in np.flatnonzero(weights)]
-        contexts = {i: self._context(i) for i in members}
-        for i in members:
-            self._prepare(i)
-        evaluate = {
-            i: partial(self._engine.models[i].sync, ids, self._interrupted, final=final)
-            for i, (ids, final) in contexts.items()
-        }
-        for i, evaluated in self._engine.schedule.run(evaluate, self._request.parallel).items():
-            self._count(i, evaluated, len(contexts[i][0]))
-        distributions = {i: self._align(i, self._engine.unified.numbers[i]) for i in members}
+        logits = yield tuple(members)
+        distributions = {i: self._align(i, logits[i], self._engine.unified.numbers[i]) for i in members}
         if self._request.strategy == "union":
-            logits = {i: self._engine.models[i].logits() for i in members}
             temperatures = {i: self._request.sampling[i].temperature for i in members}
             distributions = self._engine.union.distributions(distributions, logits, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
-    def _predict(self, member: int) -> Distribution:
-        """The member's distribution over the next piece, after bringing it up to date."""
-        self._prepare(member)
-        ids, final = self._context(member)
-        self._engine.schedule.divide(1)
-        evaluated = self._engine.models[member].sync(ids, self._interrupted, final=final)
-        self._count(member, evaluated, len(ids))
-        return self._align(member, self._engine.unified.numbers[member])
+    def _predict(self, member: int) -> Course[Distribution]:
+        """The member's distribution over the next piece."""
+        logits = (yield (member,))[member]
+        return self._align(member, logits, self._engine.unified.numbers[member])
 
-    def _context(self, member: int) -> tuple[IntArray, int]:
+    def context(self, member: int) -> tuple[IntArray, int]:
         """A member's ids, and how many of them, from the first, stay as they are in this reply."""
         return self.ids(member), len(self._request.prompts[member]) + self._contexts[member].final
 
-    def _align(self, member: int, numbers: IntArray) -> Distribution:
-        """The member's distribution over the pieces of these numbers, of the logits that it gave last."""
-        model, work = self._engine.models[member], self.work[member]
-        started = time.perf_counter()
-        logits = model.logits()
-        work.text_seconds += time.perf_counter() - started
+    def _align(self, member: int, logits: LogitArray, numbers: IntArray) -> Distribution:
+        """The distribution over the pieces of these numbers that a member's logits stand for."""
         try:
             return self._engine.alignment(logits, numbers, self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)
-            raise RunError(f'member "{model.name}", after {len(self.text)} bytes of text: {error}') from None
+            name = self._engine.models[member].name
+            raise RunError(f'member "{name}", after {len(self.text)} bytes of text: {error}') from None
+
+    def _bring(self, members: Sequence[int]) -> dict[int, LogitArray]:
+        """Bring members up to date, and read their logits."""
+        models, schedule = self._engine.models, self._engine.schedule
+        contexts = {i: self.context(i) for i in members}
+        for i in members:
+            self._prepare(i)
+        evaluate = {
+            i: partial(models[i].sync, ids, self._interrupted, final=final) for i, (ids, final) in contexts.items()
+        }
+        for i, evaluated in schedule.run(evaluate, self._request.parallel).items():
+            self.count(i, evaluated, len(contexts[i][0]))
+        return {i: self._read(i) for i in members}
+
+    def _read(self, member: int) -> LogitArray:
+        started = time.perf_counter()
+        logits = self._engine.models[member].logits()
+        self.work[member].text_seconds += time.perf_counter() - started
+        return logits
 
     def _prepare(self, member: int) -> None:
         """Before a member's first prediction, evaluate its prompt but for the last token.
@@ -351,7 +388,7 @@ class Generation:
         """
         if self._ready[member]:
             return
-        ids, final = self._context(member)
+        ids, final = self.context(member)
         given, alone = ids[: self.given[member] - 1], self._request.alone
         self._engine.schedule.divide(1)
         evaluated = self._engine.models[member].prepare(given, self._interrupted, final=final, alone=alone)
@@ -359,7 +396,8 @@ class Generation:
         self.work[member].prompt_seconds += evaluated.seconds
         self._ready[member] = True
 
-    def _count(self, member: int, evaluated: Evaluated, length: int) -> None:
+    def count(self, member: int, evaluated: Evaluated, length: int) -> None:
+        """Note what a member did for a prediction after `length` tokens."""
         work = self.work[member]
         of_prompt = max(0, self.given[member] - (length - evaluated.tokens))
         work.calls += 1

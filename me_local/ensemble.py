@@ -1,51 +1,81 @@
 """An ensemble that is loaded and ready: members, their prompts, and replies.
 
-Brings together what the configuration names. One reply is made at a time; several streams of one ensemble may be
-read in turn, in one thread.
+Brings together what the configuration names. One reply is made at a time, unless it is loaded for several at once
+(`generate_many`); several streams of one ensemble may be read in turn, in one thread.
 """
 
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from me_local.alignment import Alignment
+from me_local.batching import Batching, Running
 from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
-from me_local.errors import ConfigError, InputError, PromptTooLongError
+from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
 from me_local.member import Member
 from me_local.plugins import find
-from me_local.reply import Reply, ReplyStream
-from me_local.routing import Router
+from me_local.reply import Draft, Reply, ReplyStream
+from me_local.routing import Router, SharedRoute, Stretch
 from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.templates import PLAIN_STOPS, Message, PromptWriter, choose_render
 from me_local.vocabulary import IntArray
 from me_local.weights import Shelf, supports_gpu
 
 OnLoad = Callable[[MemberConfig], None]
+Prompt: TypeAlias = str | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`."""
+
+    prompt: Prompt
+    overrides: Overrides = field(default_factory=Overrides)
+    top: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What became of the prompt with this `index`: a `reply`, or an `error` that left none.
+
+    `stretch` is its part of the route, where that was shared.
+    """
+
+    index: int
+    reply: Reply | None = None
+    error: MeLocalError | None = None
+    stretch: Stretch | None = None
 
 
 class Ensemble:
     """Several GGUF models that write one reply together. Use as a context manager, or call `close`.
 
-    `config` is what it was loaded from; `notices` are one-line remarks for its user.
-    Raises ConfigError and LoadError.
+    `config` is what it was loaded from; `notices` are one-line remarks for its user; `batch` is the number of replies
+    that it can make at once. Weights come from `shelf`, if one is given, and stay there. Raises ConfigError and
+    LoadError.
     """
 
-    def __init__(self, config: Config, on_load: OnLoad = lambda _: None) -> None:
+    def __init__(
+        self, config: Config, on_load: OnLoad = lambda _: None, *, batch: int = 1, shelf: Shelf | None = None
+    ) -> None:
         self.config = config
+        self.batch = batch
         self.notices: list[str] = []
         self._plain: list[bool] = []
         router: Router = _plugin(config, "router", config.router)
         alignment: Alignment = _plugin(config, "alignment", config.alignment)
-        self.shelf = Shelf()
+        self.shelf = shelf or Shelf()
         with ExitStack() as stack:
-            stack.callback(self.shelf.close)
+            if shelf is None:
+                stack.callback(self.shelf.close)
             self.members = tuple(self._load(stack, member, on_load) for member in config.members)
             self.writers = tuple(self._writer(member) for member in self.members)
             self.engine = Engine(self.members, router, alignment)
@@ -63,7 +93,7 @@ class Ensemble:
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: Prompt,
         overrides: Overrides | None = None,
         *,
         raw: bool = False,
@@ -77,20 +107,114 @@ class Ensemble:
         pieces. Raises ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
         """
         config = override(self.config, overrides or Overrides())
+        head, prompts = self._checked(prompt, config, raw=raw)
+        return self.start(config, prompts, head, alone=alone, top=top)
+
+    def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
+        """The whole reply to a prompt or a conversation; see `stream`."""
+        return self.stream(prompt, overrides, raw=raw).finish()
+
+    def generate_many(
+        self,
+        prompts: Iterable[Prompt | Ask],
+        overrides: Overrides | None = None,
+        *,
+        raw: bool = False,
+        earlier: Mapping[int, Stretch | None] | None = None,
+    ) -> Iterator[Finished]:
+        """Replies to many prompts, `batch` at once, in the order in which they are finished.
+
+        Each has the ensemble's distribution, like those of `generate`. The i-th prompt gets the seed + i, if there is a
+        seed and it has none of its own. With a shared route (`routing.SharedRoute`) replies depend on each other by the
+        members that they draw, and by nothing else. `earlier` names prompts, by index, that were finished in an earlier
+        run, which is gone on with here: they are left out, and the others get the replies that they would have got. A
+        prompt that cannot be replied to is finished with its error, and so is a reply in which a member fails; the
+        others go on. Raises ConfigError for overrides.
+        """
+        config, earlier = override(self.config, overrides or Overrides()), earlier or {}
+        asks = (ask if isinstance(ask, Ask) else Ask(ask) for ask in prompts)
+        if self.batch == 1:
+            todo = ((index, ask) for index, ask in enumerate(asks) if index not in earlier)
+            return (self._finish(config, index, ask, raw=raw) for index, ask in todo)
+        seeds = [stretch.seed for stretch in earlier.values() if stretch]
+        batching = self.batching(config, seed=seeds[0] if seeds else config.seed)
+        return self._finish_many(config, enumerate(asks), batching, earlier, raw=raw)
+
+    def batching(self, config: Config, *, seed: int | None = None) -> Batching:
+        """Places for `batch` replies, with the route that the configuration wants; `seed` is that of a shared one."""
+        route = SharedRoute(secrets.randbits(32) if seed is None else seed) if self.shares_route(config) else None
+        return Batching(self.engine, self.members, route)
+
+    def shares_route(self, config: Config) -> bool:
+        """Whether replies at once draw the same members.
+
+        Without a wish they do where that keeps ME's gain: not by words, and not where weights depend on the text.
+        """
+        return self.batch > 1 and self.may_share_route(config)
+
+    def may_share_route(self, config: Config) -> bool:
+        """The same for any number of replies."""
+        wanted = config.route == "shared" or (config.route is None and config.router == "constant")
+        return wanted and config.unit == "token"
+
+    def begin(self, batching: Batching, config: Config, ask: Ask, *, raw: bool = False) -> Running:
+        """Give the reply to a prompt a place.
+
+        Raises what `stream` raises, and RunError when the router fails.
+        """
+        config = override(config, ask.overrides)
+        head, prompts = self._checked(ask.prompt, config, raw=raw)
+        request = make_request(config, prompts, head, top=ask.top)
+        return batching.begin(request, lambda generation: self._draft(config, request, generation))
+
+    def _finish(self, config: Config, index: int, ask: Ask, *, raw: bool) -> Finished:
+        try:
+            config = override(_seeded(config, index), ask.overrides)
+            head, prompts = self._checked(ask.prompt, config, raw=raw)
+            return Finished(index, self.start(config, prompts, head, alone=True, top=ask.top).finish())
+        except MeLocalError as error:
+            return Finished(index, error=error)
+
+    def _finish_many(
+        self,
+        config: Config,
+        asks: Iterator[tuple[int, Ask]],
+        batching: Batching,
+        earlier: Mapping[int, Stretch | None],
+        *,
+        raw: bool,
+    ) -> Iterator[Finished]:
+        running: dict[Running, int] = {}
+        following = next(asks, None)
+        try:
+            while following or running:
+                while following and batching.free:
+                    index, ask = following
+                    following = next(asks, None)
+                    if index in earlier:
+                        batching.occupy(earlier[index])
+                        continue
+                    try:
+                        running[self.begin(batching, _seeded(config, index), ask, raw=raw)] = index
+                    except MeLocalError as error:
+                        yield Finished(index, error=error)
+                for one, _ in batching.step():
+                    if one.draft.finish_reason:
+                        reply = None if one.error else one.draft.reply
+                        yield Finished(running.pop(one), reply, one.error, batching.stretch(one))
+        finally:
+            for one in running:
+                batching.cancel(one)
+
+    def _checked(self, prompt: Prompt, config: Config, *, raw: bool) -> tuple[bytes, tuple[IntArray, ...]]:
+        """The bytes to complete, and each member's ids in front of them. Raises InputError."""
         if raw:
-            head, prompts = self.raw_prompts(prompt, config)
-            return self.start(config, prompts, head, alone=alone, top=top)
+            return self.raw_prompts(prompt, config)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
         prompts = self.prompts(messages, config)
-        self.check_lengths([len(prompt) for prompt in prompts], config)
-        return self.start(config, prompts, alone=alone, top=top)
-
-    def generate(
-        self, prompt: str | Sequence[Message], overrides: Overrides | None = None, *, raw: bool = False
-    ) -> Reply:
-        """The whole reply to a prompt or a conversation; see `stream`."""
-        return self.stream(prompt, overrides, raw=raw).finish()
+        self.check_lengths([len(ids) for ids in prompts], config)
+        return b"", prompts
 
     def score(self, prompt: str | Sequence[Message], continuation: str, *, raw: bool = False) -> Score:
         """How probable it is that a reply to the prompt begins with `continuation`; with `raw`, a completion of it.
@@ -171,14 +295,12 @@ class Ensemble:
         """A reply after these prompts; `head` is the beginning of a raw completion, the rest as in `Request`."""
         cancelled = threading.Event()
         request = make_request(config, prompts, head, alone=alone, top=top)
-        return ReplyStream(
-            Generation(self.engine, request, cancelled.is_set),
-            request,
-            names=self.names,
-            max_tokens=config.max_tokens,
-            stop=config.stop if head else config.stop + self._plain_stops(config),
-            cancelled=cancelled,
-        )
+        generation = Generation(self.engine, request, cancelled.is_set)
+        return ReplyStream(self._draft(config, request, generation), cancelled)
+
+    def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:
+        stop = config.stop if request.head else config.stop + self._plain_stops(config)
+        return Draft(generation, request, names=self.names, max_tokens=config.max_tokens, stop=stop)
 
     def close(self) -> None:
         """Free all members."""
@@ -196,7 +318,7 @@ class Ensemble:
 
     def _load(self, stack: ExitStack, config: MemberConfig, on_load: OnLoad) -> Member:
         on_load(config)
-        member = stack.enter_context(Member(config, self.shelf.weights(config)))
+        member = stack.enter_context(Member(config, self.shelf.weights(config), sequences=self.batch))
         if member.n_ctx < config.n_ctx:
             self.notices.append(f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained")
         if config.n_gpu_layers > 0 and not supports_gpu():
@@ -218,6 +340,10 @@ class Ensemble:
         return PromptWriter(member.vocabulary, render)
 
 
+def _seeded(config: Config, index: int) -> Config:
+    return config if config.seed is None else replace(config, seed=config.seed + index)
+
+
 def make_request(
     config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
 ) -> Request:
@@ -237,9 +363,9 @@ def make_request(
     )
 
 
-def load(path: str | Path = "models.toml", overrides: Overrides | None = None) -> Ensemble:
-    """The ensemble of a models.toml, loaded. Raises ConfigError and LoadError."""
-    return Ensemble(override(load_config(Path(path)), overrides or Overrides()))
+def load(path: str | Path = "models.toml", overrides: Overrides | None = None, *, batch: int = 1) -> Ensemble:
+    """The ensemble of a models.toml, loaded for `batch` replies at once. Raises ConfigError and LoadError."""
+    return Ensemble(override(load_config(Path(path)), overrides or Overrides()), batch=batch)
 
 
 def check_conversation(messages: Sequence[Message]) -> None:

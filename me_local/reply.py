@@ -172,10 +172,11 @@ class StopFilter:
         return released
 
 
-class ReplyStream(Iterator[Step]):
-    """Iterates over the steps of a reply while they are made; `reply` is what there is so far.
+class Draft:
+    """A reply while it is written: takes what was drawn, and says when it is finished, and how.
 
-    `cancel` may be called from another thread or a signal handler: the stream then ends before the next piece.
+    `steps` are those that were read from `take` and `end` so far; `finish_reason` is None as long as there is more to
+    come. `seconds` is for whoever keeps the time.
     """
 
     def __init__(
@@ -186,28 +187,86 @@ class ReplyStream(Iterator[Step]):
         names: tuple[str, ...],
         max_tokens: int,
         stop: tuple[str, ...],
-        cancelled: threading.Event,
     ) -> None:
-        self._generation = generation
+        self.generation = generation
+        self.steps: list[Step] = []
+        self.finish_reason: FinishReason | None = "length" if max_tokens == 0 else None
+        self.seconds = 0.0
         self._request = request
         self._names = names
-        self._max_tokens = max_tokens
+        self._left = max_tokens
         self._filter = StopFilter(stop)
-        self._cancelled = cancelled
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._steps: list[Step] = []
-        self._finish_reason: FinishReason = "error"
-        self._seconds = 0.0
+
+    def take(self, draw: Draw | None) -> Iterator[Step]:
+        """The steps that may be shown after one of the generation, to be read to the end."""
+        if draw is None or draw.number == END:
+            yield from self.end("length" if draw is None else "stop")
+            return
+        self._left -= 1
+        yield from self._shown(self._filter.push(draw))
+        if self._filter.stopped:
+            self.finish_reason = "stop"
+        elif self._left == 0:
+            yield from self.end("length")
+
+    def end(self, reason: FinishReason) -> Iterator[Step]:
+        """The steps that were held back, now that there are no more; to be read to the end."""
+        yield from self._shown(self._filter.flush())
+        self.finish_reason = reason
+
+    @property
+    def reply(self) -> Reply:
+        """The reply so far; its finish_reason is "error" until it is finished."""
+        request = self._request
+        return Reply(
+            text="".join(step.text for step in self.steps),
+            finish_reason=self.finish_reason or "error",
+            strategy=request.strategy,
+            unit=request.unit,
+            seed=request.seed,
+            steps=tuple(self.steps),
+            usage=tuple(self._usage(i, work) for i, work in enumerate(self.generation.work)),
+            seconds=self.seconds,
+        )
+
+    def _shown(self, draws: list[Draw]) -> Iterator[Step]:
+        for draw in draws:
+            text = self._decoder.decode(draw.piece)
+            step = Step(draw.piece, text, self._names[draw.member], draw.probability, draw.shares, draw.top)
+            self.steps.append(step)
+            yield step
+
+    def _usage(self, member: int, work: Work) -> MemberUsage:
+        return MemberUsage(
+            member=self._names[member],
+            pieces=sum(step.shares[member] for step in self.steps),
+            calls=work.calls,
+            prompt_length=self.generation.given[member],
+            prompt_evaluated=work.prompt_tokens,
+            text_evaluated=work.text_tokens,
+            prompt_seconds=work.prompt_seconds,
+            text_seconds=work.text_seconds,
+        )
+
+
+class ReplyStream(Iterator[Step]):
+    """Iterates over the steps of a reply while they are made; `reply` is what there is so far.
+
+    `cancel` may be called from another thread or a signal handler: the stream then ends before the next piece.
+    """
+
+    def __init__(self, draft: Draft, cancelled: threading.Event) -> None:
+        self._draft = draft
+        self._cancelled = cancelled
         self._source = self._run()
 
     def __next__(self) -> Step:
         started = time.perf_counter()
         try:
-            step = next(self._source)
+            return next(self._source)
         finally:
-            self._seconds += time.perf_counter() - started
-        self._steps.append(step)
-        return step
+            self._draft.seconds += time.perf_counter() - started
 
     def cancel(self) -> None:
         """End the reply before its next piece."""
@@ -222,64 +281,19 @@ class ReplyStream(Iterator[Step]):
     @property
     def reply(self) -> Reply:
         """The reply so far; its finish_reason is "error" until the stream has ended."""
-        request = self._request
-        text = "".join(step.text for step in self._steps)
-        usage = tuple(self._usage(i, work) for i, work in enumerate(self._generation.work))
-        return Reply(
-            text=text,
-            finish_reason=self._finish_reason,
-            strategy=request.strategy,
-            unit=request.unit,
-            seed=request.seed,
-            steps=tuple(self._steps),
-            usage=usage,
-            seconds=self._seconds,
-        )
+        return self._draft.reply
 
     def _run(self) -> Iterator[Step]:
-        drawn, failure = 0, None
-        while True:
-            try:
-                draw = self._next_draw() if drawn < self._max_tokens else None
-            except RunError as error:
-                failure = error
-                break
-            if draw is None or draw.number == END:
-                break
-            drawn += 1
-            yield from self._shown(self._filter.push(draw))
-            if self._filter.stopped:
-                self._finish_reason = "stop"
+        draft = self._draft
+        while draft.finish_reason is None:
+            if self._cancelled.is_set():
+                yield from draft.end("cancelled")
                 return
-        yield from self._shown(self._filter.flush())
-        if failure:
-            raise failure
-        if self._cancelled.is_set():
-            self._finish_reason = "cancelled"
-        else:
-            self._finish_reason = "length" if draw is None else "stop"
-
-    def _next_draw(self) -> Draw | None:
-        if self._cancelled.is_set():
-            return None
-        try:
-            return self._generation.step()
-        except EvaluationInterruptedError:
-            return None
-
-    def _shown(self, draws: list[Draw]) -> Iterator[Step]:
-        for draw in draws:
-            text = self._decoder.decode(draw.piece)
-            yield Step(draw.piece, text, self._names[draw.member], draw.probability, draw.shares, draw.top)
-
-    def _usage(self, member: int, work: Work) -> MemberUsage:
-        return MemberUsage(
-            member=self._names[member],
-            pieces=sum(step.shares[member] for step in self._steps),
-            calls=work.calls,
-            prompt_length=self._generation.given[member],
-            prompt_evaluated=work.prompt_tokens,
-            text_evaluated=work.text_tokens,
-            prompt_seconds=work.prompt_seconds,
-            text_seconds=work.text_seconds,
-        )
+            try:
+                draw = draft.generation.step()
+            except EvaluationInterruptedError:
+                continue  # by `cancel`
+            except RunError:
+                yield from draft.end("error")
+                raise
+            yield from draft.take(draw)

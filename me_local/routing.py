@@ -1,7 +1,9 @@
 """Which member writes the next piece: the weights for this step, and the random draw."""
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -52,3 +54,37 @@ def route(router: Router, text: bytes, weights: FloatArray, able: Sequence[bool]
         )
     normalised: FloatArray = possible / total
     return normalised
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """The part of a shared route that a reply took: its first step, and the one after its last."""
+
+    seed: int
+    start: int
+    end: int
+
+
+class SharedRoute:
+    """The random numbers by which members are drawn for several replies at once: one for each step of all of them.
+
+    They do not depend on any text, so each reply by itself has the ensemble's distribution: at its t-th step it draws a
+    member by λ(text) with a number that nothing before has seen. Replies depend on each other through these numbers
+    alone. They are another stream than those of replies with the same seed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+        self._numbers: list[float] = []
+
+    def at(self, step: int) -> float:
+        """The number of a step, in [0, 1)."""
+        while len(self._numbers) <= step:
+            self._numbers.append(self._random.random())
+        return self._numbers[step]
+
+    def begin(self, step: int) -> Callable[[], float]:
+        """The numbers from a step on, one for each call."""
+        steps = itertools.count(step)
+        return lambda: self.at(next(steps))

@@ -68,7 +68,7 @@ def test_a_failed_reply_leaves_the_chat_usable(open_ensemble: OpenEnsemble) -> N
     assert len(chat.messages) == 2
 
 
-def _fail(_: object) -> int:
+def _fail(*_: object) -> int:
     return -3
 
 

@@ -98,7 +98,7 @@ def test_each_step_sees_the_canonical_context_and_its_logits(open_member: OpenMe
                 break
             member = members[draw.member]
             ids = start(member) + member.vocabulary.encode(text, at_start=True)
-            assert member._mirror[: member._length].tolist() == ids
+            assert member.caches[0].ids.tolist() == ids
             np.testing.assert_allclose(seen[-1], fresh_logits(references[member.name], text), atol=2e-3)
             cut += text.decode("utf-8", "ignore").encode() != text
     assert cut >= 10, "too few steps in the middle of a character to mean anything"
@@ -111,8 +111,8 @@ def test_with_one_vocabulary_the_context_is_what_was_sampled(open_member: OpenMe
     sampled = [draw.number - 1 for draw in steps(running, 30)]
     assert len(sampled) >= 5
     running.step()
-    synced = max(members, key=lambda member: member._length)
-    assert synced._mirror[: synced._length].tolist() == (head + sampled)[: synced._length]
+    synced = max(members, key=lambda member: member.caches[0].length)
+    assert synced.caches[0].ids.tolist() == (head + sampled)[: synced.caches[0].length]
 
 
 @pytest.mark.parametrize("names", PAIRS)

@@ -17,7 +17,6 @@ test_memory_kinds.py checks logits after any history.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -350,9 +349,9 @@ def temperature_after_mixing(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
 def one_number_for_route_and_piece(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
     begin = Generation.__init__
 
-    def with_one_stream(self: Generation, *args: Any) -> None:
-        begin(self, *args)
-        self._piece_random = deepcopy(self._route_random)
+    def with_one_stream(self: Generation, engine: Engine, request: Request, *args: Any) -> None:
+        begin(self, engine, request, *args)
+        self._piece_random = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0])
 
     patch.setattr(Generation, "__init__", with_one_stream)
     return BROKEN, "me"

@@ -34,7 +34,7 @@ from test_exact_replies import (
 from me_local import engine
 from me_local.alignment import Distribution, FloatArray, LogitArray, top_k
 from me_local.config import Sampling
-from me_local.engine import Draw, Engine, Generation
+from me_local.engine import Course, Draw, Engine, Generation
 from me_local.member import Member
 from me_local.vocabulary import IntArray
 from me_local.words import Openings
@@ -247,11 +247,16 @@ def test_top_k_often_leaves_no_piece_that_begins_a_word(open_all: OpenAll) -> No
 def keeps_the_dropped_piece(patch: pytest.MonkeyPatch) -> None:
     step = Generation._step_in_word
 
-    def kept(self: Generation, writer: int, weights: FloatArray) -> Draw:
+    def kept(self: Generation, writer: int, weights: FloatArray) -> Course[Draw]:
         draws: list[Draw] = []
         write = self._write
-        patch.setattr(self, "_write", lambda member: draws.append(write(member)) or draws[-1], raising=False)
-        drawn = step(self, writer, weights)
+
+        def noted(member: int) -> Course[Draw]:
+            draws.append((yield from write(member)))
+            return draws[-1]
+
+        patch.setattr(self, "_write", noted, raising=False)
+        drawn = yield from step(self, writer, weights)
         return replace(draws[0], member=drawn.member)
 
     patch.setattr(Generation, "_step_in_word", kept)

@@ -13,7 +13,6 @@ from me_local import Ensemble, InputError, Overrides, RunError
 from me_local.alignment import FloatArray, LogitArray
 from me_local.member import Member
 from me_local.reply import Reply, Step
-from me_local.vocabulary import IntArray
 
 OpenEnsemble = Callable[..., Ensemble]
 Plant = Callable[[Ensemble, pytest.MonkeyPatch], None]
@@ -39,9 +38,9 @@ def failing_decode(code: int, call: int, *, decoded: bool) -> Plant:
         member, calls = ensemble.members[1], iter(range(1, 10**6))
         decode = member._decode
 
-        def failing(ids: IntArray) -> int:
+        def failing(*args: object) -> int:
             fails = next(calls) == call
-            answer = decode(ids) if decoded or not fails else code
+            answer = decode(*args) if decoded or not fails else code
             return code if fails else answer
 
         patch.setattr(member, "_decode", failing)

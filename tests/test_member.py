@@ -86,8 +86,8 @@ def _fail_in_the_middle(member: Member, context: IntArray) -> None:
     """An evaluation that decodes and then dies before the bookkeeping, as an interrupt can."""
     decode = member._decode
 
-    def dying(batch: IntArray) -> int:
-        decode(batch)
+    def dying(*args: object) -> int:
+        decode(*args)
         raise KeyboardInterrupt
 
     with patch.object(member, "_decode", dying), pytest.raises(KeyboardInterrupt):
@@ -113,7 +113,7 @@ def test_a_failed_decode_names_member_and_position(open_member: OpenMember, code
     member = open_member("bpe_a")
     member.sync(ids(5, 6, 7))
     failed = pytest.raises(RunError, match=rf'member "bpe_a", tokens 3 to 4: .*{message}')
-    with patch.object(member, "_decode", lambda _: code), failed:
+    with patch.object(member, "_decode", lambda *_: code), failed:
         member.sync(ids(5, 6, 7, 8, 9))
     assert member.sync(ids(5, 6, 7, 8, 9)).tokens == 2
 

@@ -79,8 +79,8 @@ class MemoryMachine(RuleBasedStateMachine):
         """An evaluation that decodes and then dies before the bookkeeping, as an interrupt can."""
         decode = self.member._decode
 
-        def dying(ids: IntArray) -> int:
-            decode(ids)
+        def dying(*args: object) -> int:
+            decode(*args)
             raise KeyboardInterrupt
 
         other = np.array(self.ids[: len(self.ids) - back] + new, dtype=np.int32)
@@ -107,13 +107,13 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.states.append(self.member.save())
+        self.states.append(self.member.caches[0].save())
 
     @precondition(lambda self: self.states)
     @rule(which=st.integers(0), new=tokens, final=finals)
     def restore(self, which: int, new: list[int], final: float) -> None:
         state = self.states[which % len(self.states)]
-        self.member.restore(state)
+        self.member.caches[0].restore(state)
         self.ids = [*state.ids.tolist(), *new]
         assert self.check(final).tokens == len(new)
 
@@ -128,7 +128,7 @@ class MemoryMachine(RuleBasedStateMachine):
             raise KeyboardInterrupt
 
         with patch.object(llama_cpp, "llama_state_seq_set_data", dying), pytest.raises(KeyboardInterrupt):
-            self.member.restore(self.states[which % len(self.states)])
+            self.member.caches[0].restore(self.states[which % len(self.states)])
 
     @rule(new=tokens, batches=st.integers(0, 2))
     def interrupt_between_batches(self, new: list[int], batches: int) -> None:
@@ -296,12 +296,14 @@ def test_a_memory_that_can_be_cut_has_no_checkpoints(
 ) -> None:
     member, sizes = open_member(name), []
     decode = member._decode
-    monkeypatch.setattr(member, "_decode", lambda ids: sizes.append(len(ids)) or decode(ids))
+    monkeypatch.setattr(
+        member, "_decode", lambda parts, outputs: sizes.append(len(parts[0][1])) or decode(parts, outputs)
+    )
     ids = np.arange(10, 60, dtype=np.int32)
     member.prepare(ids[:30], final=20)
     member.sync(ids, final=45)
     assert sizes == [30, 20]
-    assert member._checkpoints is None
+    assert member.caches[0].checkpoints is None
 
 
 def checkpoint(length: int) -> Checkpoint:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +10,12 @@ import pytest
 from conftest import logits_of
 
 from me_local import Ensemble, InputError, Message, RunError, load
+from me_local.batches import Outputs, Part
 from me_local.config import Overrides, override
 from me_local.engine import Generation
 from me_local.ensemble import make_request
 from me_local.member import LogitArray, Member
 from me_local.scoring import OUTPUTS, mixed
-from me_local.vocabulary import IntArray
 
 OpenEnsemble = Callable[..., Ensemble]
 OpenMember = Callable[..., Member]
@@ -163,13 +163,13 @@ def test_choices_share_their_prompt_and_change_nothing(
     ensemble = open_ensemble("bpe_a", "spm")
     prompt = "the cat sat on the mat and the dog ran to the house " * 2
     first = ensemble.score(prompt, "again today", raw=True)
-    sizes, decode = [], Member._decode_for
+    sizes, decode = [], Member._decode
 
-    def counting(self: Member, ids: IntArray, *outputs: object) -> int:
-        sizes.append(len(ids))
-        return decode(self, ids, *outputs)
+    def counting(self: Member, parts: Sequence[Part], outputs: Outputs) -> int:
+        sizes.extend(len(ids) for _, ids in parts)
+        return decode(self, parts, outputs)
 
-    monkeypatch.setattr(Member, "_decode_for", counting)
+    monkeypatch.setattr(Member, "_decode", counting)
     other = ensemble.score(prompt, "and then", raw=True)
     assert sum(sizes) < 40  # for a prompt of more than 100 bytes
     assert ensemble.score(prompt, "again today", raw=True) == first
@@ -235,7 +235,7 @@ def test_an_evaluation_that_fails_names_member_and_tokens(
     ensemble = open_ensemble("bpe_a", "spm")
     before = ensemble.score("the cat", " sat", raw=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "_decode_for", lambda *_: 1)
+        patch.setattr(Member, "_decode", lambda *_: 1)
         with pytest.raises(RunError, match=r'member "bpe_a", tokens \d+ to \d+: no room is left in its KV cache'):
             ensemble.score("the cat", " ran", raw=True)
     assert ensemble.score("the cat", " sat", raw=True) == before

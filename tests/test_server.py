@@ -166,7 +166,7 @@ def test_a_member_that_fails_is_a_500_and_the_next_reply_is_right(
     server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for member in server.ensemble.members:
-        monkeypatch.setattr(member, "_decode", lambda _: -3)
+        monkeypatch.setattr(member, "_decode", lambda *_: -3)
     fresh = [{"role": "user", "content": "never asked before"}]
     with pytest.raises(openai.InternalServerError, match=r"llama\.cpp failed with code -3"):
         server.openai.chat.completions.create(**{**ASK, "messages": fresh})
@@ -200,7 +200,7 @@ def test_a_failure_in_mid_stream_is_its_last_event(server: Served, monkeypatch: 
     stream = server.openai.chat.completions.create(**{**ASK, "max_tokens": 200, "n": 20}, stream=True)
     next(stream)
     for member in server.ensemble.members:
-        monkeypatch.setattr(member, "_decode", lambda _: -3)
+        monkeypatch.setattr(member, "_decode", lambda *_: -3)
     with pytest.raises(openai.APIError, match=r"llama\.cpp failed"):
         list(stream)
 

@@ -115,7 +115,7 @@ def test_a_state_that_llama_cpp_refuses_costs_time_and_nothing_else(open_member:
     np.testing.assert_allclose(logits_of(member, prompts[0]), logits_of(reference, prompts[0]), atol=1e-3, rtol=0)
     refused = pytest.raises(me_local.RunError, match="does not give its state after 60 tokens")
     with patch.object(llama_cpp, "llama_state_seq_get_data", lambda *_: 0), refused:
-        member.save()
+        member.caches[0].save()
 
 
 @pytest.mark.parametrize("names", [("bpe_a", "spm"), ("hybrid", "recurrent"), ("swa", "bpe_c")])

@@ -44,7 +44,7 @@ def test_what_looks_like_control_stays_text(open_ensemble: OpenEnsemble, text: s
         ids = member.vocabulary.encode(f"x{text}x".encode(), at_start=True)
         assert not set(ids) & set(member.vocabulary.control.values())
         # What the evaluation left in the cache, but for the space of SPM in front.
-        seen = member.vocabulary.joined(member._mirror[: member._length].tolist())
+        seen = member.vocabulary.joined(member.caches[0].ids.tolist())
         assert f"x{text}x".encode() in seen
 
 

@@ -15,6 +15,8 @@ from scipy import stats
 
 from me_local import Ensemble
 from me_local.alignment import Distribution, FloatArray
+from me_local.batches import Outputs, Part
+from me_local.cache import Cache
 from me_local.cli import main
 from me_local.engine import Engine, Generation, Request
 from me_local.member import Member
@@ -85,10 +87,10 @@ def test_it_finds_a_temperature_after_mixing(
 
 
 def test_it_finds_a_backlog_that_is_off_by_one(faulty: Ensemble, check: Callable[[Ensemble], Report]) -> None:
-    def decode(self: Member, ids: IntArray) -> int:
-        start = self._length
-        late = start > 0 and len(ids) > 1
-        return Member._decode(self, np.concatenate([self._mirror[start - 1 : start], ids[:-1]]) if late else ids)
+    def decode(self: Member, parts: Sequence[Part], outputs: Outputs) -> int:
+        cache, ids = parts[0]
+        late = cache.length > 0 and len(ids) > 1
+        return Member._decode(self, [(cache, np.concatenate([cache.ids[-1:], ids[:-1]]) if late else ids)], outputs)
 
     for member in faulty.members:
         member._decode = MethodType(decode, member)  # type: ignore[method-assign]
@@ -97,14 +99,14 @@ def test_it_finds_a_backlog_that_is_off_by_one(faulty: Ensemble, check: Callable
 
 
 def test_it_finds_a_stale_cell(faulty: Ensemble, check: Callable[[Ensemble], Report]) -> None:
-    common = Member._common
+    common = Cache.common
 
-    def one_too_many(self: Member, ids: IntArray, most: int) -> int:
+    def one_too_many(self: Cache, ids: IntArray, most: int) -> int:
         length = common(self, ids, most)
-        return min(length + 1, most, self._length)
+        return min(length + 1, most, self.length)
 
     for member in faulty.members:
-        member._common = MethodType(one_too_many, member)  # type: ignore[method-assign]
+        member.caches[0].common = MethodType(one_too_many, member.caches[0])  # type: ignore[method-assign]
     report = check(faulty)
     assert not all(fidelity.passed for fidelity in report.fidelity)
 

@@ -8,15 +8,16 @@ from typing import IO, Any
 
 import click
 
-from me_local.batch import Job, finished_ids, read_jobs, run
+from me_local.batch import Job, finished_jobs, read_jobs, run
 from me_local.cli.interrupt import cancels
-from me_local.cli.options import configured, load, models_option, sampling_options
+from me_local.cli.options import batch_options, configured, load_many, models_option, sampling_options
 from me_local.cli.progress import progress
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble
-from me_local.errors import InputError
+from me_local.errors import InputError, RunError
 from me_local.records import open_records, require_new, write_record
-from me_local.reply import ReplyStream
+from me_local.reply import Reply, ReplyStream
+from me_local.routing import Stretch
 
 
 @click.command()
@@ -30,6 +31,7 @@ from me_local.reply import ReplyStream
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where --input's records go.")
 @click.option("--resume", is_flag=True, help="Skip ids that --output already has.")
+@batch_options
 @sampling_options
 def generate(
     prompt: str | None,
@@ -40,6 +42,7 @@ def generate(
     source: Path | None,
     output: Path | None,
     resume: bool,
+    batch: str | None,
     **given: Any,
 ) -> None:
     """Reply to PROMPT, or complete it with --raw. PROMPT is read from standard input if it is - or left out.
@@ -53,14 +56,15 @@ def generate(
         if output or resume:
             raise click.UsageError("--output and --resume go with --input")
         text = _prompt(prompt)
-        with load(config) as ensemble:
-            _replies(ensemble, text, count, raw=raw, as_json=as_json)
+        with load_many(config, batch, count) as ensemble:
+            reply = _replies_at_once if ensemble.batch > 1 else _replies
+            reply(ensemble, text, count, raw=raw, as_json=as_json)
         return
     if prompt is not None or output is None or count > 1:
         raise click.UsageError("--input goes with --output, and not with a PROMPT or -n")
-    jobs, skipped = _open_jobs(source, output, resume)
-    with open_records(output) as records, load(config) as ensemble:
-        _batch(ensemble, jobs, records, raw=raw, skipped=skipped)
+    jobs, done = _open_jobs(source, output, resume)
+    with open_records(output) as records, load_many(config, batch, len(jobs)) as ensemble:
+        _batch(ensemble, jobs, done, records, raw=raw)
 
 
 def _prompt(argument: str | None) -> str:
@@ -91,6 +95,21 @@ def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: b
             click.get_current_context().exit(130)
 
 
+def _replies_at_once(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: bool) -> None:
+    """The replies in their order, each as soon as it and those before it are finished."""
+    for notice in ensemble.notices if not raw else ():
+        click.echo(notice, err=True)
+    waiting: dict[int, Reply] = {}
+    following = 0
+    for finished in ensemble.generate_many([text] * count, raw=raw):
+        if finished.reply is None:
+            raise finished.error or RunError("the reply is missing")
+        waiting[finished.index] = finished.reply
+        while reply := waiting.pop(following, None):
+            following += 1
+            click.echo(json.dumps(reply.as_dict(), ensure_ascii=False) if as_json else reply.text.removesuffix("\n"))
+
+
 def _print(stream: ReplyStream) -> None:
     try:
         for step in stream:
@@ -99,8 +118,8 @@ def _print(stream: ReplyStream) -> None:
         click.echo("" if stream.reply.text.endswith("\n") else "\n", nl=False)
 
 
-def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int]:
-    """The jobs that are still to be done, and how many are not."""
+def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], dict[str | int, Stretch | None]]:
+    """All jobs, and those that are done."""
     try:
         with source.open("rb") as file:
             jobs = list(read_jobs(file, str(source)))
@@ -111,18 +130,19 @@ def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], int
     if output.exists() and output.samefile(source):
         raise InputError(f"{output}: --output is the same file as --input")
     require_new(output, resume=resume)
-    done = finished_ids(output)
-    todo = [job for job in jobs if job.id not in done]
-    return todo, len(jobs) - len(todo)
+    done = finished_jobs(output)
+    return jobs, {job.id: done[job.id] for job in jobs if job.id in done}
 
 
-def _batch(ensemble: Ensemble, jobs: list[Job], records: IO[bytes], *, raw: bool, skipped: int) -> None:
+def _batch(
+    ensemble: Ensemble, jobs: list[Job], done: dict[str | int, Stretch | None], records: IO[bytes], *, raw: bool
+) -> None:
     failed = 0
-    with progress("prompts", len(jobs) + skipped, skipped) as advance:
-        for record in run(ensemble, jobs, raw=raw):
+    with progress("prompts", len(jobs), len(done)) as advance:
+        for record in run(ensemble, jobs, done, raw=raw):
             write_record(records, record)
             failed += "error" in record
             advance()
     if failed:
-        click.echo(f"{failed} of {len(jobs)} prompts failed; their records say why", err=True)
+        click.echo(f"{failed} of {len(jobs) - len(done)} prompts failed; their records say why", err=True)
         click.get_current_context().exit(1)

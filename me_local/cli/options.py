@@ -1,6 +1,7 @@
 """Options that several commands have, and what they make of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
+from me_local.cost import Way, choose_batch
 from me_local.ensemble import Ensemble
+from me_local.errors import InputError
+from me_local.weights import Shelf
+
+LARGEST_BATCH = 256
+"""llama.cpp has room for no more sequences."""
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -95,7 +102,52 @@ def with_weights(config: Config, weights: str | None) -> Config:
     return override(config, Overrides(weights=parse_weights(weights, [member.name for member in config.members])))
 
 
-def load(config: Config, *, no_color: bool = False) -> Ensemble:
+def batch_options(command: Command) -> Command:
+    """Add --batch and --route."""
+    route = named(
+        "--route",
+        type=click.Choice(["shared", "own"]),
+        help="shared: replies at once draw the same members, which keeps ME's gain; own: each its own.",
+    )
+    batch = click.option("--batch", metavar="N", help="So many replies at once; auto: as many as are worth while.")
+    return batch(route(command))
+
+
+@contextmanager
+def load_many(config: Config, batch: str | None, count: int) -> Iterator[Ensemble]:
+    """Load an ensemble for the replies of --batch, of which there are `count` in all, and say how they are made."""
+    if batch != "auto":
+        wanted = min(_batch(batch or "1"), max(1, count))
+        with load(config, batch=wanted) as ensemble:
+            _tell(ensemble)
+            yield ensemble
+        return
+    with closing(Shelf()) as shelf:
+        with load(config, shelf=shelf) as single:
+            weights = [member.weight for member in config.members]
+            way: Way = "ce" if config.strategy != "me" else "me shared" if single.may_share_route(config) else "me own"
+            wanted = choose_batch(single.members, weights, way, max(1, count))
+        with load(config, batch=wanted, shelf=shelf) as ensemble:
+            _tell(ensemble)
+            yield ensemble
+
+
+def _batch(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= LARGEST_BATCH:
+        raise InputError(f'--batch: must be a number from 1 to {LARGEST_BATCH}, or "auto", got "{text}"')
+    return int(text)
+
+
+def _tell(ensemble: Ensemble) -> None:
+    if ensemble.batch == 1:
+        return
+    how = ""
+    if ensemble.config.strategy == "me":
+        how = ", all by the same route" if ensemble.shares_route(ensemble.config) else ", each by a route of its own"
+    click.echo(f"{ensemble.batch} replies at once{how}", err=True)
+
+
+def load(config: Config, *, no_color: bool = False, batch: int = 1, shelf: Shelf | None = None) -> Ensemble:
     """Load an ensemble while stderr, if it is a terminal, shows which member is being loaded."""
     console = make_console(no_color=no_color, stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -112,4 +164,4 @@ def load(config: Config, *, no_color: bool = False) -> Ensemble:
             source = member.path.name if member.path else member.hf
             tasks.append(progress.add_task(f"loading {member.name} ({len(tasks) + 1} of {count}): {source}"))
 
-        return Ensemble(config, announce)
+        return Ensemble(config, announce, batch=batch, shelf=shelf)

@@ -1,0 +1,229 @@
+"""Several replies at once: each has a place, which is a sequence of every member, and they are evaluated together.
+
+One evaluation of N tokens of as many replies costs about a + N·b, a being the reading of the weights. If each reply
+drew its own member, nearly all members would be evaluated in each step, for Σ (a_i + N·b_i), as in CE. With a *shared
+route* all replies draw with the same random number, and so the same member: Σ (λ_i·a_i + N·b_i). With *own routes*, the
+member goes first that most replies wait for.
+
+Steps of a shared route are counted by `clock`. A reply begins at a step that is known when it gets its place, so that
+the same prompts in the same order give the same replies again, also when some of them are finished already (`occupy`).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from me_local.alignment import LogitArray
+from me_local.engine import Course, Draw, Engine, Generation, Request
+from me_local.errors import RunError
+from me_local.member import Evaluated, Member
+from me_local.reply import Draft, Step
+from me_local.routing import SharedRoute, Stretch
+from me_local.schedule import Schedule
+from me_local.sequences import Outcome, Sequences, Target
+
+CHUNK = 256
+"""Tokens of prompts that are evaluated between two steps, so that running replies do not stall."""
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """A reply in its place. `starts` is its first step of the shared route; `error` what ended it, if something did."""
+
+    draft: Draft
+    request: Request
+    place: int
+    starts: int
+    began: float
+    error: RunError | None = None
+    _prompts: dict[int, Target] = field(default_factory=dict)  # by member, as long as they are not evaluated
+    _course: Course[Draw | None] | None = None
+    _wants: tuple[int, ...] = ()
+
+
+Written = tuple[Running, list[Step]]
+
+
+class Batching:
+    """Replies of an ensemble of `members`, at most as many at once as these have sequences."""
+
+    def __init__(self, engine: Engine, members: Sequence[Member], route: SharedRoute | None) -> None:
+        self.clock = 0
+        self._engine = engine
+        self._route = route
+        self._sequences = [Sequences(member) for member in members]
+        self._schedule = Schedule(members)
+        self._running: list[Running] = []
+        self._places = list(range(len(members[0].caches)))
+        self._occupied: list[int] = []
+
+    @property
+    def free(self) -> bool:
+        """Whether there is a place for a reply."""
+        return len(self._places) > len(self._occupied)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to wait for."""
+        return bool(self._running or self._occupied)
+
+    def begin(self, request: Request, make: Callable[[Generation], Draft]) -> Running:
+        """Give a reply a place; `make` makes its draft. Raises RunError when the router fails."""
+        longest = max(len(prompt) for prompt in request.prompts) + len(request.head)
+        starts = self.clock + longest // CHUNK
+        numbers = self._route.begin(starts) if self._route and request.unit == "token" else None
+        generation = Generation(self._engine, request, route=numbers)
+        draft = make(generation)
+        running = Running(draft, request, self._places.pop(0), starts, time.perf_counter())
+        self._running.append(running)
+        try:
+            for member in generation.writers():
+                ids, final = generation.context(member)
+                running._prompts[member] = Target(ids[: generation.given[member] - 1].copy(), final)
+        except RunError:
+            self._release(running)
+            raise
+        return running
+
+    def occupy(self, stretch: Stretch | None) -> None:
+        """Leave a place free for as long as a reply had it in an earlier run."""
+        if stretch and stretch.end > self.clock:
+            self._occupied.append(stretch.end)
+
+    def stretch(self, running: Running) -> Stretch | None:
+        """The steps of the shared route that a finished reply took; None where it had its own."""
+        if self._route is None or not self._shares(running):
+            return None
+        return Stretch(self._route.seed, running.starts, self.clock)
+
+    def cancel(self, running: Running) -> None:
+        """End a reply."""
+        if running in self._running:
+            list(running.draft.end("cancelled"))
+            self._release(running)
+
+    def step(self) -> list[Written]:
+        """Go on with all replies by one evaluation; those that got further, with their new steps.
+
+        A reply whose `draft` has a finish_reason is over and has lost its place.
+        """
+        written = self._prefill()
+        due = self._due()
+        if due:
+            written += self._advance(due)
+            if any(self._shares(running) for running in due):
+                self.clock += 1
+        elif not any(running._prompts for running in self._running):
+            starts = [running.starts for running in self._running]
+            self.clock = min(starts + self._occupied, default=self.clock)
+        self._occupied = [until for until in self._occupied if until > self.clock]
+        return written
+
+    def _shares(self, running: Running) -> bool:
+        return self._route is not None and running.request.unit == "token" and running.request.strategy == "me"
+
+    def _due(self) -> list[Running]:
+        """The replies that take part in this step: those of the shared route all, or none."""
+        shared = [r for r in self._running if self._shares(r) and r.starts <= self.clock]
+        stalled = any(r._prompts for r in shared)
+        return [r for r in self._running if not r._prompts and ((r in shared and not stalled) or not self._shares(r))]
+
+    def _prefill(self) -> list[Written]:
+        """Evaluate a part of the prompts that are not there yet."""
+        written: list[Written] = []
+        for member, sequences in enumerate(self._sequences):
+            waiting = {r.place: r for r in self._running if member in r._prompts}
+            if not waiting:
+                continue
+            self._schedule.divide(1)
+            outcomes = sequences.prefill({place: r._prompts[member] for place, r in waiting.items()}, CHUNK)
+            for place, running in waiting.items():
+                outcome = outcomes.get(place)
+                if outcome and outcome.error:
+                    written.append(self._fail(running, outcome.error))
+                    continue
+                if outcome:
+                    work = running.draft.generation.work[member]
+                    work.prompt_tokens += outcome.tokens
+                    work.prompt_seconds += outcome.seconds
+                if sequences.holds(place, running._prompts[member].ids):
+                    del running._prompts[member]
+        return written
+
+    def _advance(self, due: Sequence[Running]) -> list[Written]:
+        written: list[Written] = []
+        for running in due:
+            if running._course is None:
+                running._course = running.draft.generation.course()
+                written += self._resume(running, None)
+        waiting = [running for running in due if running.draft.finish_reason is None]
+        rows, failed = self._evaluate(waiting, self._chosen(waiting))
+        for running in waiting:
+            if error := failed.get(running.place):
+                written.append(self._fail(running, error))
+            elif all(member in rows[running.place] for member in running._wants):
+                written += self._resume(running, rows[running.place])
+        return written
+
+    def _chosen(self, waiting: Sequence[Running]) -> list[int]:
+        """The members to evaluate now."""
+        chosen = {m for r in waiting if self._shares(r) or len(r._wants) > 1 for m in r._wants}
+        if not chosen and waiting:
+            counts = Counter(running._wants[0] for running in waiting)
+            chosen = {max(sorted(counts), key=lambda member: counts[member])}
+        return sorted(chosen)
+
+    def _evaluate(
+        self, waiting: Sequence[Running], members: Sequence[int]
+    ) -> tuple[Mapping[int, Mapping[int, LogitArray]], dict[int, RunError]]:
+        """The logits by place and member, and what went wrong by place."""
+        by_place = {running.place: running for running in waiting}
+        targets = {
+            member: {r.place: Target(*r.draft.generation.context(member)) for r in waiting if member in r._wants}
+            for member in members
+        }
+        evaluate = {member: partial(self._sequences[member].sync, targets[member]) for member in members}
+        rows: dict[int, dict[int, LogitArray]] = {place: {} for place in by_place}
+        failed: dict[int, RunError] = {}
+        parallel = waiting[0].request.parallel if waiting else None
+        for member, outcomes in self._schedule.run(evaluate, parallel).items():
+            for place, outcome in outcomes.items():
+                self._count(by_place[place], member, outcome, len(targets[member][place].ids))
+                if outcome.error:
+                    failed[place] = outcome.error
+                else:
+                    assert outcome.logits is not None
+                    rows[place][member] = outcome.logits
+        return rows, failed
+
+    def _count(self, running: Running, member: int, outcome: Outcome, length: int) -> None:
+        running.draft.generation.count(member, Evaluated(outcome.tokens, outcome.seconds), length)
+
+    def _resume(self, running: Running, rows: Mapping[int, LogitArray] | None) -> list[Written]:
+        """Take a reply on to where it needs logits again, or to the end of its step."""
+        assert running._course is not None
+        try:
+            running._wants = next(running._course) if rows is None else running._course.send(rows)
+        except StopIteration as end:
+            running._course = None
+            steps = list(running.draft.take(end.value))
+            if running.draft.finish_reason:
+                self._release(running)
+            return [(running, steps)]
+        except RunError as error:
+            return [self._fail(running, error)]
+        return []
+
+    def _fail(self, running: Running, error: RunError) -> Written:
+        running.error = error
+        steps = list(running.draft.end("error"))
+        self._release(running)
+        return running, steps
+
+    def _release(self, running: Running) -> None:
+        running.draft.seconds = time.perf_counter() - running.began
+        self._running.remove(running)
+        self._places.append(running.place)
+        self._places.sort()
