@@ -24,7 +24,7 @@ class Cache:
     """The cells of one sequence.
 
     `name` is the member's, for errors; `window` the number of tokens that a layer with a sliding window looks back at,
-    where older cells are dropped, else 0; `cuttable` says whether any part of the memory can be dropped.
+    or 0; `cuttable` says whether any part of the memory can be dropped.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Cache:
         self.expect()
         llama_cpp.llama_memory_seq_cp(self._memory, other.sequence, self.sequence, 0, length)
         self.add(other.ids[:length])
+        self.expect()  # one that was put back may lack what is older than its window
         if other.checkpoints:
             self.checkpoints = other.checkpoints.copy()
             self.checkpoints.cut(length)
@@ -129,6 +130,7 @@ class Cache:
             self.forget()
             return
         self.add(state.ids)
+        self.expect()
         self.alone = state.alone
         if state.checkpoints:
             self.checkpoints = state.checkpoints.copy()
@@ -146,7 +148,7 @@ class Cache:
         return int(llama_cpp.llama_state_seq_get_size(self._context, self.sequence))
 
     def _has_window(self) -> bool:
-        """Whether it still has all cells that the next token looks at."""
+        """Whether it still has all cells that the next token looks at; a state leaves out what is older."""
         if not self._window or self.length == 0:
             return True
         first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, self.sequence)
