@@ -68,7 +68,7 @@ class Cache:
             return length
         # The mirror goes first: one that is short of the memory is mended here, one beyond it would go unnoticed.
         self._shorten(length)
-        if not llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, length, -1) or not self._has_window():
+        if not llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, length, -1) or not self._has_window(length):
             self._restore()
         self._certain = True
         return self.length
@@ -140,6 +140,7 @@ class Cache:
         kept = states.best(self._name, ids, alone=alone)
         usable = self.usable(ids, alone=alone)
         if self.length - usable >= WORTH and self._state_size() <= states.budget:
+            self._make_room_to_go_back()
             states.add(self._name, self.save())
         if kept and kept.usable(ids, alone=alone) >= usable + WORTH:
             self.restore(kept)
@@ -147,12 +148,21 @@ class Cache:
     def _state_size(self) -> int:
         return int(llama_cpp.llama_state_seq_get_size(self._context, self.sequence))
 
-    def _has_window(self) -> bool:
-        """Whether it still has all cells that the next token looks at; a state leaves out what is older."""
-        if not self._window or self.length == 0:
+    def _make_room_to_go_back(self) -> None:
+        """Drop the end of what is to be saved: a state leaves out what is older than the window of its last token.
+
+        Where a conversation goes on, the last tokens of what was said are often cut otherwise.
+        """
+        target = max(self.alone, self.length - WORTH)
+        if self._window and self.checkpoints is None and self._has_window(target):
+            self.cut(target)
+
+    def _has_window(self, length: int) -> bool:
+        """Whether it has all cells that a token behind the first `length` looks at."""
+        if not self._window or length == 0:
             return True
         first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, self.sequence)
-        return 0 <= first <= max(0, self.length - self._window)
+        return 0 <= first <= max(0, length + 1 - self._window)
 
     def _shorten(self, length: int) -> None:
         self._certain = False
@@ -170,7 +180,7 @@ class Cache:
             read = llama_cpp.llama_state_seq_set_data_ext(self._context, data, size, self.sequence, _PARTIAL)
             # The recurrent part no longer stands behind this position, so a hybrid drops its attention's cells there.
             rest = read == size and llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, newest.length, -1)
-            if rest and self._has_window():
+            if rest and self._has_window(newest.length):
                 return
         self.forget()
 
