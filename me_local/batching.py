@@ -109,7 +109,7 @@ class Batching:
 
         A reply whose `draft` has a finish_reason is over and has lost its place.
         """
-        written = self._prefill()
+        written = self._without_pieces() + self._prefill()
         due = self._due()
         if due:
             written += self._advance(due)
@@ -120,6 +120,13 @@ class Batching:
             self.clock = min(starts + self._occupied, default=self.clock)
         self._occupied = [until for until in self._occupied if until > self.clock]
         return written
+
+    def _without_pieces(self) -> list[Written]:
+        """End the replies that have no room for a piece: they are finished before they begin."""
+        over = [running for running in self._running if running.draft.finish_reason]
+        for running in over:
+            self._release(running)
+        return [(running, []) for running in over]
 
     def _shares(self, running: Running) -> bool:
         return self._route is not None and running.request.unit == "token" and running.request.strategy == "me"

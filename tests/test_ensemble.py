@@ -57,6 +57,13 @@ def test_raw_completions_end_at_a_stop_string(open_ensemble: OpenEnsemble) -> No
     assert cut.finish_reason == "stop"
 
 
+def test_replies_at_once_without_room_for_a_piece(two_models: Path) -> None:
+    with me_local.load(two_models, batch=2) as ensemble:
+        finished = list(ensemble.generate_many(["a", "b", "c"], Overrides(max_tokens=0)))
+    assert [one.index for one in finished] == [0, 1, 2]
+    assert [(one.reply.text, one.reply.finish_reason) for one in finished if one.reply] == [("", "length")] * 3
+
+
 def test_cancelling_keeps_what_is_there(open_ensemble: OpenEnsemble) -> None:
     stream = open_ensemble("bpe_a", "spm").stream("Hello", Overrides(seed=1, max_tokens=200))
     for count, _ in enumerate(stream, start=1):
