@@ -271,7 +271,11 @@ def _require_memory(config: MemberConfig, weights: Weights, cells: int, sequence
         return
     needed = cache + CELL_BYTES * cells * sequences
     if needed > available:
-        what, less = ("a context", "n_ctx") if sequences == 1 else (f"{sequences} contexts", "n_ctx or --batch")
+        what, less = (
+            ("a context", "n_ctx")
+            if sequences == 1
+            else (f"{sequences} contexts", "n_ctx or the number of replies at once")
+        )
         raise LoadError(
             f'member "{config.name}": {weights.path}: not enough memory: {what} of {cells:,} tokens takes '
             f"{needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are free: lower {less}"
