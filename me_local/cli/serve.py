@@ -60,8 +60,8 @@ def serve(
     """Serve the ensemble by the OpenAI protocol, and a page to chat with it at /.
 
     The sampling options are what holds for requests that do not say otherwise. SIGTERM and Ctrl-C let running replies
-    finish. With --parallel, numbers depend a little on what is evaluated together, so that a seed says a reply up to
-    llama.cpp's rounding.
+    finish. With --parallel, numbers depend a little on what is evaluated together: a seed then says a reply only up to
+    llama.cpp's rounding, which with quantised models is enough to change most of them.
     """
     try:
         from me_local.server.app import Access

@@ -155,7 +155,7 @@ class Together:
         return Written(self._jobs.pop(running), steps, running.draft.reply, running.error)
 
     def _fail_all(self, error: Exception) -> list[Written]:
-        """After an error that belongs to no reply: end all, and begin anew with the same caches, which are in order."""
+        """After an error that belongs to no reply: end all, and begin anew with empty caches."""
         failed = [Written(job, [], running.draft.reply, error) for running, job in self._jobs.items()]
         self._jobs.clear()
         self._batching = self._ensemble.batching(self._config)
