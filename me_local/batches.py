@@ -18,16 +18,19 @@ Outputs = Literal["none", "last", "every"]
 
 
 class Batch:
-    """A `llama_batch` for at most `size` tokens in contexts of `cells` tokens, filled anew for each evaluation."""
+    """A `llama_batch` for at most `size` tokens in contexts of `cells` tokens, filled anew for each evaluation.
 
-    def __init__(self, size: int, cells: int, sequences: int) -> None:
+    With `twins` each token belongs to a second sequence, too: that of its cache, plus `sequences`.
+    """
+
+    def __init__(self, size: int, cells: int, sequences: int, *, twins: bool) -> None:
         self._all_positions = np.arange(cells, dtype=np.int32)
         self._tokens, self._positions = np.empty(size, dtype=np.int32), np.empty(size, dtype=np.int32)
         self._wanted = np.zeros(size, dtype=np.int8)
-        self._counts = np.ones(size, dtype=np.int32)
-        self._numbers = np.arange(sequences, dtype=np.int32)
-        # llama.cpp wants a list of sequences for each token: the address of a number here.
-        self._addresses = self._numbers.ctypes.data + self._numbers.itemsize * np.arange(sequences, dtype=np.uint64)
+        self._counts = np.full(size, 2 if twins else 1, dtype=np.int32)
+        self._numbers = np.stack([np.arange(sequences), np.arange(sequences) + sequences], axis=1).astype(np.int32)
+        # llama.cpp wants a list of sequences for each token: the address of a row here, or of its first number.
+        self._addresses = self._numbers.ctypes.data + self._numbers.strides[0] * np.arange(sequences, dtype=np.uint64)
         self._sequences = np.full(size, self._addresses[0])
         self.native = llama_cpp.llama_batch(
             token=self._tokens.ctypes.data_as(_INT32),

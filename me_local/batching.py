@@ -3,7 +3,7 @@
 One evaluation of N tokens of as many replies costs about a + N·b, a being the reading of the weights. If each reply
 drew its own member, nearly all members would be evaluated in each step, for Σ (a_i + N·b_i), as in CE. With a *shared
 route* all replies draw with the same random number, and so the same member: Σ (λ_i·a_i + N·b_i). With *own routes*, the
-member goes first that most replies wait for.
+member goes first that most replies wait for, and longest.
 
 Steps of a shared route are counted by `clock`. A reply begins at a step that is known when it gets its place, so that
 the same prompts in the same order give the same replies again, also when some of them are finished already (`occupy`).
@@ -41,6 +41,7 @@ class Running:
     _prompts: dict[int, Target] = field(default_factory=dict)  # by member, as long as they are not evaluated
     _course: Course[Draw | None] | None = None
     _wants: tuple[int, ...] = ()
+    _waited: int = 0  # steps
 
 
 Written = tuple[Running, list[Step]]
@@ -109,7 +110,7 @@ class Batching:
 
         A reply whose `draft` has a finish_reason is over and has lost its place.
         """
-        written = self._prefill()
+        written = self._without_pieces() + self._prefill()
         due = self._due()
         if due:
             written += self._advance(due)
@@ -120,6 +121,13 @@ class Batching:
             self.clock = min(starts + self._occupied, default=self.clock)
         self._occupied = [until for until in self._occupied if until > self.clock]
         return written
+
+    def _without_pieces(self) -> list[Written]:
+        """End the replies that have no room for a piece: they are finished before they begin."""
+        over = [running for running in self._running if running.draft.finish_reason]
+        for running in over:
+            self._release(running)
+        return [(running, []) for running in over]
 
     def _shares(self, running: Running) -> bool:
         return self._route is not None and running.request.unit == "token" and running.request.strategy == "me"
@@ -164,15 +172,25 @@ class Batching:
             if error := failed.get(running.place):
                 written.append(self._fail(running, error))
             elif all(member in rows[running.place] for member in running._wants):
+                running._waited = 0
                 written += self._resume(running, rows[running.place])
+            else:
+                running._waited += 1
         return written
 
     def _chosen(self, waiting: Sequence[Running]) -> list[int]:
-        """The members to evaluate now."""
+        """The members to evaluate now: for those that cannot wait, and one for the others.
+
+        That is the one that most of them wait for, each counted once for every step that it has waited, so that none
+        waits for ever.
+        """
         chosen = {m for r in waiting if self._shares(r) or len(r._wants) > 1 for m in r._wants}
-        if not chosen and waiting:
-            counts = Counter(running._wants[0] for running in waiting)
-            chosen = {max(sorted(counts), key=lambda member: counts[member])}
+        counts: Counter[int] = Counter()
+        for running in waiting:
+            if running._wants[0] not in chosen:
+                counts[running._wants[0]] += 1 + running._waited
+        if counts:
+            chosen.add(max(sorted(counts), key=lambda member: counts[member]))
         return sorted(chosen)
 
     def _evaluate(
@@ -225,5 +243,4 @@ class Batching:
     def _release(self, running: Running) -> None:
         running.draft.seconds = time.perf_counter() - running.began
         self._running.remove(running)
-        self._places.append(running.place)
-        self._places.sort()
+        self._places.append(running.place)  # taken again as late as possible: its caches may serve another prompt

@@ -75,9 +75,13 @@ class Member:
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
         _require_memory(config, weights, cells, sequences)
-        self.n_batch = max(min(cells, config.n_batch), sequences)
-        self._outputs = min(max(outputs, sequences), self.n_batch)
-        self._context = _make_context(config, weights, cells, self.n_batch, self._outputs, sequences)
+        # With several sequences llama.cpp reuses cells of one that its window has passed, although it may be cut back
+        # then, unless they belong to another one, too (`llama_kv_cache::find_slot`).
+        self._twins = bool(weights.window and config.swa_full and sequences > 1)
+        numbers = sequences * (2 if self._twins else 1)
+        self.n_batch = max(min(cells, config.n_batch), numbers)
+        self._outputs = min(max(outputs, numbers), self.n_batch)
+        self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, numbers)
         self.working_bytes = _working_bytes()
         try:
             self._read_context(sequences)
@@ -99,10 +103,10 @@ class Member:
         evicts = window > 0 and not self.config.swa_full
         cuttable = not evicts and self.weights.memory not in ("recurrent", "hybrid")
         self.caches = tuple(
-            Cache(self._context, i, name=self.name, cells=cells, window=window, cuttable=cuttable)
-            for i in range(sequences)
+            Cache(self._context, i, name=self.name, cells=cells, window=window, cuttable=cuttable, twin=twin)
+            for i, twin in enumerate(range(sequences, 2 * sequences) if self._twins else [None] * sequences)
         )
-        self._batch = Batch(self.n_batch, cells, sequences)
+        self._batch = Batch(self.n_batch, cells, sequences, twins=self._twins)
         self._views: dict[int, LogitArray] = {}
 
     def _add_adapter(self, path: Path) -> None:
@@ -185,8 +189,8 @@ class Member:
 
     def evaluate(self, parts: Sequence[Part], outputs: Outputs) -> None:
         """One call of `llama_decode` for the parts, at most `n_batch` tokens; raises RunError that names them."""
-        for cache, _ in parts:
-            cache.expect()
+        for cache, ids in parts:
+            cache.expect(len(ids))
         code = self._decode(parts, outputs)
         if code:
             reason = _DECODE_ERRORS.get(code, f"llama.cpp failed with code {code}")
@@ -272,7 +276,11 @@ def _require_memory(config: MemberConfig, weights: Weights, cells: int, sequence
         return
     needed = cache + CELL_BYTES * cells * sequences
     if needed > available:
-        what, less = ("a context", "n_ctx") if sequences == 1 else (f"{sequences} contexts", "n_ctx or --batch")
+        what, less = (
+            ("a context", "n_ctx")
+            if sequences == 1
+            else (f"{sequences} contexts", "n_ctx or the number of replies at once")
+        )
         raise LoadError(
             f'member "{config.name}": {weights.path}: not enough memory: {what} of {cells:,} tokens takes '
             f"{needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are free: lower {less}"
@@ -283,7 +291,7 @@ def _make_context(
     config: MemberConfig, weights: Weights, cells: int, batch: int, outputs: int, sequences: int
 ) -> llama_cpp.llama_context_p:
     settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch = cells * sequences, batch, min(batch, _LARGEST_BATCH)
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = cells, batch, min(batch, _LARGEST_BATCH)
     settings.n_seq_max = sequences
     # Backlogs differ in length. With a buffer for each sequence llama.cpp would evaluate equal lengths at a time.
     settings.kv_unified = sequences > 1

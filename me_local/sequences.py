@@ -4,8 +4,10 @@ The weights of a model are read once for all of them. Where an evaluation of sev
 so that a sequence fails only by itself. Knows nothing of replies or of sampling.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from me_local.batches import Outputs, Part
 from me_local.cache import Cache
@@ -25,7 +27,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What became of one sequence: `tokens` evaluated, its share of the `seconds` inside `llama_decode`.
+    """What became of one sequence: `tokens` evaluated, and its share of the `seconds` that llama.cpp took.
 
     `logits`, after the last of the ids where they were asked for, are a view that the next evaluation overwrites; with
     an `error` there are none.
@@ -38,11 +40,17 @@ class Outcome:
 
 
 class Sequences:
-    """The sequences of a member, each by its number."""
+    """The sequences of a member, each by its number.
+
+    They are empty at first: the numbers that come out depend a little on what is there, and so should not on what
+    was made before.
+    """
 
     def __init__(self, member: Member) -> None:
         self._member = member
         self._caches = member.caches
+        for cache in self._caches:
+            cache.forget()
 
     def holds(self, sequence: int, ids: IntArray) -> bool:
         """Whether the cache of a sequence has `ids` and no more."""
@@ -55,9 +63,32 @@ class Sequences:
         What another sequence holds is taken over from there, and what one of these is about to hold is waited for.
         """
         self._member.require_open()
+        return self._by_halves(lambda some: self._prefill(some, most), prompts)
+
+    def sync(self, wanted: Mapping[int, Target]) -> dict[int, Outcome]:
+        """Make caches hold exactly these ids, one at least; the outcomes have the logits after them."""
+        self._member.require_open()
+        return self._by_halves(self._sync, wanted)
+
+    def _by_halves(
+        self, bring: Callable[[Mapping[int, Target]], dict[int, Outcome]], targets: Mapping[int, Target]
+    ) -> dict[int, Outcome]:
+        """Bring all of them where they are wanted or, where that fails, one half after the other."""
+        try:
+            return bring(targets)
+        except RunError as error:
+            if len(targets) == 1:
+                return dict.fromkeys(targets, Outcome(0, 0.0, error=error))
+        entries, middle = list(targets.items()), len(targets) // 2
+        first = self._by_halves(bring, dict(entries[:middle]))
+        kept = {s: o if o.logits is None else replace(o, logits=o.logits.copy()) for s, o in first.items()}
+        return kept | self._by_halves(bring, dict(entries[middle:]))
+
+    def _prefill(self, prompts: Mapping[int, Target], most: int) -> dict[int, Outcome]:
         room = min(most, self._member.n_batch)
         parts: list[Part] = []
         planned: list[IntArray] = []
+        dues: dict[int, int] = {}
         for sequence, prompt in prompts.items():
             cache, ids = self._caches[sequence], prompt.ids
             keep = self._take_over(cache, ids)
@@ -65,55 +96,50 @@ class Sequences:
             if keep == len(ids) or room == 0 or waits:
                 continue
             due = cache.checkpoints.due_in_prompt(keep, prompt.final, len(ids)) if cache.checkpoints else None
-            end = min(keep + room, due or len(ids))
+            if due == keep:
+                cache.checkpoint(prompt=True)
+            elif due:
+                dues[sequence] = due
+            end = min(keep + room, dues.get(sequence, len(ids)))
             parts.append((cache, ids[keep:end]))
             planned.append(ids)
             room -= end - keep
         outcomes = self._evaluate(parts, "none")
-        for cache, _ in parts:
-            if cache.checkpoints is not None and outcomes[cache.sequence].error is None:
-                cache.checkpoint(prompt=True)
+        for sequence, due in dues.items():
+            if self._caches[sequence].length == due:
+                self._caches[sequence].checkpoint(prompt=True)
         return outcomes
 
-    def sync(self, wanted: Mapping[int, Target]) -> dict[int, Outcome]:
-        """Make caches hold exactly these ids, one at least; the outcomes have the logits after them."""
-        self._member.require_open()
-        stops: list[Part] = []
+    def _sync(self, wanted: Mapping[int, Target]) -> dict[int, Outcome]:
+        outcomes: dict[int, Outcome] = {}
+        stops: dict[int, IntArray] = {}
         for sequence, target in wanted.items():
             cache, ids = self._caches[sequence], target.ids
             common = cache.common(ids, len(ids) - 1)
             keep = cache.cut(common)
             due = cache.checkpoints.due_in_text(keep, common, target.final, len(ids)) if cache.checkpoints else None
             if due:
-                stops.append((cache, ids[keep:due]))
-        ids_of = {sequence: target.ids for sequence, target in wanted.items()}
-        before = self._evaluate(stops, "none")
-        for cache, _ in stops:
-            if before[cache.sequence].error is None:
-                cache.checkpoint(prompt=False)
-        while parts := self._beyond_a_batch(ids_of, before):
-            before = _joined(before, self._evaluate(parts, "none"))
-        rest = self._parts(ids_of, before)
-        return _joined(before, self._evaluate(rest, "last"))
+                stops[sequence] = ids[:due]
+        while parts := self._parts(stops):
+            outcomes = _joined(outcomes, self._evaluate(parts, "none"))
+        for sequence in stops:
+            self._caches[sequence].checkpoint(prompt=False)
+        while sum(len(target.ids) - self._caches[s].length for s, target in wanted.items()) > self._member.n_batch:
+            parts = self._parts({sequence: target.ids[:-1] for sequence, target in wanted.items()})
+            outcomes = _joined(outcomes, self._evaluate(parts, "none"))
+        rest = self._parts({sequence: target.ids for sequence, target in wanted.items()})
+        return _joined(outcomes, self._evaluate(rest, "last"))
 
-    def _parts(self, ids_of: Mapping[int, IntArray], outcomes: Mapping[int, Outcome]) -> list[Part]:
-        """What is left to be evaluated of those that have not failed."""
-        going = [s for s in ids_of if s not in outcomes or outcomes[s].error is None]
-        return [(self._caches[s], ids_of[s][self._caches[s].length :]) for s in going]
-
-    def _beyond_a_batch(self, ids_of: Mapping[int, IntArray], outcomes: Mapping[int, Outcome]) -> list[Part]:
-        """Of more than one batch can hold, as much as it can without the last token of each; else nothing."""
-        parts = self._parts(ids_of, outcomes)
-        room = self._member.n_batch
-        if sum(len(ids) for _, ids in parts) <= room:
-            return []
-        taken: list[Part] = []
-        for cache, ids in parts:
-            now = ids[: min(room, len(ids) - 1)]
+    def _parts(self, ids_of: Mapping[int, IntArray]) -> list[Part]:
+        """What caches lack of these ids, as much as one batch can hold."""
+        room, parts = self._member.n_batch, []
+        for sequence, ids in ids_of.items():
+            cache = self._caches[sequence]
+            now = ids[cache.length : cache.length + room]
             if len(now):
-                taken.append((cache, now))
+                parts.append((cache, now))
                 room -= len(now)
-        return taken
+        return parts
 
     def _take_over(self, cache: Cache, ids: IntArray) -> int:
         """Cut a cache back to what it has of `ids`, or to what another has, where that is much more; its length."""
@@ -126,41 +152,23 @@ class Sequences:
     def _evaluate(self, parts: Sequence[Part], outputs: Outputs) -> dict[int, Outcome]:
         if not parts:
             return {}
-        member = self._member
-        before = member.seconds
-        try:
-            member.evaluate(parts, outputs)
-        except RunError as error:
-            return self._evaluate_halves(parts, outputs, error)
-        seconds, tokens = member.seconds - before, sum(len(ids) for _, ids in parts)
-        outcomes, end = {}, 0
-        for cache, ids in parts:
-            end += len(ids)
-            logits = member.row(end - 1) if outputs == "last" else None
-            outcomes[cache.sequence] = Outcome(len(ids), seconds * len(ids) / tokens, logits)
-        return outcomes
-
-    def _evaluate_halves(self, parts: Sequence[Part], outputs: Outputs, error: RunError) -> dict[int, Outcome]:
-        if len(parts) == 1:
-            return {parts[0][0].sequence: Outcome(0, 0.0, error=error)}
-        # What was evaluated before the failure is still there, behind the mirrors.
-        for cache, _ in parts:
-            cache.cut(cache.length)
-        middle = len(parts) // 2
-        first = self._evaluate(parts[:middle], outputs)
-        kept = {
-            sequence: Outcome(o.tokens, o.seconds, None if o.logits is None else o.logits.copy(), o.error)
-            for sequence, o in first.items()
+        started = time.perf_counter()
+        self._member.evaluate(parts, outputs)
+        ends = accumulate(len(ids) for _, ids in parts)
+        rows = [self._member.row(end - 1) if outputs == "last" else None for end in ends]
+        each = (time.perf_counter() - started) / sum(len(ids) for _, ids in parts)
+        return {
+            cache.sequence: Outcome(len(ids), each * len(ids), row)
+            for (cache, ids), row in zip(parts, rows, strict=True)
         }
-        return kept | self._evaluate(parts[middle:], outputs)
 
 
 def _joined(before: Mapping[int, Outcome], after: Mapping[int, Outcome]) -> dict[int, Outcome]:
-    """The outcomes of two evaluations, the second with those of the first that did not fail."""
+    """The outcomes of two evaluations, one after the other."""
     joined = dict(before)
     for sequence, outcome in after.items():
         earlier = before.get(sequence, Outcome(0, 0.0))
-        joined[sequence] = Outcome(
-            earlier.tokens + outcome.tokens, earlier.seconds + outcome.seconds, outcome.logits, outcome.error
+        joined[sequence] = replace(
+            outcome, tokens=earlier.tokens + outcome.tokens, seconds=earlier.seconds + outcome.seconds
         )
     return joined

@@ -1,6 +1,6 @@
 """Many clients at once: is every request answered or refused, and every reply the one that it would be alone?
 
-python scripts/load_server.py [--seconds 60] [--clients 50]
+python scripts/load_server.py [--seconds 60] [--clients 50] [--parallel 1]
 
 Starts `me-local serve` on tiny models and asks it by many clients at a time, for conversations and completions, whole
 and streamed, with seeds, from a few prompts, and with a queue that is too short for all of them. One request in ten
@@ -96,10 +96,10 @@ def make_jobs(ensemble: Ensemble) -> list[Job]:
     return jobs
 
 
-def start_server(models: Path) -> tuple["subprocess.Popen[str]", str]:
+def start_server(models: Path, parallel: int) -> tuple["subprocess.Popen[str]", str]:
     """`me-local serve` as a process, and its address."""
     command = [sys.executable, "-c", "from me_local.cli import main; main()", "serve", "--models", str(models)]
-    options = ["--port", "0", "--queue", str(QUEUE), "--cache-mb", "4"]
+    options = ["--port", "0", "--queue", str(QUEUE), "--cache-mb", "4", "--parallel", str(parallel)]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr
     for line in process.stderr:
@@ -108,11 +108,11 @@ def start_server(models: Path) -> tuple["subprocess.Popen[str]", str]:
     raise SystemExit("the server did not start")
 
 
-def run(models: Path, clients: int, seconds: float) -> Result:
-    """Ask for so long by so many clients."""
+def run(models: Path, clients: int, seconds: float, parallel: int = 1) -> Result:
+    """Ask for so long by so many clients a server that makes so many replies at once."""
     with load(models) as ensemble:
         jobs = make_jobs(ensemble)
-    process, url = start_server(models)
+    process, url = start_server(models, parallel)
     try:
         result = asyncio.run(_ask_all(url, jobs, clients, seconds, process.pid))
     finally:
@@ -171,7 +171,10 @@ async def _streamed(http: httpx.AsyncClient, job: Job, chance: random.Random) ->
         async for line in response.aiter_lines():
             if not line or line == "data: [DONE]":
                 continue
-            choice = json.loads(line.removeprefix("data: "))["choices"][0]
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                return f"failed: {chunk['error']['message']}"
+            choice = chunk["choices"][0]
             text += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
             if leaves and text:
                 return "left"
@@ -183,14 +186,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Many clients at once: is every request answered, and rightly?")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--parallel", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(write_models(Path(folder)), options.clients, options.seconds)
+        result = run(write_models(Path(folder)), options.clients, options.seconds, options.parallel)
     for outcome, count in result.outcomes.most_common():
         print(f"{count:>7,}  {outcome}")
     well = not result.unexpected and result.growth <= GROWTH
     figures = {
         "clients": options.clients,
+        "parallel": options.parallel,
         "seconds": round(result.seconds, 1),
         "outcomes": dict(result.outcomes),
         "resident_mb": [round(result.resident[0] / 1e6, 1), round(result.resident[-1] / 1e6, 1)],

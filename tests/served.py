@@ -50,9 +50,11 @@ class Served:
 
 
 @contextmanager
-def served(models: Path, access: Access | None = None, limits: Limits | None = None) -> Iterator[Served]:
+def served(
+    models: Path, access: Access | None = None, limits: Limits | None = None, *, parallel: int = 1
+) -> Iterator[Served]:
     ready = threading.Event()
-    with load(models) as ensemble, bind("127.0.0.1", 0, guarded=False) as listener:
+    with load(models, batch=parallel) as ensemble, bind("127.0.0.1", 0, guarded=False) as listener:
         url = address_of(listener)
         server = Server(ensemble, access or Access(), limits or Limits(), ready.set)
         thread = threading.Thread(target=server.serve_on, args=(listener,))

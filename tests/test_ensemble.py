@@ -9,6 +9,8 @@ import pytest
 
 import me_local
 from me_local import ConfigError, Ensemble, InputError, LoadError, Message, Overrides, RunError
+from me_local.config import override
+from me_local.ensemble import Ask
 
 OpenEnsemble = Callable[..., Ensemble]
 WriteModels = Callable[..., Path]
@@ -55,6 +57,28 @@ def test_raw_completions_end_at_a_stop_string(open_ensemble: OpenEnsemble) -> No
     cut = ensemble.generate("the cat", Overrides(seed=3, max_tokens=60, stop=(stop,)), raw=True)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
+
+
+def test_replies_at_once_without_room_for_a_piece(two_models: Path) -> None:
+    with me_local.load(two_models, batch=2) as ensemble:
+        finished = list(ensemble.generate_many(["a", "b", "c"], Overrides(max_tokens=0)))
+    assert [one.index for one in finished] == [0, 1, 2]
+    assert [(one.reply.text, one.reply.finish_reason) for one in finished if one.reply] == [("", "length")] * 3
+
+
+def test_no_reply_waits_for_ever_for_its_member(two_models: Path) -> None:
+    """Of two replies, which are written by a member each, one gets its piece at each step, the other at the next."""
+    with me_local.load(two_models, batch=2) as ensemble:
+        config = override(ensemble.config, Overrides(route="own", seed=3))
+        batching = ensemble.batching(config)
+        asks = [
+            Ask("the cat", Overrides(weights={name: float(name == own) for name in ensemble.names}))
+            for own in ensemble.names
+        ]
+        drafts = [ensemble.begin(batching, config, ask).draft for ask in asks]
+        for _ in range(12):
+            batching.step()
+    assert [len(draft.steps) > 3 or draft.finish_reason == "stop" for draft in drafts] == [True, True]
 
 
 def test_cancelling_keeps_what_is_there(open_ensemble: OpenEnsemble) -> None:

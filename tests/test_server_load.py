@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import load_server
+import pytest
 
 
-def test_many_clients_are_answered_or_refused(tmp_path: Path) -> None:
-    result = load_server.run(load_server.write_models(tmp_path), clients=50, seconds=6)
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_many_clients_are_answered_or_refused(tmp_path: Path, parallel: int) -> None:
+    result = load_server.run(load_server.write_models(tmp_path), clients=50, seconds=6, parallel=parallel)
     assert result.unexpected == [], result.outcomes
     assert result.outcomes["right"] >= 50
     assert result.outcomes["429"] >= 1

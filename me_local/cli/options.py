@@ -59,10 +59,13 @@ _SAMPLING: list[Decorator] = [
     named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
-    named("--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."),
     click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
 ]
+
+_PARALLEL = named(
+    "--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."
+)
 
 
 def models_option(command: Command) -> Command:
@@ -83,6 +86,11 @@ def raw_option(command: Command) -> Command:
 
 def sampling_options(command: Command) -> Command:
     """Add the options that override [ensemble] and [sampling] of models.toml."""
+    return served_options(_PARALLEL(command))
+
+
+def served_options(command: Command) -> Command:
+    """The same without --parallel, which means something else to the server."""
     for option in reversed(_SAMPLING):
         command = option(command)
     return command

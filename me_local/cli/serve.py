@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from me_local.cli.options import configured, load, models_option, named, sampling_options
+from me_local.cli.options import LARGEST_BATCH, configured, load, models_option, named, served_options
 from me_local.errors import ConfigError
 
 
@@ -19,15 +19,29 @@ from me_local.errors import ConfigError
 @click.option(
     "--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org."
 )
+@click.option(
+    "--parallel",
+    metavar="N",
+    type=click.IntRange(1, LARGEST_BATCH),
+    default=1,
+    show_default=True,
+    help="So many replies at once, each by a route of its own.",
+)
 @named("--queue", type=click.IntRange(0), default=64, show_default=True, help="Replies that may wait.")
-@named("--cache-mb", type=click.IntRange(0), default=512, show_default=True, help="Room for earlier conversations.")
+@named(
+    "--cache-mb",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Room for earlier conversations; for one reply at a time.",
+)
 @named(
     "--timeout", type=click.FloatRange(0, min_open=True), default=600, show_default=True, help="Seconds for a request."
 )
 @named(
     "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds for running replies at the end."
 )
-@sampling_options
+@served_options
 def serve(
     models: Path,
     host: str,
@@ -36,6 +50,7 @@ def serve(
     insecure: bool,
     allow_host: tuple[str, ...],
     cors: tuple[str, ...],
+    parallel: int,
     queue: int,
     cache_mb: int,
     timeout: float,
@@ -45,7 +60,8 @@ def serve(
     """Serve the ensemble by the OpenAI protocol, and a page to chat with it at /.
 
     The sampling options are what holds for requests that do not say otherwise. SIGTERM and Ctrl-C let running replies
-    finish.
+    finish. With --parallel, numbers depend a little on what is evaluated together: a seed then says a reply only up to
+    llama.cpp's rounding, which with quantised models is enough to change most of them.
     """
     try:
         from me_local.server.app import Access
@@ -55,12 +71,17 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise ConfigError("--api-key: must be printable ASCII, and not empty")
     config = configured(models, given)
-    with bind(host, port, guarded=insecure or api_key is not None) as listener, load(config) as ensemble:
+    with (
+        bind(host, port, guarded=insecure or api_key is not None) as listener,
+        load(config, batch=parallel) as ensemble,
+    ):
         for notice in ensemble.notices:
             click.echo(notice, err=True)
 
         def ready() -> None:
-            click.echo(f"serving {' + '.join(ensemble.names)} at {address_of(listener)} (Ctrl-C ends)", err=True)
+            many = f"{parallel} replies at once; " if parallel > 1 else ""
+            names, address = " + ".join(ensemble.names), address_of(listener)
+            click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
         limits = Limits(queue, cache_mb * 2**20, timeout, grace)
         Server(ensemble, Access(api_key, allow_host, cors), limits, ready).serve_on(listener)

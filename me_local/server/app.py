@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,13 +18,15 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from me_local.ensemble import Ask
 from me_local.errors import MeLocalError
 from me_local.reply import Reply
 from me_local.server.answers import Answer
 from me_local.server.guard import Gate, KeyCheck, read_body, refusal
+from me_local.server.making import Event
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import MODEL, ApiError, Ask, ChatRequest, CompletionRequest, api_error, model_names, parse
-from me_local.server.worker import Event, Worker
+from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -152,20 +154,20 @@ class Routes:
         return EventStream(_lines(answer, first, events, chat=isinstance(asked, ChatRequest), usage=usage))
 
     async def _events(self, asks: Sequence[Ask]) -> Events:
-        """What happens to all choices, one after the other, each with its index. Raises ApiError."""
+        """What happens to all choices, each with its index. Raises ApiError."""
         deadline = asyncio.get_running_loop().time() + self._timeout
-        for index, ask in enumerate(asks):
-            made = self._worker.reply(ask, admitted=index > 0)
-            try:
-                event: Event | None = None
-                while not isinstance(event, Reply):
-                    async with asyncio.timeout_at(deadline):
-                        event = await anext(made)
-                    yield index, event
-            except TimeoutError:
-                raise ApiError(504, f"not finished within {self._timeout:g} s (--timeout)", code="timeout") from None
-            finally:
-                await made.aclose()
+        made = self._worker.replies(asks)
+        try:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    event = await anext(made, None)
+                if event is None:
+                    return
+                yield event
+        except TimeoutError:
+            raise ApiError(504, f"not finished within {self._timeout:g} s (--timeout)", code="timeout") from None
+        finally:
+            await made.aclose()
 
 
 class EventStream(StreamingResponse):
@@ -186,22 +188,22 @@ async def _lines(
     answer: Answer, first: tuple[int, Event], events: Events, *, chat: bool, usage: bool
 ) -> AsyncGenerator[str, None]:
     """The chunks of an answer as server-sent events; a failure is the last of them."""
-    replies: list[Reply] = []
-    offset, opened = 0, -1
+    replies: dict[int, Reply] = {}
+    offsets: dict[int, int] = {}  # of the choices that have begun, in characters
     try:
         async for index, event in _chained(first, events):
-            if index != opened:
-                offset, opened = 0, index
+            if index not in offsets:
+                offsets[index] = 0
                 if chat:
                     yield _line(answer.opening(index))
             if isinstance(event, Reply):
-                replies.append(event)
+                replies[index] = event
                 yield _line(answer.end(index, event))
             else:
-                yield _line(answer.piece(index, event, offset))
-                offset += len(event.text)
+                yield _line(answer.piece(index, event, offsets[index]))
+                offsets[index] += len(event.text)
         if usage:
-            yield _line(answer.total(replies))
+            yield _line(answer.total(_in_order(replies)))
         yield "data: [DONE]\n\n"
     except ApiError as error:
         yield _line(error.as_dict())
@@ -218,7 +220,11 @@ async def _chained(first: tuple[int, Event], rest: Events) -> AsyncIterator[tupl
 
 
 async def _replies(events: Events) -> list[Reply]:
-    return [event async for _, event in events if isinstance(event, Reply)]
+    return _in_order({index: event async for index, event in events if isinstance(event, Reply)})
+
+
+def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:
+    return [replies[index] for index in sorted(replies)]
 
 
 async def _while_there(request: Request, work: Awaitable[T]) -> T:

@@ -4,14 +4,14 @@ A field that is not supported and would change the answer is refused by its name
 Knows nothing of HTTP connections or of how replies are made.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from me_local.config import Overrides, Strategy, Unit, override
-from me_local.ensemble import Ensemble, check_conversation
+from me_local.ensemble import Ask, Ensemble, check_conversation
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
 from me_local.templates import Message, Role
 
@@ -53,15 +53,6 @@ def api_error(error: MeLocalError) -> ApiError:
         text = str(error).removeprefix("--")
         return ApiError(400, text, param=text.partition(":")[0])
     return ApiError(400 if isinstance(error, InputError) else 500, str(error))
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One reply to be made: a conversation, or with a text the completion of it; `top` as in `engine.Request`."""
-
-    prompt: str | tuple[Message, ...]
-    overrides: Overrides
-    top: int
 
 
 def _no_effect_but(*neutral: object) -> AfterValidator:

@@ -1,51 +1,55 @@
-"""Makes replies in one thread, one at a time, in the order in which they were asked for.
+"""Makes replies in the order in which they were asked for, as many at once as there are places.
 
-The members belong to that thread. What it makes goes to the event loop step by step; whoever stops listening there
-ends the reply before its next piece. Knows nothing of HTTP.
+The event loop keeps the queue. The members belong to a thread, which does one thing after the other: begin a reply, go
+on with all that are running by a step, end one. What it makes goes to the event loop step by step; whoever stops
+listening there ends the reply before its next piece, and no other. Knows nothing of HTTP.
 """
 
 import asyncio
-import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from typing import TypeAlias
 
-from me_local.ensemble import Ensemble
+from me_local.ensemble import Ask, Ensemble
 from me_local.errors import MeLocalError
-from me_local.reply import Reply, ReplyStream, Step
+from me_local.reply import Reply, Step
+from me_local.server.making import Event, Job, Making, OneByOne, Together, Written
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError, Ask, api_error
+from me_local.server.protocol import ApiError, api_error
 from me_local.states import States
-
-log = logging.getLogger(__name__)
 
 _LONGEST_RETRY = 60  # seconds
 
-Event = Step | Reply
-Put = Callable[[Event | Exception], object]
+Events: TypeAlias = "asyncio.Queue[tuple[int, Event | Exception]]"
 
 
 class Worker:
-    """A queue of at most `queue` replies in front of an ensemble; `cache` is the room for states, in bytes."""
+    """A queue of at most `queue` replies in front of an ensemble.
+
+    `cache` is the room for states, in bytes; they are kept where one reply is made at a time.
+    """
 
     def __init__(self, ensemble: Ensemble, metrics: Metrics, *, queue: int, cache: int) -> None:
         self.ensemble = ensemble
         self._metrics = metrics
         self._queue = queue
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replies")
-        self._turn = asyncio.Lock()  # fair: first come, first served
-        self._waiting = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._waiting: deque[Job] = deque()
+        self._running: set[Job] = set()
         self._draining = False
-        self._stream: ReplyStream | None = None
-        self._events: asyncio.Queue[Event | Exception] | None = None
+        self._going = False  # the thread has a step before it
         self._made, self._seconds = 0, 0.0
         states = States(cache)
-        for member in ensemble.members:
-            member.states = states
-        metrics.gauge("queue_length", "Replies that wait for their turn", lambda: self._waiting)
-        metrics.gauge("running", "Replies that are being made", self._turn.locked)
+        self._making: Making = Together(ensemble) if ensemble.batch > 1 else OneByOne(ensemble, states)
+        metrics.gauge("queue_length", "Replies that wait for their turn", lambda: len(self._waiting))
+        metrics.gauge("running", "Replies that are being made", lambda: len(self._running))
         metrics.gauge("cache_bytes", "Kept states of members", lambda: states.size)
         metrics.gauge("cache_states", "Kept states of members", lambda: len(states))
 
@@ -54,104 +58,150 @@ class Worker:
         """Whether no more replies are begun."""
         return self._draining
 
-    async def reply(self, ask: Ask, *, admitted: bool = False) -> AsyncGenerator[Event, None]:
-        """The steps of a reply while they are made, and the reply at the end.
+    async def replies(self, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Event], None]:
+        """The steps of the replies to one request while they are made, and each reply at its end, with their indices.
 
-        One that is `admitted` belongs to a request that had its turn, and always finds room in the queue. To close the
-        generator ends the reply. Raises ApiError.
+        As many as there are places are asked for at a time. To close the generator ends them. Raises ApiError.
         """
-        async with self._place(admitted):
-            loop = asyncio.get_running_loop()
-            events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-            try:
-                stream = await loop.run_in_executor(self._thread, self._start, ask)
-            except MeLocalError as error:
-                raise api_error(error) from None
-            self._stream, self._events = stream, events
-            self._thread.submit(self._pump, stream, lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
-            try:
-                async for event in _until_reply(events):
-                    yield event
-            finally:
-                stream.cancel()
+        self._require_room()
+        self._loop = asyncio.get_running_loop()
+        events: Events = asyncio.Queue()
+        following = enumerate(asks)
+        jobs: dict[int, Job] = {}
+
+        def ask_for(count: int) -> None:
+            for index, ask in islice(following, count):
+                jobs[index] = Job(ask, partial(_put, events, index), admitted=index > 0)
+                self._enter(jobs[index])
+
+        try:
+            ask_for(self._making.places)
+            while jobs:
+                index, event = await events.get()
+                if isinstance(event, Exception):
+                    raise api_error(event) if isinstance(event, MeLocalError) else event
+                if isinstance(event, Reply):
+                    del jobs[index]
+                    ask_for(1)
+                yield index, event
+        finally:
+            for job in jobs.values():
+                self._leave(job)
 
     def drain(self) -> None:
-        """Begin no more replies."""
+        """Begin no more replies, but for requests that had their turn."""
         self._draining = True
+        for job in [job for job in self._waiting if not job.admitted]:
+            self._waiting.remove(job)
+            job.hear(_shutting_down())
 
     def cancel(self) -> None:
-        """End the reply that is being made, and do not wait for its piece."""
-        if self._stream and self._events:
-            self._stream.cancel()
-            self._events.put_nowait(_shutting_down())
+        """End the replies that are being made, and do not wait for their pieces."""
+        for job in [*self._waiting, *self._running]:
+            self._leave(job)
+            job.hear(_shutting_down())
 
     def close(self) -> None:
         """End what is being made, and the thread."""
         self.drain()
         self.cancel()
+        self._thread.submit(int).result()  # by then all that were cancelled have left their places
         self._thread.shutdown()
 
-    @asynccontextmanager
-    async def _place(self, admitted: bool) -> AsyncIterator[None]:
-        """A place in the queue, and then the turn. Raises ApiError."""
-        if not admitted and self._turn.locked() and self._waiting >= self._queue:
-            raise ApiError(429, f"{self._waiting} replies are waiting already", code="queue_full", retry=self._retry())
-        came = time.monotonic()
-        self._waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            if self._draining and not admitted:
-                raise _shutting_down()
-            self._metrics.waited.observe(time.monotonic() - came)
-            yield
-        finally:
-            self._turn.release()
+    def _require_room(self) -> None:
+        """Raise ApiError where nothing new can be asked for."""
+        if self._draining:
+            raise _shutting_down()
+        if len(self._running) >= self._making.places and len(self._waiting) >= self._queue:
+            message = f"{len(self._waiting)} replies are waiting already"
+            raise ApiError(429, message, code="queue_full", retry=self._retry())
 
     def _retry(self) -> int:
         """Seconds until half of those that wait should have been served."""
         mean = self._seconds / self._made if self._made else 1.0
-        return max(1, min(_LONGEST_RETRY, math.ceil(mean * self._waiting / 2)))
+        return max(1, min(_LONGEST_RETRY, math.ceil(mean * len(self._waiting) / 2 / self._making.places)))
 
-    def _start(self, ask: Ask) -> ReplyStream:
-        # A seed asks for a reply that can be had again, and that must not depend on what is in the cache.
-        alone = ask.overrides.seed is not None
-        raw = isinstance(ask.prompt, str)
-        return self.ensemble.stream(ask.prompt, ask.overrides, raw=raw, alone=alone, top=ask.top)
+    # In the event loop.
 
-    def _pump(self, stream: ReplyStream, put: Put) -> None:
-        """Run a stream to its end; whatever happens, the last event is the reply or a failure."""
+    def _enter(self, job: Job) -> None:
+        self._waiting.append(job)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Let those that came first begin."""
+        while self._waiting and len(self._running) < self._making.places:
+            job = self._waiting.popleft()
+            self._metrics.waited.observe(time.monotonic() - job.came)
+            self._running.add(job)
+            self._thread.submit(self._begin, job)
+
+    def _leave(self, job: Job) -> None:
+        """Nobody listens to this one any more."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        elif job in self._running:
+            self._running.remove(job)
+            job.stop()
+            self._thread.submit(self._cancel, job)  # which comes before whatever takes its place
+            self._fill()
+
+    def _hear(self, events: Iterable[tuple[Job, Event | Exception]]) -> None:
+        for job, event in events:
+            if job in self._running:
+                if not isinstance(event, Step):
+                    self._running.remove(job)
+                job.hear(event)
+        self._fill()
+
+    # In the thread.
+
+    def _begin(self, job: Job) -> None:
         try:
-            try:
-                for step in stream:
-                    put(step)
-            finally:
-                self._count(stream.reply)
+            self._making.begin(job)
         except Exception as error:
-            put(error)
-        else:
-            put(stream.reply)
+            self._tell([(job, error)])
+        self._go_on_if_busy()
 
-    def _count(self, reply: Reply) -> None:
-        self._metrics.count(reply)
+    def _go_on(self) -> None:
+        self._going = False
+        self._report(self._making.step())
+        self._go_on_if_busy()
+
+    def _go_on_if_busy(self) -> None:
+        # Behind what has come meanwhile.
+        if self._making.busy and not self._going:
+            self._going = True
+            self._thread.submit(self._go_on)
+
+    def _cancel(self, job: Job) -> None:
+        self._report(self._making.cancel(job))
+
+    def _report(self, written: Iterable[Written]) -> None:
+        events: list[tuple[Job, Event | Exception]] = []
+        for one in written:
+            events += [(one.job, step) for step in one.steps]
+            if one.reply:
+                events.append((one.job, self._end(one.reply, one.error)))
+        self._tell(events)
+
+    def _end(self, reply: Reply, error: Exception | None) -> Event | Exception:
+        """Count a reply; what its listener hears at last."""
+        try:
+            self._metrics.count(reply)
+        except Exception as failure:
+            return failure
         self._made, self._seconds = self._made + 1, self._seconds + reply.seconds
+        return error or reply
+
+    def _tell(self, events: list[tuple[Job, Event | Exception]]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # once the loop is closed nobody listens
+            self._loop.call_soon_threadsafe(self._hear, events)
+
+
+def _put(events: Events, index: int, event: Event | Exception) -> None:
+    events.put_nowait((index, event))
 
 
 def _shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down")
-
-
-async def _until_reply(events: "asyncio.Queue[Event | Exception]") -> AsyncGenerator[Event, None]:
-    while True:
-        event = await events.get()
-        if isinstance(event, MeLocalError):
-            raise api_error(event)
-        if isinstance(event, Exception):
-            raise event
-        if isinstance(event, Reply) and event.finish_reason == "cancelled":
-            raise _shutting_down()
-        yield event
-        if isinstance(event, Reply):
-            return
