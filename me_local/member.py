@@ -73,6 +73,7 @@ class Member:
         self.states: States | None = None
         self.seconds = 0.0
         self._closed = False
+        self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
         _require_memory(config, weights, cells, sequences)
@@ -208,8 +209,10 @@ class Member:
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the threads, one of so many, from now on."""
-        count = max(1, (self.config.n_threads or usable_cores()) // parts)
-        llama_cpp.llama_set_n_threads(self._context, count, count)
+        if parts != self._parts:
+            self._parts = parts
+            count = max(1, (self.config.n_threads or usable_cores()) // parts)
+            llama_cpp.llama_set_n_threads(self._context, count, count)
 
     def forget(self) -> None:
         """Empty the cache."""

@@ -8,9 +8,11 @@ that passes on a machine passes there again.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -270,3 +272,16 @@ def test_going_on_with_an_earlier_run(open_batch: OpenBatch, names: Sequence[str
     earlier = {index: whole[index].stretch for index in finished}
     rest = {f.index: content(f) for f in ensemble.generate_many(asks(lengths=True), SETTINGS, earlier=earlier)}
     assert rest == {index: content(f) for index, f in whole.items() if index not in finished}
+
+
+def test_all_cores_are_back_for_replies_of_another_kind(open_batch: OpenBatch) -> None:
+    """CE with its members at the same time leaves each half of the cores, whoever runs next."""
+    ensemble = open_batch("bpe_a", "spm", batch=2)
+    ensemble.members[0].config = ensemble.members[1].config = replace(ensemble.members[0].config, n_threads=4)
+    contexts = [member._context for member in ensemble.members]
+    at_once = Overrides(strategy="ce", parallel=True, max_tokens=3)
+    for reply in (ensemble.generate, lambda *asked: list(ensemble.generate_many(asked[:1] * 2, asked[1]))):
+        reply("Hello", at_once)
+        assert [llama_cpp.llama_n_threads(context) for context in contexts] == [2, 2]
+        list(ensemble.generate_many(["Hello"] * 2, Overrides(max_tokens=3)))
+        assert [llama_cpp.llama_n_threads(context) for context in contexts] == [4, 4]
