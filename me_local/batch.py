@@ -7,22 +7,19 @@ record, and the run goes on.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-
-from pydantic import TypeAdapter, ValidationError
 
 from me_local.chat import parse_messages
 from me_local.config import Overrides
 from me_local.ensemble import Ask, Ensemble
 from me_local.errors import InputError
 from me_local.jsonl import parse_object
-from me_local.records import finished_records
+from me_local.records import finished_records, route_record, stretch_of
 from me_local.routing import Stretch
 from me_local.templates import Message
 
-_STRETCH = TypeAdapter(Stretch)
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
 
 
@@ -66,7 +63,7 @@ def run(
     for finished in ensemble.generate_many(asks, raw=raw, earlier=earlier):
         record: dict[str, Any] = {"id": jobs[finished.index].id}
         record |= finished.reply.as_dict() if finished.reply else {"error": str(finished.error)}
-        yield record | ({"route": asdict(finished.stretch)} if finished.stretch else {})
+        yield record | route_record(finished.stretch)
 
 
 def finished_jobs(path: Path) -> dict[str | int, Stretch | None]:
@@ -74,17 +71,8 @@ def finished_jobs(path: Path) -> dict[str | int, Stretch | None]:
 
     Raises what `finished_records` raises.
     """
-    return dict(_finished(record, f"{path}, line {i}") for i, record in enumerate(finished_records(path), start=1))
-
-
-def _finished(record: dict[str, Any], where: str) -> tuple[str | int, Stretch | None]:
-    id_ = record["id"] if isinstance(record["id"], int) else str(record["id"])
-    if record.get("route") is None:
-        return id_, None
-    try:
-        return id_, _STRETCH.validate_python(record["route"])
-    except ValidationError:
-        raise InputError(f"{where}: not a record of an earlier run; give another --output") from None
+    records = finished_records(path)
+    return {r["id"] if isinstance(r["id"], int) else str(r["id"]): stretch_of(r) for r in records}
 
 
 def _parse(line: bytes, number: int, where: str) -> Job:

@@ -68,10 +68,25 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchSpeed:
+    """Pieces per second of `batch` replies all together, the median over the rounds, and what t_i(k) let expect.
+
+    `kind` is a way of `cost.pieces_per_second`, or "single" for the member `name`.
+    """
+
+    batch: int
+    kind: str
+    name: str
+    pieces: float
+    predicted: float
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What was measured. `speed_up` is ME over CE (one after the other), the median of the rounds' ratios; `limit`
     what it can be at most; `outside_seconds` the median time of an ME step outside `llama_decode`; `memory_bytes` the
-    members' weights, caches and buffers, where llama.cpp tells them.
+    members' weights, caches and buffers, where llama.cpp tells them; `batches` the speeds of several replies at once,
+    where these were measured.
     """
 
     machine: dict[str, Any]
@@ -82,6 +97,7 @@ class Report:
     limit: float
     outside_seconds: float
     memory_bytes: int | None
+    batches: tuple[BatchSpeed, ...] = ()
 
     def speed(self, kind: Kind) -> Speed:
         """The contestant of a kind; of single members, the fastest."""

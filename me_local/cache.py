@@ -24,8 +24,8 @@ class Cache:
     """The cells of one sequence.
 
     `name` is the member's, for errors; `window` the number of tokens that a layer with a sliding window looks back at,
-    where older cells are dropped, else 0; `cuttable` says whether any part of the memory can be dropped. `twin` is
-    another sequence that has the same cells, if there is one: see `Member`.
+    or 0; `cuttable` says whether any part of the memory can be dropped. `twin` is another sequence that has the same
+    cells, if there is one: see `Member`.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Cache:
         self._reach = 0  # the largest length that the memory may have had since it was filled
         self._numbers = (sequence,) if twin is None else (sequence, twin)
         self._only = llama_cpp.llama_n_seq_max(context) == 1
+        self._robbed = not self._only and twin is None  # of cells that a window has passed
         self._context = context
         self._memory = llama_cpp.llama_get_memory(context)
         self._name = name
@@ -80,7 +81,7 @@ class Cache:
             return length
         # The mirror goes first: one that is short of the memory is mended here, one beyond it would go unnoticed.
         self._shorten(length)
-        if not self._remove(length) or not self._has_window():
+        if not self._remove(length) or not self._has_window(length):
             self._restore()
         self._certain = True
         return self.length
@@ -100,7 +101,8 @@ class Cache:
 
     def lends(self, ids: IntArray) -> int:
         """How many of `ids` another sequence can take over from this one."""
-        return self.usable(ids, alone=False)
+        # Cells of two sequences are not given up behind the window, for which alone there is room.
+        return 0 if self._window and self._robbed else self.usable(ids, alone=False)
 
     def borrow(self, other: "Cache", length: int) -> None:
         """Hold the first `length` tokens of another sequence, which it `lends`, instead of what is there."""
@@ -109,6 +111,7 @@ class Cache:
         self.expect(other._reach)
         self._copy(other.sequence)
         self.add(other.ids)
+        self.expect(0)  # one that was put back may lack what is older than its window
         if other.checkpoints:
             self.checkpoints = other.checkpoints.copy()
         self.cut(min(length, self.length))
@@ -141,6 +144,7 @@ class Cache:
             return
         self._copy(self.sequence)
         self.add(state.ids)
+        self.expect(0)
         self.alone = state.alone
         if state.checkpoints:
             self.checkpoints = state.checkpoints.copy()
@@ -150,6 +154,7 @@ class Cache:
         kept = states.best(self._name, ids, alone=alone)
         usable = self.usable(ids, alone=alone)
         if self.length - usable >= WORTH and self._state_size() <= states.budget:
+            self._make_room_to_go_back()
             states.add(self._name, self.save())
         if kept and kept.usable(ids, alone=alone) >= usable + WORTH:
             self.restore(kept)
@@ -167,15 +172,24 @@ class Cache:
             if number != sequence:
                 llama_cpp.llama_memory_seq_cp(self._memory, sequence, number, 0, -1)
 
-    def _has_window(self) -> bool:
-        """Whether it still has all cells that the next token looks at."""
-        if not self._window or self.length == 0:
+    def _make_room_to_go_back(self) -> None:
+        """Drop the end of what is to be saved: a state leaves out what is older than the window of its last token.
+
+        Where a conversation goes on, the last tokens of what was said are often cut otherwise.
+        """
+        target = max(self.alone, self.length - WORTH)
+        if self._window and self.checkpoints is None and self._has_window(target):
+            self.cut(target)
+
+    def _has_window(self, length: int) -> bool:
+        """Whether it has all cells that a token behind the first `length` looks at."""
+        if not self._window or length == 0:
             return True
-        if not self._only:
+        if self._robbed:
             # Another sequence may have taken any cell that was out of the window at the largest length.
-            return self.length == self._reach or self._reach < self._window
+            return length == self._reach or self._reach < self._window
         first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, self.sequence)
-        return 0 <= first <= max(0, self.length - self._window)
+        return 0 <= first <= max(0, length + 1 - self._window)
 
     def _shorten(self, length: int) -> None:
         self._certain = False
@@ -194,7 +208,7 @@ class Cache:
             # The recurrent part no longer stands behind this position, so a hybrid drops its attention's cells there.
             rest = read == size and llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, newest.length, -1)
             self._reach = newest.length
-            if rest and self._has_window():
+            if rest and self._has_window(newest.length):
                 return
         self.forget()
 

@@ -8,15 +8,17 @@ each arm (a member alone, or the ensemble in some way) whether its answer is rig
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from me_local.config import Overrides, Strategy
-from me_local.ensemble import Ensemble
-from me_local.errors import ConfigError, InputError
+from me_local.ensemble import Ask, Ensemble
+from me_local.errors import ConfigError, InputError, RunError
+from me_local.records import route_record, stretch_of
+from me_local.reply import Reply
 from me_local.scoring import Score
 from me_local.tasks import Question, Task
 
@@ -57,8 +59,11 @@ class Method(Protocol):
     def jobs(self, task: Task, questions: Sequence[Question]) -> Iterator[Job]:
         """The records that questions of a task need."""
 
-    def record(self, ensemble: Ensemble, job: Job) -> Record:
-        """Do one job. Raises InputError that names the question, RunError."""
+    def records(self, ensemble: Ensemble, jobs: Sequence[Job], done: Mapping[str, Record]) -> Iterator[Record]:
+        """The records of the jobs that are not `done`, each as soon as it is there.
+
+        Raises InputError that names the question, RunError.
+        """
 
 
 class Likelihood:
@@ -77,8 +82,11 @@ class Likelihood:
             raise InputError(f'task "{task.name}" has no choices to score: use --method sampling')
         return (Job(task, question) for question in questions)
 
-    def record(self, ensemble: Ensemble, job: Job) -> Record:
+    def records(self, ensemble: Ensemble, jobs: Sequence[Job], done: Mapping[str, Record]) -> Iterator[Record]:
         """The log-likelihoods of the choices, in nats, and which arms are right."""
+        return (self._record(ensemble, job) for job in jobs if job.id not in done)
+
+    def _record(self, ensemble: Ensemble, job: Job) -> Record:
         assert job.task.scoring is not None
         scoring = job.task.scoring(job.question)
         scores = [_scored(ensemble, job, scoring.prompt, text) for text in scoring.continuations]
@@ -114,29 +122,41 @@ class Sampling:
             for arm in self.arms:
                 yield from (Job(task, question, arm, run) for run in range(self._runs))
 
-    def record(self, ensemble: Ensemble, job: Job) -> Record:
-        """The reply, the answer that was found in it, and whether it is right."""
-        # Members and strategies must not share random numbers, nor all questions the same route.
-        seed = zlib.crc32(job.id.encode())
-        single = job.arm in self._singles
-        overrides = Overrides(
-            strategy=_STRATEGIES.get(job.arm, "me"),
-            weights={name: float(name == job.arm) for name in ensemble.names} if single else None,
-            seed=seed,
+    def records(self, ensemble: Ensemble, jobs: Sequence[Job], done: Mapping[str, Record]) -> Iterator[Record]:
+        """The replies, the answers that were found in them, and whether these are right.
+
+        One arm after the other, because replies at once are quick where all of them need the same member.
+        """
+        for arm in self.arms:
+            of_arm = [job for job in jobs if job.arm == arm]
+            earlier = {i: stretch_of(done[job.id]) for i, job in enumerate(of_arm) if job.id in done}
+            asks = [Ask(job.task.messages(job.question), Overrides(seed=_seed(job))) for job in of_arm]
+            overrides = self._overrides(ensemble, arm)
+            for finished in ensemble.generate_many(asks, overrides, earlier=earlier):
+                job = of_arm[finished.index]
+                if isinstance(finished.error, InputError):
+                    raise InputError(f"{job.task.name}, question {job.question.id}: {finished.error}")
+                if finished.reply is None:
+                    raise finished.error or RunError("the reply is missing")
+                yield self._record(job, finished.reply) | route_record(finished.stretch)
+
+    def _overrides(self, ensemble: Ensemble, arm: str) -> Overrides:
+        return Overrides(
+            strategy=_STRATEGIES.get(arm, "me"),
+            weights={name: float(name == arm) for name in ensemble.names} if arm in self._singles else None,
+            seed=zlib.crc32(arm.encode()),  # of the route
             temperature=1.0,
             top_k=self._top_k,
             top_p=1.0,
             min_p=0.0,
             max_tokens=MAX_TOKENS,
         )
-        try:
-            reply = ensemble.generate(job.task.messages(job.question), overrides)
-        except InputError as error:
-            raise InputError(f"{job.task.name}, question {job.question.id}: {error}") from None
+
+    def _record(self, job: Job, reply: Reply) -> Record:
         return _record(job, self.settings) | {
             "arm": job.arm,
             "run": job.run,
-            "seed": seed,
+            "seed": reply.seed,
             "answer": job.question.answer,
             "found": job.task.extract(job.question, reply.text),
             "correct": {ACCURACY: {job.arm: job.task.correct(job.question, reply.text)}},
@@ -231,6 +251,11 @@ def _shown(cell: Cell | None) -> str:
         return ""
     text = f"{cell.accuracy:.1%}" + (f" ± {100 * cell.error:.1f}" if cell.error is not None else "")
     return text + (f" ({100 * cell.gain:+.1f})" if cell.gain is not None else "")
+
+
+def _seed(job: Job) -> int:
+    # Members and strategies must not share random numbers.
+    return zlib.crc32(job.id.encode())
 
 
 def _scored(ensemble: Ensemble, job: Job, prompt: str, continuation: str) -> Score:

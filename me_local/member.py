@@ -107,8 +107,9 @@ class Member:
             self._add_adapter(self.config.lora)
         cells: int = llama_cpp.llama_n_ctx(self._context) // sequences
         self.n_ctx = min(cells, self.weights.trained_context or cells)
-        window = 0 if self.config.swa_full else self.weights.window
-        cuttable = not window and self.weights.memory not in ("recurrent", "hybrid")
+        window = self.weights.window
+        evicts = window > 0 and not self.config.swa_full
+        cuttable = not evicts and self.weights.memory not in ("recurrent", "hybrid")
         self.caches = tuple(
             Cache(self._context, i, name=self.name, cells=cells, window=window, cuttable=cuttable, twin=twin)
             for i, twin in enumerate(range(sequences, 2 * sequences) if self._twins else [None] * sequences)

@@ -10,10 +10,10 @@ from me_local.bench import Report
 
 def plot_bench(report: Report, path: Path) -> None:
     """Write the picture, in the format of the file's suffix. Raises OSError."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    bars, curves = figure.subplots(1, 2)
-    _bars(bars, report)
-    _curves(curves, report)
+    panels = [_bars, _curves, _batches] if report.batches else [_bars, _curves]
+    figure = Figure(figsize=(5.5 * len(panels), 4.5), layout="constrained")
+    for draw, axes in zip(panels, figure.subplots(1, len(panels)), strict=True):
+        draw(axes, report)
     figure.savefig(path, dpi=150, format=path.suffix.lstrip(".") or "png")
 
 
@@ -30,6 +30,18 @@ def _bars(axes: Axes, report: Report) -> None:
         axes.legend()
     axes.set_ylabel("pieces per second")
     axes.tick_params(axis="x", rotation=20)
+
+
+def _batches(axes: Axes, report: Report) -> None:
+    for i, name in enumerate(dict.fromkeys(speed.name for speed in report.batches)):
+        speeds = [speed for speed in report.batches if speed.name == name]
+        counts = [speed.batch for speed in speeds]
+        axes.plot(counts, [speed.pieces for speed in speeds], marker="o", color=f"C{i}", label=name)
+        axes.plot(counts, [speed.predicted for speed in speeds], linestyle=":", color=f"C{i}")
+    axes.set_xlabel("replies at once (dotted: by what evaluations cost)")
+    axes.set_ylabel("pieces per second, all together")
+    axes.set_ylim(bottom=0)
+    axes.legend()
 
 
 def _curves(axes: Axes, report: Report) -> None:

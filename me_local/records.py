@@ -4,12 +4,17 @@ Whenever a run ends, what was finished is in the file, and a last line that was 
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from me_local.errors import InputError, RunError
+from me_local.routing import Stretch
 
 _START = b'{"id": '
+_STRETCH = TypeAdapter(Stretch)
 
 
 def finished_records(path: Path) -> list[dict[str, Any]]:
@@ -55,10 +60,21 @@ def write_record(file: IO[bytes], record: dict[str, Any]) -> None:
         ) from None
 
 
+def route_record(stretch: Stretch | None) -> dict[str, Any]:
+    """What a record says of the part of a shared route that its reply took."""
+    return {"route": asdict(stretch)} if stretch else {}
+
+
+def stretch_of(record: dict[str, Any]) -> Stretch | None:
+    """The part of a shared route that the reply of a record took, if it says."""
+    return _STRETCH.validate_python(record["route"]) if record.get("route") is not None else None
+
+
 def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
         record["id"]
+        stretch_of(record)
     except (ValueError, TypeError, KeyError, RecursionError):
         raise _strange(where) from None
     return dict(record)

@@ -24,7 +24,9 @@ import llama_cpp
 from bench_step import aligning, inside, outside
 
 import me_local
+from me_local import bench_batch
 from me_local.bench import endless, make_generation, sample_text
+from me_local.bench_batch import bench_batches
 from me_local.cli.bench import repeated
 from me_local.config import Config, load_config
 from me_local.ensemble import Ensemble
@@ -215,7 +217,24 @@ def start(given: Given) -> Iterator[Check]:
     yield Check("loading to the sum of plain Llama(...)", median(ours) / median(theirs), 1.3, False)
 
 
-CHECKS = {"limit": limit, "step": step, "single": single, "flat": flat, "growth": growth, "start": start}
+def batch(given: Given) -> Iterator[Check]:
+    """Several replies at once are faster than one at a time, and a shared route keeps ME's gain."""
+    config = load_config(given.models)
+    bench_batch.STEPS = 24 if given.short else 100
+    counts = (1, 4, 16)
+    found = bench_batches(config, counts, lambda: None)
+    speeds = {(speed.batch, speed.kind): speed.pieces for speed in found if speed.kind != "single"}
+    for (count, kind), pieces in speeds.items():
+        print(f"  {count} at once, {kind}: {pieces:.1f} pieces/s")
+    yield Check("ME, 16 at once to one at a time", speeds[16, "me shared"] / speeds[1, "me shared"], 1.8, True)
+    yield Check("4 at once, ME to CE", speeds[4, "me shared"] / speeds[4, "ce"], 1.2, True)
+    yield Check("16 at once, ME to CE", speeds[16, "me shared"] / speeds[16, "ce"], 0.95, True)
+    for count in counts[1:]:
+        ratio = speeds[count, "me shared"] / speeds[count, "me own"]
+        yield Check(f"{count} at once, shared route to own routes", ratio, 1.0, True)
+
+
+CHECKS = {check.__name__: check for check in (limit, step, single, flat, growth, start, batch)}
 
 
 def main() -> int:

@@ -93,7 +93,7 @@ def test_replies_are_those_of_generate(
     jobs = list(method.jobs(task, questions[:1]))
     assert [job.id for job in jobs[:3]] == ["gsm8k/g0/bpe_a/0", "gsm8k/g0/bpe_a/1", "gsm8k/g0/spm/0"]
     assert len({job.id for job in jobs}) == len(jobs) == 8
-    made = [method.record(ensemble, job) for job in jobs]
+    made = list(method.records(ensemble, jobs, {}))
     assert len({record["seed"] for record in made}) == 8
     for record in made:
         shaped = Overrides(seed=record["seed"], max_tokens=8, temperature=1.0, top_k=5, top_p=1.0, min_p=0.0)

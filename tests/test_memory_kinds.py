@@ -172,7 +172,7 @@ def test_a_cache_that_loses_what_leaves_the_window(open_member: OpenMember) -> N
     beginning = np.random.default_rng(4).integers(3, 340, 400).tolist()
     ids = np.array(beginning, dtype=np.int32)
     member.sync(ids)
-    assert llama_cpp.llama_memory_seq_pos_min(member._memory, 0) > 100
+    assert llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(member._context), 0) > 100
     assert member.sync(ids[:100]).tokens == 100, "its first 100 tokens are lost"
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         lambda: MemoryMachine(member, reference, beginning),

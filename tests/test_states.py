@@ -12,7 +12,7 @@ import me_local
 from me_local import Chat, Overrides
 from me_local.checkpoints import Checkpoint, Checkpoints
 from me_local.member import Member
-from me_local.states import State, States
+from me_local.states import WORTH, State, States
 
 OpenMember = Callable[..., Member]
 OpenEnsemble = Callable[..., me_local.Ensemble]
@@ -130,4 +130,5 @@ def test_conversations_in_turn_pay_only_what_is_new(open_ensemble: OpenEnsemble,
     replies = [[chat.say(f"turn {turn}").finish() for chat in chats] for turn in range(3)]
     for usage in [usage for turn in replies[1:] for reply in turn for usage in reply.usage]:
         assert usage.prompt_length > 80
-        assert usage.prompt_evaluated <= 50
+        # Of a model with a sliding window the last tokens are not kept.
+        assert usage.prompt_evaluated <= 50 + WORTH * (usage.member == "swa")

@@ -1,6 +1,8 @@
 """`me-local bench`: how fast the ensemble is on this machine, and how fast it could be."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from me_local.bench import Report, Speed, work
+from me_local.bench import BatchSpeed, Report, Speed, work
 from me_local.bench import bench as run_bench
+from me_local.bench_batch import batch_work, bench_batches
 from me_local.cli.display import make_console
-from me_local.cli.options import load, models_option, weights_option
+from me_local.cli.options import LARGEST_BATCH, load, models_option, weights_option
 from me_local.config import Config, Overrides, load_config, override, parse_weights
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError
@@ -24,8 +27,11 @@ from me_local.errors import ConfigError, InputError
 @weights_option
 @click.option("--members", "count", type=click.IntRange(1, 64), help="The first member so many times, equal weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; times are in seconds, sizes in bytes.")
+@click.option("--batch", metavar="N,N,...", help="Measure so many replies at once, too, such as 1,2,4,8.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write bars and curves, as PNG.")
-def bench(models: Path, weights: str | None, count: int | None, as_json: bool, plot: Path | None) -> None:
+def bench(
+    models: Path, weights: str | None, count: int | None, as_json: bool, batch: str | None, plot: Path | None
+) -> None:
     """Measure the speed of each member alone, of CE and of ME, and the limit that ME could reach.
 
     End of generation is never sampled, so that all write equally long.
@@ -35,8 +41,11 @@ def bench(models: Path, weights: str | None, count: int | None, as_json: bool, p
         names = [member.name for member in config.members]
         config = override(config, Overrides(weights=parse_weights(weights, names)))
     config = repeated(config, count) if count else config
+    counts = _counts(batch) if batch else []
     with load(config) as ensemble:
         report = _run(ensemble)
+    if counts:
+        report = replace(report, batches=_run_batches(config, counts))
     if plot:
         _plot(report, plot)
     if as_json:
@@ -54,10 +63,28 @@ def repeated(config: Config, count: int) -> Config:
 
 
 def _run(ensemble: Ensemble) -> Report:
+    with _measuring(work(ensemble)) as advance:
+        return run_bench(ensemble, advance)
+
+
+@contextmanager
+def _measuring(total: int) -> Iterator[Callable[[], None]]:
     columns = (TextColumn("measuring"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=work(ensemble))
-        return run_bench(ensemble, lambda: progress.advance(task))
+        task = progress.add_task("measuring", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(1 <= count <= LARGEST_BATCH for count in counts):
+        raise InputError(f'--batch: must be numbers from 1 to {LARGEST_BATCH} with commas, got "{text}"')
+    return counts
+
+
+def _run_batches(config: Config, counts: list[int]) -> tuple[BatchSpeed, ...]:
+    with _measuring(batch_work(config, counts)) as advance:
+        return bench_batches(config, counts, advance)
 
 
 def _plot(report: Report, path: Path) -> None:
@@ -81,6 +108,9 @@ def _print(console: Console, report: Report) -> None:
     console.print()
     console.print(_calls(report))
     console.print()
+    if report.batches:
+        console.print(_batches(report.batches))
+        console.print()
     for line in remarks(report):
         console.print(line)
 
@@ -110,6 +140,17 @@ def _calls(report: Report) -> Table:
         rows.setdefault((call.member, call.context), []).append(f"{1000 * call.seconds:.1f}")
     for (member, context), figures in rows.items():
         table.add_row(member, str(context), *figures)
+    return table
+
+
+def _batches(speeds: Sequence[BatchSpeed]) -> Table:
+    counts = list(dict.fromkeys(speed.batch for speed in speeds))
+    titles = ["pieces/s of N at once", *map(str, counts)]
+    table = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in dict.fromkeys(speed.name for speed in speeds):
+        of_name = [speed for speed in speeds if speed.name == name]
+        table.add_row(name, *(f"{speed.pieces:.1f}" for speed in of_name))
+        table.add_row("  by t(k)", *(f"{speed.predicted:.1f}" for speed in of_name))
     return table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from me_local.cli.options import load, models_option, weights_option, with_weights
+from me_local.cli.options import batch_option, load_many, models_option, weights_option, with_weights
 from me_local.cli.progress import progress
 from me_local.config import Config, load_config
 from me_local.errors import InputError
@@ -46,6 +46,7 @@ _NAMES = ", ".join([*TASKS, "arc"])
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="For replies, as in generate.")
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where a record per answer goes.")
 @click.option("--resume", is_flag=True, help="Go on after the records that --output already has.")
+@batch_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def evaluate(
     models: Path,
@@ -60,6 +61,7 @@ def evaluate(
     top_k: int,
     output: Path | None,
     resume: bool,
+    batch: str | None,
     as_json: bool,
 ) -> None:
     """Put questions with known answers to the ensemble and to each member alone, and print who is right how often.
@@ -73,7 +75,7 @@ def evaluate(
     chosen = _method(config, method, _listed(strategies), runs, top_k, few_shot)
     jobs = _jobs(chosen, tasks, data, few_shot, limit)
     done = _done(output, resume, chosen.settings) if output else {}
-    records = _run(config, chosen, jobs, done, output)
+    records = _run(config, chosen, jobs, done, output, batch or ("auto" if method == "sampling" else "1"))
     names = [member.name for member in config.members]
     rows = tabulate(records, chosen.arms, [arm for arm in chosen.arms if arm in names])
     if as_json:
@@ -123,7 +125,7 @@ def _done(output: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Rec
 
 
 def _run(
-    config: Config, method: Method, jobs: Sequence[Job], done: dict[str, Record], output: Path | None
+    config: Config, method: Method, jobs: Sequence[Job], done: dict[str, Record], output: Path | None, batch: str
 ) -> list[Record]:
     """The records of all jobs; models are loaded only where some is missing."""
     missing = [job for job in jobs if job.id not in done]
@@ -131,10 +133,10 @@ def _run(
     if missing:
         with ExitStack() as stack:
             file = stack.enter_context(open_records(output)) if output else None
-            ensemble = stack.enter_context(load(config))
+            ensemble = stack.enter_context(load_many(config, batch, len(jobs)))
             advance = stack.enter_context(progress("answers", len(jobs), len(jobs) - len(missing)))
-            for job in missing:
-                made[job.id] = record = method.record(ensemble, job)
+            for record in method.records(ensemble, jobs, done):
+                made[record["id"]] = record
                 if file:
                     write_record(file, record)
                 advance()

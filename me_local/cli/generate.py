@@ -10,7 +10,14 @@ import click
 
 from me_local.batch import Job, finished_jobs, read_jobs, run
 from me_local.cli.interrupt import cancels
-from me_local.cli.options import batch_options, configured, load_many, models_option, sampling_options
+from me_local.cli.options import (
+    batch_option,
+    configured,
+    load_many,
+    models_option,
+    route_option,
+    sampling_options,
+)
 from me_local.cli.progress import progress
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble
@@ -31,7 +38,8 @@ from me_local.routing import Stretch
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where --input's records go.")
 @click.option("--resume", is_flag=True, help="Skip ids that --output already has.")
-@batch_options
+@batch_option
+@route_option
 @sampling_options
 def generate(
     prompt: str | None,

@@ -102,15 +102,16 @@ def with_weights(config: Config, weights: str | None) -> Config:
     return override(config, Overrides(weights=parse_weights(weights, [member.name for member in config.members])))
 
 
-def batch_options(command: Command) -> Command:
-    """Add --batch and --route."""
-    route = named(
-        "--route",
-        type=click.Choice(["shared", "own"]),
-        help="shared: replies at once draw the same members, which keeps ME's gain; own: each its own.",
-    )
-    batch = click.option("--batch", metavar="N", help="So many replies at once; auto: as many as are worth while.")
-    return batch(route(command))
+def batch_option(command: Command) -> Command:
+    """Add --batch."""
+    help_ = "So many replies at once; auto: as many as are worth while."
+    return click.option("--batch", metavar="N", help=help_)(command)
+
+
+def route_option(command: Command) -> Command:
+    """Add --route."""
+    help_ = "shared: replies at once draw the same members, which keeps ME's gain; own: each its own."
+    return named("--route", type=click.Choice(["shared", "own"]), help=help_)(command)
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+"""How fast an ensemble writes several replies at once: each member alone, CE, and ME with both kinds of route.
+
+For each number of replies the contestants take turns, in rounds, on the same contexts. Each writes until its replies
+have a certain number of pieces in all; end of generation is never sampled, and prompts are evaluated before the clock
+starts.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import numpy as np
+
+from me_local.batching import Batching
+from me_local.bench import BatchSpeed, endless, sample_text
+from me_local.config import Config
+from me_local.cost import CallCost, Way, measure, pieces_per_second
+from me_local.ensemble import Ensemble, make_request
+from me_local.reply import Draft
+from me_local.routing import SharedRoute
+from me_local.weights import Shelf
+
+ROUNDS = 3
+STEPS = 24
+"""Pieces that each contestant writes in a round, for each of its replies."""
+_PROMPT = 64  # pieces, about
+_ENDLESS = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Contestant:
+    kind: str
+    name: str
+    weights: tuple[float, ...]
+    way: Way
+
+
+def bench_batches(config: Config, counts: Sequence[int], advance: Callable[[], object]) -> tuple[BatchSpeed, ...]:
+    """Measure each of these numbers of replies; `advance` is called `batch_work(config, counts)` times.
+
+    Raises LoadError where the memory has no room for them.
+    """
+    shelf = Shelf()
+    try:
+        found: list[BatchSpeed] = []
+        for count in counts:
+            with Ensemble(config, batch=count, shelf=shelf) as ensemble:
+                found += _measured(ensemble, advance)
+        return tuple(found)
+    finally:
+        shelf.close()
+
+
+def batch_work(config: Config, counts: Sequence[int]) -> int:
+    """How often `bench_batches` reports progress."""
+    return len(counts) * (ROUNDS + 1) * len(_contestants(config))
+
+
+def _contestants(config: Config) -> list[_Contestant]:
+    weights = tuple(member.weight for member in config.members)
+    found = [
+        _Contestant("single", member.name, tuple(float(i == j) for j in range(len(weights))), "me shared")
+        for i, member in enumerate(config.members)
+    ]
+    if len(weights) > 1:
+        found.append(_Contestant("ce", "CE", weights, "ce"))
+        found.append(_Contestant("me shared", "ME, shared route", weights, "me shared"))
+        found.append(_Contestant("me own", "ME, own routes", weights, "me own"))
+    return found
+
+
+def _measured(ensemble: Ensemble, advance: Callable[[], object]) -> Iterator[BatchSpeed]:
+    contestants = _contestants(ensemble.config)
+    costs: list[CallCost] = [measure(member) for member in ensemble.members]
+    speeds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    for round_ in range(ROUNDS + 1):
+        for contestant in contestants:
+            speed = _run(ensemble, contestant, seed=round_)
+            advance()
+            if round_:  # the first warms up
+                speeds[contestant.name].append(speed)
+    for c in contestants:
+        predicted = pieces_per_second(costs, c.weights, ensemble.batch, c.way)
+        yield BatchSpeed(ensemble.batch, c.kind, c.name, median(speeds[c.name]), predicted)
+
+
+def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
+    route = SharedRoute(seed) if contestant.way == "me shared" else None
+    batching = Batching(endless(ensemble.engine), ensemble.members, route)
+    head, prompts = ensemble.raw_prompts(sample_text(_PROMPT), ensemble.config)
+    request = replace(
+        make_request(ensemble.config, prompts, head),
+        strategy="ce" if contestant.way == "ce" else "me",
+        unit="token",
+        argmax=False,
+        weights=np.array(contestant.weights),
+    )
+    draft = partial(Draft, request=request, names=ensemble.names, max_tokens=_ENDLESS, stop=())
+    running = [batching.begin(replace(request, seed=1000 * seed + i), draft) for i in range(ensemble.batch)]
+    while not all(one.draft.steps for one in running):
+        batching.step()
+    before = sum(len(one.draft.steps) for one in running)
+    started = time.perf_counter()
+    while (written := sum(len(one.draft.steps) for one in running) - before) < STEPS * len(running):
+        batching.step()
+    seconds = time.perf_counter() - started
+    for one in running:
+        batching.cancel(one)
+    return written / seconds
