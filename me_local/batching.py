@@ -112,13 +112,12 @@ class Batching:
         """
         written = self._without_pieces() + self._prefill()
         due = self._due()
-        if due:
-            written += self._advance(due)
-            if any(self._shares(running) for running in due):
-                self.clock += 1
-        elif not any(running._prompts for running in self._running):
-            starts = [running.starts for running in self._running]
-            self.clock = min(starts + self._occupied, default=self.clock)
+        written += self._advance(due)
+        shared = [running for running in self._running if self._shares(running)]
+        if any(self._shares(running) for running in due):
+            self.clock += 1
+        elif not any(running._prompts for running in shared):
+            self.clock = min([running.starts for running in shared] + self._occupied, default=self.clock)
         self._occupied = [until for until in self._occupied if until > self.clock]
         return written
 

@@ -9,12 +9,14 @@ replies at once therefore costs
 With own routes, that member is evaluated for which most replies wait; how often each is, a simulation tells.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
 import numpy as np
+from scipy.optimize import nnls
 
 from me_local.alignment import FloatArray
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
@@ -45,8 +47,8 @@ def fitted(seconds: dict[int, float]) -> CallCost:
     tokens = np.array(list(seconds), dtype=np.float64)
     weights = 1 / np.array(list(seconds.values()))  # relative errors count
     columns = np.stack([weights, weights * tokens], axis=1)
-    (reading, token), *_ = np.linalg.lstsq(columns, np.ones(len(tokens)), rcond=None)
-    return CallCost(max(0.0, float(reading)), max(0.0, float(token)))
+    (reading, token), _ = nnls(columns, np.ones(len(tokens)))
+    return CallCost(float(reading), float(token))
 
 
 def pieces_per_second(costs: Sequence[CallCost], weights: Sequence[float], count: int, way: Way) -> float:
@@ -82,9 +84,11 @@ def measure(member: Member) -> CallCost:
     for round_ in range(_ROUNDS + 1):
         for tokens in _TOKENS:
             member.prepare(ids[: most - max(_TOKENS)])
-            took = member.sync(ids[: most - max(_TOKENS) + tokens]).seconds
+            started = time.perf_counter()
+            member.sync(ids[: most - max(_TOKENS) + tokens])
+            member.logits()  # waits for a GPU
             if round_:  # the first warms up
-                seconds.setdefault(tokens, []).append(took)
+                seconds.setdefault(tokens, []).append(time.perf_counter() - started)
     return fitted({tokens: median(times) for tokens, times in seconds.items()})
 
 

@@ -66,6 +66,8 @@ class Ensemble:
     def __init__(
         self, config: Config, on_load: OnLoad = lambda _: None, *, batch: int = 1, shelf: Shelf | None = None
     ) -> None:
+        if batch < 1:
+            raise ConfigError(f"batch: there is at least one reply at once, got {batch}")
         self.config = config
         self.batch = batch
         self.notices: list[str] = []

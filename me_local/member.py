@@ -32,6 +32,7 @@ from me_local.weights import Weights, first_errors, last_lines, supports_gpu
 LogitArray = npt.NDArray[np.float32]
 
 _LARGEST_BATCH = 512  # tokens that go through a model at once, as llama.cpp has it by default
+_MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
 CELL_BYTES = 48
 """Of position and sequences, besides keys and values (llama-kv-cells.h)."""
 _DECODE_ERRORS = {
@@ -72,6 +73,7 @@ class Member:
         self.states: States | None = None
         self.seconds = 0.0
         self._closed = False
+        self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
         _require_memory(config, weights, cells, sequences)
@@ -79,6 +81,12 @@ class Member:
         # then, unless they belong to another one, too (`llama_kv_cache::find_slot`).
         self._twins = bool(weights.window and config.swa_full and sequences > 1)
         numbers = sequences * (2 if self._twins else 1)
+        if numbers > _MOST_SEQUENCES:
+            most = _MOST_SEQUENCES * sequences // numbers
+            raise LoadError(
+                f'member "{config.name}": llama.cpp has room for {most} replies at once of this model, '
+                f"and {sequences} are wanted: lower --batch"
+            )
         self.n_batch = max(min(cells, config.n_batch), numbers)
         self._outputs = min(max(outputs, numbers), self.n_batch)
         self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, numbers)
@@ -202,8 +210,10 @@ class Member:
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the threads, one of so many, from now on."""
-        count = max(1, (self.config.n_threads or usable_cores()) // parts)
-        llama_cpp.llama_set_n_threads(self._context, count, count)
+        if parts != self._parts:
+            self._parts = parts
+            count = max(1, (self.config.n_threads or usable_cores()) // parts)
+            llama_cpp.llama_set_n_threads(self._context, count, count)
 
     def forget(self) -> None:
         """Empty the cache."""

@@ -8,10 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter
+
 from me_local.errors import InputError, RunError
 from me_local.routing import Stretch
 
 _START = b'{"id": '
+_STRETCH = TypeAdapter(Stretch)
 
 
 def finished_records(path: Path) -> list[dict[str, Any]]:
@@ -64,7 +67,7 @@ def route_record(stretch: Stretch | None) -> dict[str, Any]:
 
 def stretch_of(record: dict[str, Any]) -> Stretch | None:
     """The part of a shared route that the reply of a record took, if it says."""
-    return Stretch(**record["route"]) if "route" in record else None
+    return _STRETCH.validate_python(record["route"]) if record.get("route") is not None else None
 
 
 def _record(line: bytes, where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from pydantic import NonNegativeInt
 
 from me_local.alignment import FloatArray
 from me_local.errors import RunError
@@ -60,9 +61,9 @@ def route(router: Router, text: bytes, weights: FloatArray, able: Sequence[bool]
 class Stretch:
     """The part of a shared route that a reply took: its first step, and the one after its last."""
 
-    seed: int
-    start: int
-    end: int
+    seed: NonNegativeInt
+    start: NonNegativeInt
+    end: NonNegativeInt
 
 
 class SharedRoute:

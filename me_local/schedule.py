@@ -29,7 +29,6 @@ class Schedule:
 
     def __init__(self, models: Sequence[Shares]) -> None:
         self._models = models
-        self._parts = 1
         self._pool: ThreadPoolExecutor | None = None
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
 
@@ -42,10 +41,8 @@ class Schedule:
 
     def divide(self, parts: int) -> None:
         """Give each model one of so many parts of the cores."""
-        if parts != self._parts:
-            self._parts = parts
-            for model in self._models:
-                model.share_cores(parts)
+        for model in self._models:
+            model.share_cores(parts)
 
     def run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool | None) -> dict[int, Result]:
         """The results of all evaluations, by key, all at once or not; None: the way that is faster, or to be tried."""

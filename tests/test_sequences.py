@@ -270,7 +270,7 @@ def test_what_is_evaluated_anew_may_be_more_than_a_batch(
     sequences = Sequences(member)
     ids = {place: random_ids(90, place) for place in range(3)}
     sequences.sync(targets_of(ids))
-    other = {place: given[:70] + [7, 8, 9] for place, given in ids.items()}
+    other = {place: [*given[:70], 7, 8, 9] for place, given in ids.items()}
     all_equal_fresh(sequences.sync(targets_of(other, final=71)), reference, other)
 
 
