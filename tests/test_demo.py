@@ -81,8 +81,8 @@ COMMON = {
 def test_the_context_of_each_step_is_canonical(ensemble: Ensemble) -> None:
     stream = ensemble.stream(PROMPT, Overrides(seed=3, max_tokens=80), raw=True)
     for _ in stream:
-        text = stream._generation.text
-        for member, context in zip(ensemble.members, stream._generation._contexts, strict=True):
+        text = stream._draft.generation.text
+        for member, context in zip(ensemble.members, stream._draft.generation._contexts, strict=True):
             assert context.ids(text).tolist() == member.vocabulary.encode(text, at_start=True)
 
 

@@ -18,7 +18,7 @@ from me_local.alignment import Distribution, FloatArray
 from me_local.batches import Outputs, Part
 from me_local.cache import Cache
 from me_local.cli import main
-from me_local.engine import Engine, Generation, Request
+from me_local.engine import Course, Engine, Generation, Request
 from me_local.member import Member
 from me_local.verify import Report, g_test, verify
 from me_local.vocabulary import IntArray, TokenizedText
@@ -71,10 +71,10 @@ def test_it_finds_a_temperature_after_mixing(
 ) -> None:
     mixture = Generation._mixture
 
-    def tempered_last(self: Generation, weights: FloatArray) -> tuple[Distribution, dict[int, Distribution]]:
+    def tempered_last(self: Generation, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         request = self._request
         self._request = replace(request, sampling=tuple(replace(s, temperature=1.0) for s in request.sampling))
-        mixed, parts = mixture(self, weights)
+        mixed, parts = yield from mixture(self, weights)
         self._request = request
         sharpened = mixed.probabilities ** (1 / request.sampling[0].temperature)
         return Distribution(mixed.numbers, sharpened / sharpened.sum()), parts
