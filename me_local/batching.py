@@ -57,7 +57,8 @@ class Batching:
         self._sequences = [Sequences(member) for member in members]
         self._schedule = Schedule(members)
         self._running: list[Running] = []
-        self._places = list(range(len(members[0].caches)))
+        self._most = len(members[0].caches)
+        self._places = list(range(self._most))
         self._occupied: list[int] = []
 
     @property
@@ -97,7 +98,7 @@ class Batching:
         """The steps of the shared route that a finished reply took; None where it had its own."""
         if self._route is None or not self._shares(running):
             return None
-        return Stretch(self._route.seed, running.starts, self.clock)
+        return Stretch(self._route.seed, running.starts, self.clock, self._most)
 
     def cancel(self, running: Running) -> None:
         """End a reply."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from me_local.alignment import FloatArray
 from me_local.errors import RunError
@@ -59,11 +59,12 @@ def route(router: Router, text: bytes, weights: FloatArray, able: Sequence[bool]
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """The part of a shared route that a reply took: its first step, and the one after its last."""
+    """The part of a shared route that a reply took, one of `batch` at once: its first step, and that after its last."""
 
     seed: NonNegativeInt
     start: NonNegativeInt
     end: NonNegativeInt
+    batch: PositiveInt
 
 
 class SharedRoute:

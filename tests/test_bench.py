@@ -97,3 +97,23 @@ def test_copies_of_a_member_take_its_weights_once(write_models: WriteModels, tin
     one, four = (json.loads(CliRunner().invoke(main, [*command, count]).stdout)["memory_bytes"] for count in "14")
     weights = sum(int(tensor.n_bytes) for tensor in GGUFReader(tiny["bpe_c"]).tensors)
     assert four - weights == 4 * (one - weights)
+
+
+def test_several_replies_at_once(write_models: WriteModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("me_local.bench_batch.STEPS", 4)
+    models, picture = str(write_models("bpe_c", "spm")), tmp_path / "bench.png"
+    command = ["bench", "--models", models, "--batch"]
+    result = CliRunner().invoke(main, [*command, "1,3", "--json", "--plot", str(picture)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["batches"]
+    names = ["bpe_c", "spm", "CE", "ME, shared route", "ME, own routes"]
+    assert [(row["batch"], row["name"]) for row in rows] == [(count, name) for count in (1, 3) for name in names]
+    assert all(row["pieces"] > 0 and row["predicted"] > 0 for row in rows)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = CliRunner().invoke(main, [*command, "2"]).stdout
+    assert "pieces/s of N at once" in table
+    assert "ME, shared route" in table
+    for wrong in ("0", "1,x", "300", ","):
+        refused = CliRunner().invoke(main, [*command, wrong])
+        assert refused.exit_code == 2
+        assert "--batch: must be numbers from 1 to 256" in refused.stderr

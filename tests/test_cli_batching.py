@@ -45,7 +45,9 @@ def test_more_sequences_than_fit_into_memory_are_one_line(run: Run, write_models
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("me_local.member.available_memory", lambda: 10**6)
         result = run("generate", "Hello", "-n", 200, "--batch", 200, models=models)
-    one_line(result, 2, "not enough memory: 200 contexts of 2,048 tokens", "lower n_ctx or --batch")
+    one_line(
+        result, 2, "not enough memory: 200 contexts of 2,048 tokens", "lower n_ctx or the number of replies at once"
+    )
     assert many in result.stderr
 
 
@@ -57,10 +59,12 @@ def test_more_sequences_than_fit_into_memory_are_one_line(run: Run, write_models
         [1, 2],
         {},
         {"seed": 1, "start": 0},
-        {"seed": -1, "start": 0, "end": 3},
-        {"seed": 1, "start": 0, "end": "x"},
-        {"seed": 1, "start": -5, "end": 3},
-        {"seed": 1.5, "start": 0, "end": 3},
+        {"seed": 1, "start": 0, "end": 3},
+        {"seed": 1, "start": 0, "end": 3, "batch": 0},
+        {"seed": -1, "start": 0, "end": 3, "batch": 2},
+        {"seed": 1, "start": 0, "end": "x", "batch": 2},
+        {"seed": 1, "start": -5, "end": 3, "batch": 2},
+        {"seed": 1.5, "start": 0, "end": 3, "batch": 2},
     ],
 )
 def test_a_record_with_a_bad_route_is_one_line(run: Run, tmp_path: Path, route: Any) -> None:

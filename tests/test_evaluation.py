@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 from test_cli import one_line
 
-from me_local import ConfigError, Ensemble, Overrides
+from me_local import ConfigError, Ensemble, Overrides, load
 from me_local.cli import main
 from me_local.evaluation import ACCURACY, Cell, Job, Likelihood, Row, Sampling, markdown, spread, tabulate
 from me_local.tasks import TASKS, Question, read_questions
@@ -107,6 +107,23 @@ def test_replies_are_those_of_generate(
                 reply = ensemble.generate(task.messages(questions[0]), given)
                 assert record["reply"] == reply.text
                 assert record["correct"] == {"accuracy": {record["arm"]: task.correct(questions[0], reply.text)}}
+
+
+def test_replies_at_once_are_those_of_one_at_a_time(
+    data: Path, write_models: WriteModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Members alone and CE do not depend on a route, and ME has its own here."""
+    monkeypatch.setattr("me_local.evaluation.MAX_TOKENS", 8)
+    models = write_models("bpe_a", "spm", weights=(0.5, 0.5))
+    questions = read_questions(TASKS["gsm8k"], data)
+    found = []
+    for batch in (1, 4):
+        with load(models, Overrides(route="own"), batch=batch) as ensemble:
+            method = Sampling(ensemble.names, ["members", "me", "ce"], 2, 5, {})
+            made = method.records(ensemble, list(method.jobs(TASKS["gsm8k"], questions)), {})
+            found.append({r["id"]: (r["reply"], r["found"], r["correct"], r["seed"]) for r in made})
+    assert len(found[0]) == 3 * 2 * 4
+    assert found[0] == found[1]
 
 
 def test_a_table_of_replies(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

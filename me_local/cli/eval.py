@@ -14,7 +14,7 @@ from me_local.cli.progress import progress
 from me_local.config import Config, load_config
 from me_local.errors import InputError
 from me_local.evaluation import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
-from me_local.records import finished_records, open_records, require_new, write_record
+from me_local.records import finished_records, open_records, require_new, stretch_of, write_record
 from me_local.tasks import TASKS, find_tasks, read_questions
 
 _STRATEGIES = ("members", "me", "ce", "union")
@@ -133,7 +133,7 @@ def _run(
     if missing:
         with ExitStack() as stack:
             file = stack.enter_context(open_records(output)) if output else None
-            ensemble = stack.enter_context(load_many(config, batch, len(jobs)))
+            ensemble = stack.enter_context(load_many(config, batch, len(jobs), map(stretch_of, done.values())))
             advance = stack.enter_context(progress("answers", len(jobs), len(jobs) - len(missing)))
             for record in method.records(ensemble, jobs, done):
                 made[record["id"]] = record

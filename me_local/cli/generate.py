@@ -71,7 +71,7 @@ def generate(
     if prompt is not None or output is None or count > 1:
         raise click.UsageError("--input goes with --output, and not with a PROMPT or -n")
     jobs, done = _open_jobs(source, output, resume)
-    with open_records(output) as records, load_many(config, batch, len(jobs)) as ensemble:
+    with open_records(output) as records, load_many(config, batch, len(jobs), done.values()) as ensemble:
         _batch(ensemble, jobs, done, records, raw=raw)
 
 

@@ -1,6 +1,6 @@
 """Options that several commands have, and what they make of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from me_local.config import Config, MemberConfig, Overrides, load_config, overri
 from me_local.cost import Way, choose_batch
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
+from me_local.routing import Stretch
 from me_local.weights import Shelf
 
 LARGEST_BATCH = 256
@@ -123,8 +124,15 @@ def route_option(command: Command) -> Command:
 
 
 @contextmanager
-def load_many(config: Config, batch: str | None, count: int) -> Iterator[Ensemble]:
-    """Load an ensemble for the replies of --batch, of which there are `count` in all, and say how they are made."""
+def load_many(
+    config: Config, batch: str | None, count: int, earlier: Iterable[Stretch | None] = ()
+) -> Iterator[Ensemble]:
+    """Load an ensemble for the replies of --batch, of which there are `count` in all, and say how they are made.
+
+    Where a run goes on that took a shared route (`earlier`), "auto" is what it was there.
+    """
+    if batch == "auto":
+        batch = next((str(stretch.batch) for stretch in earlier if stretch), batch)
     if batch != "auto":
         wanted = min(_batch(batch or "1"), max(1, count))
         with load(config, batch=wanted) as ensemble:
