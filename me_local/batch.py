@@ -51,19 +51,18 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """A record for each job that is not `done`: `id` with the reply's `as_dict`, or `id` with `error`.
 
-    They come in the order in which they are finished. Where the route was shared, `route` has the part of it that the
-    reply took, so that a run can be continued as if it had not been interrupted.
+    They come in the order in which they are finished, those of jobs that are none at the end. Where the route was
+    shared, `route` has the part of it that the reply took, so that a run can be continued as if it had not been
+    interrupted.
     """
-    earlier: dict[int, Stretch | None] = {i: done[job.id] for i, job in enumerate(jobs) if job.id in done}
-    for index, job in enumerate(jobs):
-        if job.error and index not in earlier:
-            earlier[index] = None
-            yield {"id": job.id, "error": job.error}
+    earlier = {i: None if job.error else done[job.id] for i, job in enumerate(jobs) if job.error or job.id in done}
     asks = [Ask(job.prompt, job.overrides) for job in jobs]
     for finished in ensemble.generate_many(asks, raw=raw, earlier=earlier):
         record: dict[str, Any] = {"id": jobs[finished.index].id}
         record |= finished.reply.as_dict() if finished.reply else {"error": str(finished.error)}
         yield record | route_record(finished.stretch)
+    # One that repeats an id comes after the reply to the first, which would otherwise count as done when it is not.
+    yield from ({"id": job.id, "error": job.error} for job in jobs if job.error and job.id not in done)
 
 
 def finished_jobs(path: Path) -> dict[str | int, Stretch | None]:

@@ -24,6 +24,8 @@ from me_local.routing import SharedRoute, Stretch
 from me_local.schedule import Schedule
 from me_local.sequences import Outcome, Sequences, Target
 
+_TOKEN = 4  # bytes, about
+
 CHUNK = 256
 """Tokens of prompts that are evaluated between two steps, so that running replies do not stall."""
 
@@ -73,7 +75,7 @@ class Batching:
 
     def begin(self, request: Request, make: Callable[[Generation], Draft]) -> Running:
         """Give a reply a place; `make` makes its draft. Raises RunError when the router fails."""
-        longest = max(len(prompt) for prompt in request.prompts) + len(request.head)
+        longest = max(len(prompt) for prompt in request.prompts) + len(request.head) // _TOKEN
         starts = self.clock + longest // CHUNK
         numbers = self._route.begin(starts) if self._route and request.unit == "token" else None
         generation = Generation(self._engine, request, route=numbers)

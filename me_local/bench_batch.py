@@ -18,6 +18,7 @@ from me_local.bench import BatchSpeed, endless, sample_text
 from me_local.config import Config
 from me_local.cost import CallCost, Way, measure, pieces_per_second
 from me_local.ensemble import Ensemble, make_request
+from me_local.errors import RunError
 from me_local.reply import Draft
 from me_local.routing import SharedRoute
 from me_local.weights import Shelf
@@ -74,16 +75,16 @@ def _contestants(config: Config) -> list[_Contestant]:
 def _measured(ensemble: Ensemble, advance: Callable[[], object]) -> Iterator[BatchSpeed]:
     contestants = _contestants(ensemble.config)
     costs: list[CallCost] = [measure(member) for member in ensemble.members]
-    speeds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    speeds: dict[_Contestant, list[float]] = {contestant: [] for contestant in contestants}
     for round_ in range(ROUNDS + 1):
         for contestant in contestants:
             speed = _run(ensemble, contestant, seed=round_)
             advance()
             if round_:  # the first warms up
-                speeds[contestant.name].append(speed)
+                speeds[contestant].append(speed)
     for c in contestants:
         predicted = pieces_per_second(costs, c.weights, ensemble.batch, c.way)
-        yield BatchSpeed(ensemble.batch, c.kind, c.name, median(speeds[c.name]), predicted)
+        yield BatchSpeed(ensemble.batch, c.kind, c.name, median(speeds[c]), predicted)
 
 
 def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
@@ -100,12 +101,18 @@ def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
     draft = partial(Draft, request=request, names=ensemble.names, max_tokens=_ENDLESS, stop=())
     running = [batching.begin(replace(request, seed=1000 * seed + i), draft) for i in range(ensemble.batch)]
     while not all(one.draft.steps for one in running):
-        batching.step()
+        _step(batching)
     before = sum(len(one.draft.steps) for one in running)
     started = time.perf_counter()
     while (written := sum(len(one.draft.steps) for one in running) - before) < STEPS * len(running):
-        batching.step()
+        _step(batching)
     seconds = time.perf_counter() - started
     for one in running:
         batching.cancel(one)
     return written / seconds
+
+
+def _step(batching: Batching) -> None:
+    for one, _ in batching.step():
+        if one.draft.finish_reason:
+            raise one.error or RunError("a context is too short to measure several replies at once: raise n_ctx")

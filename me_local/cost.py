@@ -21,6 +21,7 @@ from scipy.optimize import nnls
 from me_local.alignment import FloatArray
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
 from me_local.member import CELL_BYTES, Member
+from me_local.weights import supports_gpu
 
 Way = Literal["me shared", "me own", "ce"]
 
@@ -29,6 +30,7 @@ MOST = 64
 _TOKENS = (1, 4, 16)
 _CONTEXT = 64  # tokens
 _ROUNDS = 3
+_UNKNOWN = 8
 _CALLS = 2000  # that are simulated
 _ENOUGH = 0.9  # of the highest speed: more replies at once only take memory then
 _SHARE = 0.7  # of the memory that is free
@@ -95,7 +97,8 @@ def measure(member: Member) -> CallCost:
 def choose_batch(members: Sequence[Member], weights: Sequence[float], way: Way, most: int) -> int:
     """How many replies at once, up to `most`: a power of two, the least that is nearly as fast as any that fits."""
     room = _that_fit(members)
-    counts = [2**i for i in range(7) if 2**i <= min(most, MOST, room)] or [1]
+    most = max(1, min(most, MOST, room))
+    counts = [2**i for i in range(most.bit_length())]
     costs = [measure(member) for member in members]
     speeds = {count: pieces_per_second(costs, weights, count, way) for count in counts}
     enough = _ENOUGH * max(speeds.values())
@@ -104,11 +107,13 @@ def choose_batch(members: Sequence[Member], weights: Sequence[float], way: Way, 
 
 
 def _that_fit(members: Sequence[Member]) -> int:
-    """How many replies the memory has room for; `MOST` where that is not known."""
+    """How many replies the memory has room for; where that is not known, a number that is seldom too large."""
     available, needed = available_memory(), 0
     for member in members:
         cells = allocated_context(member.config.n_ctx, member.weights.trained_context)
         cache = kv_cache_bytes(member.weights.metadata, member.weights.memory, member.config, cells)
         logits = 4 * member.vocabulary.size
-        needed += (cache or 0) + CELL_BYTES * cells + logits
-    return MOST if available is None else int(_SHARE * available / needed)
+        if cache is None or (supports_gpu() and member.config.n_gpu_layers):
+            return _UNKNOWN
+        needed += cache + CELL_BYTES * cells + logits
+    return _UNKNOWN if available is None else int(_SHARE * available / needed)

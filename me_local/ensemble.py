@@ -139,7 +139,10 @@ class Ensemble:
             todo = ((index, ask) for index, ask in enumerate(asks) if index not in earlier)
             return (self._finish(config, index, ask, raw=raw) for index, ask in todo)
         seeds = [stretch.seed for stretch in earlier.values() if stretch]
-        batching = self.batching(config, seed=seeds[0] if seeds else config.seed)
+        seed = seeds[0] if seeds else secrets.randbits(32) if config.seed is None else config.seed
+        batching = self.batching(config, seed=seed)
+        if self.shares_route(config):
+            config = replace(config, seed=seed)  # so that an earlier run without a seed can be gone on with, too
         return self._finish_many(config, enumerate(asks), batching, earlier, raw=raw)
 
     def batching(self, config: Config, *, seed: int | None = None) -> Batching:

@@ -32,7 +32,8 @@ from me_local.weights import Weights, first_errors, last_lines, supports_gpu
 LogitArray = npt.NDArray[np.float32]
 
 _LARGEST_BATCH = 512  # tokens that go through a model at once, as llama.cpp has it by default
-_MOST_SEQUENCES = 256  # LLAMA_MAX_SEQ
+MOST_SEQUENCES = 256
+"""LLAMA_MAX_SEQ."""
 CELL_BYTES = 48
 """Of position and sequences, besides keys and values (llama-kv-cells.h)."""
 _DECODE_ERRORS = {
@@ -79,13 +80,14 @@ class Member:
         _require_memory(config, weights, cells, sequences)
         # With several sequences llama.cpp reuses cells of one that its window has passed, although it may be cut back
         # then, unless they belong to another one, too (`llama_kv_cache::find_slot`).
-        self._twins = bool(weights.window and config.swa_full and sequences > 1)
+        full = config.swa_full and weights.memory not in ("recurrent", "hybrid")
+        self._twins = bool(weights.window and full and sequences > 1)
         numbers = sequences * (2 if self._twins else 1)
-        if numbers > _MOST_SEQUENCES:
-            most = _MOST_SEQUENCES * sequences // numbers
+        if numbers > MOST_SEQUENCES:
+            most = MOST_SEQUENCES * sequences // numbers
             raise LoadError(
                 f'member "{config.name}": llama.cpp has room for {most} replies at once of this model, '
-                f"and {sequences} are wanted: lower --batch"
+                f"and {sequences} are wanted"
             )
         self.n_batch = max(min(cells, config.n_batch), numbers)
         self._outputs = min(max(outputs, numbers), self.n_batch)
@@ -217,6 +219,7 @@ class Member:
 
     def forget(self) -> None:
         """Empty the cache."""
+        self.require_open()
         self.caches[0].forget()
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ parallel there.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from statistics import median
 from typing import Protocol, TypeVar
 
@@ -64,8 +64,8 @@ class Schedule:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(len(self._models))
         futures = {key: self._pool.submit(function) for key, function in evaluate.items()}
-        # All have to be over before an error goes on: a member must not be evaluated behind the back of the next step.
-        errors = [error for future in futures.values() if (error := future.exception())]
-        if errors:
-            raise errors[0]
-        return {key: future.result() for key, future in futures.items()}
+        try:
+            return {key: future.result() for key, future in futures.items()}
+        finally:
+            # Before an error, or Ctrl-C, goes on: a member must not be evaluated behind the back of what comes next.
+            wait(futures.values())

@@ -49,6 +49,7 @@ class Sequences:
     def __init__(self, member: Member) -> None:
         self._member = member
         self._caches = member.caches
+        member.require_open()
         for cache in self._caches:
             cache.forget()
 

@@ -208,13 +208,26 @@ def test_bad_lines_become_error_records_and_the_run_goes_on(run: Run, tmp_path: 
     assert result.exit_code == 1
     assert "10 of 12 prompts failed" in result.stderr
     written = records(output)
-    # Lines that are no prompts come first.
-    assert [record["id"] for record in written] == [2, 3, 6, 7, 8, "empty", 12, 1, "empty", "long", "half", "last"]
+    # Lines that are no prompts come last.
+    assert [record["id"] for record in written] == [1, "empty", "long", "half", "last", 2, 3, 6, 7, 8, "empty", 12]
     assert [record["id"] for record in written if "error" not in record] == [1, "last"]
     errors = {record["id"]: record["error"] for record in written if "error" in record}
     for number, part in ((2, "not JSON"), (3, 'either "prompt" or "messages"'), (6, "id: must be"), (12, "not UTF-8")):
         assert f"line {number}: " in errors[number]
         assert part in errors[number]
+
+
+def test_an_id_that_comes_twice_is_replied_to_once(run: Run, tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "in.jsonl", *({"id": name, "prompt": "Hello", "seed": 1} for name in "aba"))
+    output = tmp_path / "out.jsonl"
+    options = ["generate", "--input", source, "--output", output, "--max-tokens", 3, "--batch", 2]
+    assert run(*options).exit_code == 1
+    assert [(record["id"], "error" in record) for record in records(output)][2] == ("a", True)
+    whole = output.read_bytes()
+    for end in range(3):
+        output.write_bytes(b"".join(whole.splitlines(keepends=True)[:end]))
+        run(*options, "--resume")
+        assert {r["id"] for r in records(output) if "error" not in r} == {"a", "b"}
 
 
 def test_resuming_writes_what_is_missing_and_nothing_twice(run: Run, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def invented(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> Callab
         for m in members
     )
 
-    def choose(first: CallCost, second: CallCost, room: float | None = None, most: int = 1000, way: Any = "ce") -> int:
+    def choose(first: CallCost, second: CallCost, room: float | None = 1000, most: int = 1000, way: Any = "ce") -> int:
         costs = iter([first, second])
         monkeypatch.setattr(cost, "measure", lambda member: next(costs))
         monkeypatch.setattr(cost, "available_memory", lambda: None if room is None else round(room * one / 0.7))
@@ -105,7 +105,8 @@ def test_the_least_that_is_nearly_as_fast_as_any(invented: Callable[..., int]) -
 
 
 @pytest.mark.parametrize(
-    ("room", "most", "chosen"), [(None, 20, 16), (None, 1, 1), (10.5, 100, 8), (1.5, 100, 1), (0.2, 100, 1)]
+    ("room", "most", "chosen"),
+    [(None, 20, 8), (None, 1, 1), (1000, 20, 16), (10.5, 100, 8), (1.5, 100, 1), (0.2, 100, 1)],
 )
 def test_as_many_as_there_are_and_as_fit(
     invented: Callable[..., int], room: float | None, most: int, chosen: int

@@ -16,10 +16,11 @@ from me_local.bench import BatchSpeed, Report, Speed, work
 from me_local.bench import bench as run_bench
 from me_local.bench_batch import batch_work, bench_batches
 from me_local.cli.display import make_console
-from me_local.cli.options import LARGEST_BATCH, load, models_option, weights_option
+from me_local.cli.options import load, models_option, weights_option
 from me_local.config import Config, Overrides, load_config, override, parse_weights
 from me_local.ensemble import Ensemble
-from me_local.errors import ConfigError, InputError
+from me_local.errors import ConfigError, InputError, MeLocalError
+from me_local.member import MOST_SEQUENCES
 
 
 @click.command()
@@ -44,14 +45,20 @@ def bench(
     counts = _counts(batch) if batch else []
     with load(config) as ensemble:
         report = _run(ensemble)
+    failure: MeLocalError | None = None
     if counts:
-        report = replace(report, batches=_run_batches(config, counts))
+        try:
+            report = replace(report, batches=_run_batches(config, counts))
+        except MeLocalError as error:
+            failure = error
     if plot:
         _plot(report, plot)
     if as_json:
         click.echo(json.dumps(report.as_dict()))
     else:
         _print(make_console(), report)
+    if failure:
+        raise failure
 
 
 def repeated(config: Config, count: int) -> Config:
@@ -76,9 +83,9 @@ def _measuring(total: int) -> Iterator[Callable[[], None]]:
 
 
 def _counts(text: str) -> list[int]:
-    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if not all(1 <= count <= LARGEST_BATCH for count in counts):
-        raise InputError(f'--batch: must be numbers from 1 to {LARGEST_BATCH} with commas, got "{text}"')
+    counts = [int(part) if part.strip().isdecimal() and len(part) < 9 else 0 for part in text.split(",")]
+    if not all(1 <= count <= MOST_SEQUENCES for count in counts):
+        raise InputError(f'--batch: must be numbers from 1 to {MOST_SEQUENCES} with commas, got "{text}"')
     return counts
 
 

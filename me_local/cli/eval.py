@@ -69,6 +69,8 @@ def evaluate(
     Replies are sampled as in the paper: up to 512 pieces at temperature 1, no top-p. Accuracies are in per cent, ± a
     standard error, with the gain over the best member in parentheses.
     """
+    if batch and method == "likelihood":
+        raise click.UsageError("--batch goes with --method sampling")
     if resume and output is None:
         raise click.UsageError("--resume goes with --output")
     config = with_weights(load_config(models), weights)

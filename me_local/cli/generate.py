@@ -20,8 +20,8 @@ from me_local.cli.options import (
 )
 from me_local.cli.progress import progress
 from me_local.config import Overrides
-from me_local.ensemble import Ensemble
-from me_local.errors import InputError, RunError
+from me_local.ensemble import Ensemble, Finished
+from me_local.errors import InputError
 from me_local.records import open_records, require_new, write_record
 from me_local.reply import Reply, ReplyStream
 from me_local.routing import Stretch
@@ -107,15 +107,25 @@ def _replies_at_once(ensemble: Ensemble, text: str, count: int, *, raw: bool, as
     """The replies in their order, each as soon as it and those before it are finished."""
     for notice in ensemble.notices if not raw else ():
         click.echo(notice, err=True)
-    waiting: dict[int, Reply] = {}
-    following = 0
-    for finished in ensemble.generate_many([text] * count, raw=raw):
-        if finished.reply is None:
-            raise finished.error or RunError("the reply is missing")
-        waiting[finished.index] = finished.reply
-        while reply := waiting.pop(following, None):
-            following += 1
-            click.echo(json.dumps(reply.as_dict(), ensure_ascii=False) if as_json else reply.text.removesuffix("\n"))
+    shown, errors = 0, []
+    finished: dict[int, Finished] = {}
+    try:
+        for one in ensemble.generate_many([text] * count, raw=raw):
+            finished[one.index] = one
+            errors += [one.error] if one.error else []
+            while shown in finished:
+                _show(finished.pop(shown).reply, as_json=as_json)
+                shown += 1
+    finally:  # also those that wait for an earlier one
+        for index in sorted(finished):
+            _show(finished[index].reply, as_json=as_json)
+    if errors:
+        raise errors[0]
+
+
+def _show(reply: Reply | None, *, as_json: bool) -> None:
+    if reply:
+        click.echo(json.dumps(reply.as_dict(), ensure_ascii=False) if as_json else reply.text.removesuffix("\n"))
 
 
 def _print(stream: ReplyStream) -> None:

@@ -13,12 +13,10 @@ from me_local.cli.interrupt import leaves_at_once
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.cost import Way, choose_batch
 from me_local.ensemble import Ensemble
-from me_local.errors import InputError
+from me_local.errors import InputError, LoadError
+from me_local.member import MOST_SEQUENCES
 from me_local.routing import Stretch
 from me_local.weights import Shelf
-
-LARGEST_BATCH = 256
-"""llama.cpp has room for no more sequences."""
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -132,7 +130,7 @@ def load_many(
     Where a run goes on that took a shared route (`earlier`), "auto" is what it was there.
     """
     if batch == "auto":
-        batch = next((str(stretch.batch) for stretch in earlier if stretch), batch)
+        batch = "1" if count == 1 else next((str(stretch.batch) for stretch in earlier if stretch), batch)
     if batch != "auto":
         wanted = min(_batch(batch or "1"), max(1, count))
         with load(config, batch=wanted) as ensemble:
@@ -144,14 +142,24 @@ def load_many(
             weights = [member.weight for member in config.members]
             way: Way = "ce" if config.strategy != "me" else "me shared" if single.may_share_route(config) else "me own"
             wanted = choose_batch(single.members, weights, way, max(1, count))
-        with load(config, batch=wanted, shelf=shelf) as ensemble:
+        with _that_fits(config, wanted, shelf) as ensemble:
             _tell(ensemble)
             yield ensemble
 
 
+def _that_fits(config: Config, wanted: int, shelf: Shelf) -> Ensemble:
+    """An ensemble for so many replies at once, or half of them and so on. Raises LoadError where not even one fits."""
+    try:
+        return load(config, batch=wanted, shelf=shelf)
+    except LoadError:
+        if wanted == 1:
+            raise
+        return _that_fits(config, wanted // 2, shelf)
+
+
 def _batch(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= LARGEST_BATCH:
-        raise InputError(f'--batch: must be a number from 1 to {LARGEST_BATCH}, or "auto", got "{text}"')
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= MOST_SEQUENCES:
+        raise InputError(f'--batch: must be a number from 1 to {MOST_SEQUENCES}, or "auto", got "{text}"')
     return int(text)
 
 

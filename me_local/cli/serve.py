@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from me_local.cli.options import LARGEST_BATCH, configured, load, models_option, named, served_options
+from me_local.cli.options import configured, load, models_option, named, served_options
 from me_local.errors import ConfigError
+from me_local.member import MOST_SEQUENCES
 
 
 @click.command()
@@ -22,7 +23,7 @@ from me_local.errors import ConfigError
 @click.option(
     "--parallel",
     metavar="N",
-    type=click.IntRange(1, LARGEST_BATCH),
+    type=click.IntRange(1, MOST_SEQUENCES),
     default=1,
     show_default=True,
     help="So many replies at once, each by a route of its own.",
