@@ -13,7 +13,7 @@ from the members for this one reply; `batching` gets those of several replies at
 import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -25,8 +25,9 @@ from me_local.errors import RunError
 from me_local.member import Evaluated
 from me_local.routing import Router, route
 from me_local.schedule import Schedule
+from me_local.text import Text
 from me_local.union import Union
-from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
+from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary
 from me_local.words import Openings, is_free, may_end
 
 log = logging.getLogger(__name__)
@@ -141,44 +142,6 @@ class Engine:
     def union(self) -> Union:
         """What the strategy "union" mixes by."""
         return Union(self.unified, [model.vocabulary for model in self.models])
-
-
-@dataclass(slots=True)
-class Text:
-    """The text so far, with the bytes in it that are not, or not yet, part of a whole UTF-8 character."""
-
-    whole: bytes = b""
-    strays: frozenset[int] = frozenset()
-    _past_strays: frozenset[int] = field(default=frozenset(), repr=False)
-    _open: bytes = field(default=b"", repr=False)
-
-    def append(self, piece: bytes) -> None:
-        """Add the bytes of a piece."""
-        self.whole += piece
-        if not self._open and piece.isascii():
-            return
-        runs = list(utf8_runs(self._open + piece))
-        self._open = runs.pop()[0] if runs and _may_continue(runs[-1]) else b""
-        stray = b"".join(run for run, valid in runs if not valid)
-        self._past_strays |= frozenset(stray)
-        self.strays = self._past_strays | frozenset(self._open)
-
-    @property
-    def in_character(self) -> bool:
-        """Whether the text ends with the beginning of a character."""
-        return bool(self._open)
-
-
-def _may_continue(run: tuple[bytes, bool]) -> bool:
-    """Whether a last run of bytes is the beginning of a character that is still to be completed."""
-    text, valid = run
-    if valid:
-        return False
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data"
-    return False
 
 
 class Generation:
