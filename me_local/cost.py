@@ -1,17 +1,19 @@
 """What evaluations cost a member, and how many replies at once are worth while.
 
-One evaluation of k tokens takes about a + b·k seconds: a to read the weights, b for the arithmetic of a token. Every
-member evaluates every piece of every reply once, but reads its weights only when it is evaluated. A piece of each of N
-replies at once therefore costs
+One evaluation of k tokens takes about a + b·k + c·r seconds: a to read the weights, b for the arithmetic of a token,
+and c for the logits after one, of which r are wanted: with a large vocabulary more than all else. Every member
+evaluates every piece of every reply once, but reads its weights only when it is evaluated, and gives logits only to
+replies that have drawn it. A piece of each of N replies at once therefore costs
 
-    ME, shared route: Σ (λ_i·a_i + N·b_i)        CE: Σ (a_i + N·b_i)        ME, own routes: between the two
+    ME, shared route: Σ (λ_i·a_i + N·b_i + N·λ_i·c_i)            CE: Σ (a_i + N·b_i + N·c_i)
 
-With own routes, that member is evaluated for which most replies wait; how often each is, a simulation tells.
+and with own routes something between the two: that member is evaluated for which most replies wait. How often each
+is, a simulation tells.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -27,7 +29,8 @@ Way = Literal["me shared", "me own", "ce"]
 
 MOST = 64
 """More replies at once than this are never chosen."""
-_TOKENS = (1, 4, 16)
+_CALLS_TIMED = ((1, 1), (4, 1), (16, 1), (16, 16))  # tokens, and of how many of them the logits are wanted
+_MOST_TOKENS = 16
 _CONTEXT = 64  # tokens
 _ROUNDS = 3
 _UNKNOWN = 8
@@ -38,19 +41,19 @@ _SHARE = 0.7  # of the memory that is free
 
 @dataclass(frozen=True, slots=True)
 class CallCost:
-    """Seconds of an evaluation: `reading` in any case, and `token` for each token."""
+    """Seconds of an evaluation: `reading` in any case, `token` for each token, `row` for each row of logits."""
 
     reading: float
     token: float
+    row: float = 0.0
 
 
-def fitted(seconds: dict[int, float]) -> CallCost:
-    """The cost that suits the seconds of evaluations, by number of tokens, best; neither part is negative."""
-    tokens = np.array(list(seconds), dtype=np.float64)
-    weights = 1 / np.array(list(seconds.values()))  # relative errors count
-    columns = np.stack([weights, weights * tokens], axis=1)
-    (reading, token), _ = nnls(columns, np.ones(len(tokens)))
-    return CallCost(float(reading), float(token))
+def fitted(seconds: Mapping[tuple[int, int], float]) -> CallCost:
+    """The cost that suits the seconds of evaluations best, by numbers of tokens and of rows; no part is negative."""
+    calls = np.array([(1, tokens, rows) for tokens, rows in seconds], dtype=np.float64)
+    measured = np.array(list(seconds.values()))
+    parts, _ = nnls(calls / measured[:, None], np.ones(len(measured)))  # relative errors count
+    return CallCost(*parts.tolist())
 
 
 def pieces_per_second(costs: Sequence[CallCost], weights: Sequence[float], count: int, way: Way) -> float:
@@ -59,6 +62,7 @@ def pieces_per_second(costs: Sequence[CallCost], weights: Sequence[float], count
     shares = np.array(weights) / sum(weights)
     readings = {"me shared": shares / count, "ce": writing / count, "me own": _own_calls(shares, count)}[way]
     seconds = readings @ [cost.reading for cost in costs] + writing @ [cost.token for cost in costs]
+    seconds += (writing if way == "ce" else shares) @ [cost.row for cost in costs]
     return 1 / float(seconds)
 
 
@@ -79,19 +83,25 @@ def _own_calls(weights: FloatArray, count: int) -> FloatArray:
 
 
 def measure(member: Member) -> CallCost:
-    """Time some evaluations of a member."""
-    most = min(_CONTEXT + max(_TOKENS), member.n_ctx)
-    ids = (np.arange(most) % member.vocabulary.size).astype(np.int32)
-    seconds: dict[int, list[float]] = {}
+    """Time some evaluations of a member, in a small context of its own. Raises LoadError, RunError."""
+    small = replace(member.config, n_ctx=_CONTEXT + _MOST_TOKENS)
+    with Member(small, member.weights, outputs=_MOST_TOKENS) as probe:
+        return fitted(_timed(probe))
+
+
+def _timed(probe: Member) -> dict[tuple[int, int], float]:
+    """The median seconds of an evaluation, by numbers of tokens and of rows of logits."""
+    ids = (np.arange(_CONTEXT + _MOST_TOKENS) % probe.vocabulary.size).astype(np.int32)
+    seconds: dict[tuple[int, int], list[float]] = {}
     for round_ in range(_ROUNDS + 1):
-        for tokens in _TOKENS:
-            member.prepare(ids[: most - max(_TOKENS)])
+        for tokens, rows in _CALLS_TIMED:
+            probe.prepare(ids[:_CONTEXT])
             started = time.perf_counter()
-            member.sync(ids[: most - max(_TOKENS) + tokens])
-            member.logits()  # waits for a GPU
+            probe.evaluate([(probe.caches[0], ids[_CONTEXT : _CONTEXT + tokens])], "every" if rows > 1 else "last")
+            probe.logits()  # waits for a GPU
             if round_:  # the first warms up
-                seconds.setdefault(tokens, []).append(time.perf_counter() - started)
-    return fitted({tokens: median(times) for tokens, times in seconds.items()})
+                seconds.setdefault((tokens, rows), []).append(time.perf_counter() - started)
+    return {call: median(times) for call, times in seconds.items()}
 
 
 def choose_batch(members: Sequence[Member], weights: Sequence[float], way: Way, most: int) -> int:

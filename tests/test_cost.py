@@ -4,7 +4,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from me_local import cost
@@ -16,20 +15,22 @@ OpenMember = Callable[..., Member]
 
 
 def test_a_line_is_found_again() -> None:
-    found = fitted({tokens: 0.02 + 0.003 * tokens for tokens in (1, 4, 16)})
-    assert (found.reading, found.token) == pytest.approx((0.02, 0.003))
+    found = fitted({(k, r): 0.02 + 0.003 * k + 0.005 * r for k, r in ((1, 1), (4, 1), (16, 1), (16, 16))})
+    assert (found.reading, found.token, found.row) == pytest.approx((0.02, 0.003, 0.005))
 
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
         # More than proportional: no reading. The squares of b/2 - 1 and b/3 - 1, relative errors, are to be least.
-        ({1: 2.0, 2: 6.0}, (0.0, (1 / 2 + 1 / 3) / (1 / 4 + 1 / 9))),
+        ({(1, 0): 2.0, (2, 0): 6.0}, (0.0, (1 / 2 + 1 / 3) / (1 / 4 + 1 / 9))),
         # More tokens in less time: no cost of a token, and a/3 - 1 and a/2 - 1 are to be least.
-        ({1: 3.0, 2: 2.0}, ((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4), 0.0)),
+        ({(1, 0): 3.0, (2, 0): 2.0}, ((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4), 0.0)),
     ],
 )
-def test_no_part_is_negative_and_the_other_fits_best(seconds: dict[int, float], expected: tuple[float, float]) -> None:
+def test_no_part_is_negative_and_the_other_fits_best(
+    seconds: dict[tuple[int, int], float], expected: tuple[float, float]
+) -> None:
     found = fitted(seconds)
     assert (found.reading, found.token) == pytest.approx(expected)
 
@@ -48,6 +49,13 @@ COSTS = (CallCost(0.006, 0.001), CallCost(0.010, 0.003))
 )
 def test_speed_of_all_replies_together(way: Any, count: int, seconds: float) -> None:
     assert pieces_per_second(COSTS, [1, 3], count, way) == pytest.approx(1 / seconds)
+
+
+def test_logits_are_for_those_that_have_drawn_the_member() -> None:
+    costs = (CallCost(0.006, 0.001, 0.002), CallCost(0.010, 0.003, 0.004))
+    shared, ce = 0.009 / 4 + 0.004 + 0.25 * 0.002 + 0.75 * 0.004, 0.016 / 4 + 0.004 + 0.006
+    assert pieces_per_second(costs, [1, 3], 4, "me shared") == pytest.approx(1 / shared)
+    assert pieces_per_second(costs, [1, 3], 4, "ce") == pytest.approx(1 / ce)
 
 
 def test_members_without_weight_cost_nothing() -> None:
@@ -115,22 +123,23 @@ def test_as_many_as_there_are_and_as_fit(
 
 
 def test_measuring_waits_for_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU `sync` returns at once, and reading the logits takes the time."""
+    """On a GPU an evaluation returns at once, and reading the logits takes the time."""
     clock = [0.0]
-    pending = [0]
+    pending = [0.0]
 
-    def sync(ids: np.ndarray) -> None:
-        pending[0] = len(ids) - 64
+    def evaluate(parts: Any, outputs: str) -> None:
+        count = len(parts[0][1])
+        pending[0] = 0.02 + 0.003 * count + 0.005 * (count if outputs == "every" else 1)
 
     def logits() -> None:
-        clock[0] += 0.02 + 0.003 * pending[0]
+        clock[0] += pending[0]
 
-    member: Any = SimpleNamespace(
-        n_ctx=512, vocabulary=SimpleNamespace(size=50), prepare=lambda ids: None, sync=sync, logits=logits
+    probe: Any = SimpleNamespace(
+        vocabulary=SimpleNamespace(size=50), prepare=lambda ids: None, evaluate=evaluate, logits=logits, caches=(None,)
     )
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    found = measure(member)
-    assert (found.reading, found.token) == pytest.approx((0.02, 0.003))
+    found = fitted(cost._timed(probe))
+    assert (found.reading, found.token, found.row) == pytest.approx((0.02, 0.003, 0.005))
 
 
 def test_a_tiny_model_is_measured(open_member: OpenMember) -> None:
