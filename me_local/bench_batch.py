@@ -17,6 +17,7 @@ from me_local.batching import Batching
 from me_local.bench import BatchSpeed, endless, sample_text
 from me_local.config import Config
 from me_local.cost import CallCost, Way, measure, pieces_per_second
+from me_local.engine import Request
 from me_local.ensemble import Ensemble, make_request
 from me_local.errors import RunError
 from me_local.reply import Draft
@@ -90,16 +91,11 @@ def _measured(ensemble: Ensemble, advance: Callable[[], object]) -> Iterator[Bat
 def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
     route = SharedRoute(seed) if contestant.way == "me shared" else None
     batching = Batching(endless(ensemble.engine), ensemble.members, route)
-    head, prompts = ensemble.raw_prompts(sample_text(_PROMPT), ensemble.config)
-    request = replace(
-        make_request(ensemble.config, prompts, head),
-        strategy="ce" if contestant.way == "ce" else "me",
-        unit="token",
-        argmax=False,
-        weights=np.array(contestant.weights),
-    )
-    draft = partial(Draft, request=request, names=ensemble.names, max_tokens=_ENDLESS, stop=())
-    running = [batching.begin(replace(request, seed=1000 * seed + i), draft) for i in range(ensemble.batch)]
+    requests = [_request(ensemble, contestant, seed, i) for i in range(ensemble.batch)]
+    running = [
+        batching.begin(request, partial(Draft, request=request, names=ensemble.names, max_tokens=_ENDLESS, stop=()))
+        for request in requests
+    ]
     while not all(one.draft.steps for one in running):
         _step(batching)
     before = sum(len(one.draft.steps) for one in running)
@@ -110,6 +106,19 @@ def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
     for one in running:
         batching.cancel(one)
     return written / seconds
+
+
+def _request(ensemble: Ensemble, contestant: _Contestant, seed: int, index: int) -> Request:
+    """A reply to a prompt that has nothing in common with the others': what prompts share is evaluated once."""
+    head, prompts = ensemble.raw_prompts(f"{index}, {sample_text(_PROMPT)}", ensemble.config)
+    return replace(
+        make_request(ensemble.config, prompts, head),
+        strategy="ce" if contestant.way == "ce" else "me",
+        unit="token",
+        argmax=False,
+        seed=1000 * seed + index,
+        weights=np.array(contestant.weights),
+    )
 
 
 def _step(batching: Batching) -> None:
