@@ -84,7 +84,7 @@ def _measured(ensemble: Ensemble, advance: Callable[[], object]) -> Iterator[Bat
             if round_:  # the first warms up
                 speeds[contestant].append(speed)
     for c in contestants:
-        predicted = pieces_per_second(costs, c.weights, ensemble.batch, c.way)
+        predicted = pieces_per_second(costs, c.weights, ensemble.batch, c.way, _PROMPT + STEPS // 2)
         yield BatchSpeed(ensemble.batch, c.kind, c.name, median(speeds[c]), predicted)
 
 

@@ -1,14 +1,16 @@
 """What evaluations cost a member, and how many replies at once are worth while.
 
-One evaluation of k tokens takes about a + b·k + c·r seconds: a to read the weights, b for the arithmetic of a token,
-and c for the logits after one, of which r are wanted: with a large vocabulary more than all else. Every member
-evaluates every piece of every reply once, but reads its weights only when it is evaluated, and gives logits only to
-replies that have drawn it. A piece of each of N replies at once therefore costs
+One evaluation of k tokens takes about a + b·k + c·r + d·k·m seconds: a to read the weights, b for the arithmetic of a
+token, c for the logits after one, of which r are wanted (with a large vocabulary that is more than b), and d for the
+attention to each of m cells of the cache. Every member evaluates every piece of every reply once, but reads its weights
+only when it is evaluated, and gives logits only to replies that have drawn it. A piece of each of N replies at once
+therefore costs
 
-    ME, shared route: Σ (λ_i·a_i + N·b_i + N·λ_i·c_i)            CE: Σ (a_i + N·b_i + N·c_i)
+    ME, shared route: Σ (λ_i·a_i + N·b_i + N·λ_i·c_i + N·m·d_i)      CE: Σ (a_i + N·b_i + N·c_i + N·m·d_i)
 
 and with own routes something between the two: that member is evaluated for which most replies wait. How often each
-is, a simulation tells.
+is, a simulation tells. The m cells are those of all replies, because llama.cpp computes attention to all of them and
+masks it; flash attention passes over those of others.
 """
 
 import time
@@ -29,9 +31,16 @@ Way = Literal["me shared", "me own", "ce"]
 
 MOST = 64
 """More replies at once than this are never chosen."""
-_CALLS_TIMED = ((1, 1), (4, 1), (16, 1), (16, 16))  # tokens, and of how many of them the logits are wanted
 _MOST_TOKENS = 16
-_CONTEXT = 64  # tokens
+_CONTEXTS = (64, 320)  # tokens
+_CALLS_TIMED = (  # tokens, of how many of them the logits are wanted, and after how many others
+    (1, 1, _CONTEXTS[0]),
+    (4, 1, _CONTEXTS[0]),
+    (16, 1, _CONTEXTS[0]),
+    (16, 16, _CONTEXTS[0]),
+    (16, 1, _CONTEXTS[1]),
+)
+_LENGTH = 256  # tokens of a reply with its prompt, about
 _ROUNDS = 3
 _UNKNOWN = 8
 _CALLS = 2000  # that are simulated
@@ -41,28 +50,39 @@ _SHARE = 0.7  # of the memory that is free
 
 @dataclass(frozen=True, slots=True)
 class CallCost:
-    """Seconds of an evaluation: `reading` in any case, `token` for each token, `row` for each row of logits."""
+    """Seconds of an evaluation: `reading` in any case, `token` for each token, `row` for each row of logits, and `cell`
+    for each token and each cell that it attends to. With `masks` it attends to the cells of all replies.
+    """
 
     reading: float
     token: float
     row: float = 0.0
+    cell: float = 0.0
+    masks: bool = True
 
 
-def fitted(seconds: Mapping[tuple[int, int], float]) -> CallCost:
-    """The cost that suits the seconds of evaluations best, by numbers of tokens and of rows; no part is negative."""
-    calls = np.array([(1, tokens, rows) for tokens, rows in seconds], dtype=np.float64)
+Call = tuple[int, int, int]
+"""An evaluation: its tokens, of how many of them the logits are wanted, and the tokens in front of it."""
+
+
+def fitted(seconds: Mapping[Call, float]) -> CallCost:
+    """The cost that suits the seconds of evaluations best; no part of it is negative."""
+    calls = np.array([(1, tokens, rows, tokens * cells) for tokens, rows, cells in seconds], dtype=np.float64)
     measured = np.array(list(seconds.values()))
     parts, _ = nnls(calls / measured[:, None], np.ones(len(measured)))  # relative errors count
     return CallCost(*parts.tolist())
 
 
-def pieces_per_second(costs: Sequence[CallCost], weights: Sequence[float], count: int, way: Way) -> float:
-    """The speed of `count` replies at once, all together. Members with weight 0 do not count."""
+def pieces_per_second(
+    costs: Sequence[CallCost], weights: Sequence[float], count: int, way: Way, length: int = _LENGTH
+) -> float:
+    """The speed of `count` replies of `length` tokens at once, all together. Members with weight 0 do not count."""
     writing = np.array(weights) > 0
     shares = np.array(weights) / sum(weights)
     readings = {"me shared": shares / count, "ce": writing / count, "me own": _own_calls(shares, count)}[way]
     seconds = readings @ [cost.reading for cost in costs] + writing @ [cost.token for cost in costs]
     seconds += (writing if way == "ce" else shares) @ [cost.row for cost in costs]
+    seconds += length * (writing @ [cost.cell * (count if cost.masks else 1) for cost in costs])
     return 1 / float(seconds)
 
 
@@ -84,23 +104,24 @@ def _own_calls(weights: FloatArray, count: int) -> FloatArray:
 
 def measure(member: Member) -> CallCost:
     """Time some evaluations of a member, in a small context of its own. Raises LoadError, RunError."""
-    small = replace(member.config, n_ctx=_CONTEXT + _MOST_TOKENS)
+    small = replace(member.config, n_ctx=_CONTEXTS[-1] + _MOST_TOKENS)
     with Member(small, member.weights, outputs=_MOST_TOKENS) as probe:
-        return fitted(_timed(probe))
+        return replace(fitted(_timed(probe)), masks=not member.config.flash_attn)
 
 
-def _timed(probe: Member) -> dict[tuple[int, int], float]:
-    """The median seconds of an evaluation, by numbers of tokens and of rows of logits."""
-    ids = (np.arange(_CONTEXT + _MOST_TOKENS) % probe.vocabulary.size).astype(np.int32)
-    seconds: dict[tuple[int, int], list[float]] = {}
-    for round_ in range(_ROUNDS + 1):
-        for tokens, rows in _CALLS_TIMED:
-            probe.prepare(ids[:_CONTEXT])
+def _timed(probe: Member) -> dict[Call, float]:
+    """The median seconds of some evaluations."""
+    ids = (np.arange(_CONTEXTS[-1] + _MOST_TOKENS) % probe.vocabulary.size).astype(np.int32)
+    seconds: dict[Call, list[float]] = {}
+    for call in _CALLS_TIMED:
+        tokens, rows, context = call
+        for round_ in range(_ROUNDS + 1):
+            probe.prepare(ids[:context])
             started = time.perf_counter()
-            probe.evaluate([(probe.caches[0], ids[_CONTEXT : _CONTEXT + tokens])], "every" if rows > 1 else "last")
+            probe.evaluate([(probe.caches[0], ids[context : context + tokens])], "every" if rows > 1 else "last")
             probe.logits()  # waits for a GPU
             if round_:  # the first warms up
-                seconds.setdefault((tokens, rows), []).append(time.perf_counter() - started)
+                seconds.setdefault(call, []).append(time.perf_counter() - started)
     return {call: median(times) for call, times in seconds.items()}
 
 

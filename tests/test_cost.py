@@ -15,21 +15,21 @@ OpenMember = Callable[..., Member]
 
 
 def test_a_line_is_found_again() -> None:
-    found = fitted({(k, r): 0.02 + 0.003 * k + 0.005 * r for k, r in ((1, 1), (4, 1), (16, 1), (16, 16))})
-    assert (found.reading, found.token, found.row) == pytest.approx((0.02, 0.003, 0.005))
+    found = fitted({(k, r, m): 0.02 + 0.003 * k + 0.005 * r + 1e-5 * k * m for k, r, m in cost._CALLS_TIMED})
+    assert (found.reading, found.token, found.row, found.cell) == pytest.approx((0.02, 0.003, 0.005, 1e-5))
 
 
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [
         # More than proportional: no reading. The squares of b/2 - 1 and b/3 - 1, relative errors, are to be least.
-        ({(1, 0): 2.0, (2, 0): 6.0}, (0.0, (1 / 2 + 1 / 3) / (1 / 4 + 1 / 9))),
+        ({(1, 0, 0): 2.0, (2, 0, 0): 6.0}, (0.0, (1 / 2 + 1 / 3) / (1 / 4 + 1 / 9))),
         # More tokens in less time: no cost of a token, and a/3 - 1 and a/2 - 1 are to be least.
-        ({(1, 0): 3.0, (2, 0): 2.0}, ((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4), 0.0)),
+        ({(1, 0, 0): 3.0, (2, 0, 0): 2.0}, ((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4), 0.0)),
     ],
 )
 def test_no_part_is_negative_and_the_other_fits_best(
-    seconds: dict[tuple[int, int], float], expected: tuple[float, float]
+    seconds: dict[cost.Call, float], expected: tuple[float, float]
 ) -> None:
     found = fitted(seconds)
     assert (found.reading, found.token) == pytest.approx(expected)
@@ -56,6 +56,13 @@ def test_logits_are_for_those_that_have_drawn_the_member() -> None:
     shared, ce = 0.009 / 4 + 0.004 + 0.25 * 0.002 + 0.75 * 0.004, 0.016 / 4 + 0.004 + 0.006
     assert pieces_per_second(costs, [1, 3], 4, "me shared") == pytest.approx(1 / shared)
     assert pieces_per_second(costs, [1, 3], 4, "ce") == pytest.approx(1 / ce)
+
+
+def test_attention_to_others_costs_unless_it_is_flash_attention() -> None:
+    masked, flash = (CallCost(0.006, 0.001, 0.0, 1e-6, masks) for masks in (True, False))
+    assert pieces_per_second([masked], [1], 8, "ce", 300) == pytest.approx(1 / (0.006 / 8 + 0.001 + 8 * 300e-6))
+    assert pieces_per_second([flash], [1], 8, "ce", 300) == pytest.approx(1 / (0.006 / 8 + 0.001 + 300e-6))
+    assert pieces_per_second([masked], [1], 1, "ce", 300) == pieces_per_second([flash], [1], 1, "ce", 300)
 
 
 def test_members_without_weight_cost_nothing() -> None:
