@@ -28,7 +28,7 @@ def spawn(arguments: list[str], home: Path, **env: str) -> pexpect.spawn:
         env=environment,
         encoding="utf-8",
         codec_errors="replace",
-        timeout=20,
+        timeout=120,
         dimensions=(40, 200),
     )
 
