@@ -106,15 +106,18 @@ def measure(member: Member) -> CallCost:
     """Time some evaluations of a member, in a small context of its own. Raises LoadError, RunError."""
     small = replace(member.config, n_ctx=_CONTEXTS[-1] + _MOST_TOKENS)
     with Member(small, member.weights, outputs=_MOST_TOKENS) as probe:
-        return replace(fitted(_timed(probe)), masks=not member.config.flash_attn)
+        cells = allocated_context(small.n_ctx, member.weights.trained_context)
+        return replace(fitted(_timed(probe, cells)), masks=not member.config.flash_attn)
 
 
-def _timed(probe: Member) -> dict[Call, float]:
-    """The median seconds of some evaluations."""
+def _timed(probe: Member, cells: int) -> dict[Call, float]:
+    """The median seconds of some evaluations, of those for which there are cells enough."""
     ids = (np.arange(_CONTEXTS[-1] + _MOST_TOKENS) % probe.vocabulary.size).astype(np.int32)
     seconds: dict[Call, list[float]] = {}
     for call in _CALLS_TIMED:
         tokens, rows, context = call
+        if context + tokens > cells:
+            continue
         for round_ in range(_ROUNDS + 1):
             probe.prepare(ids[:context])
             started = time.perf_counter()

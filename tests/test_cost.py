@@ -145,8 +145,15 @@ def test_measuring_waits_for_the_logits(monkeypatch: pytest.MonkeyPatch) -> None
         vocabulary=SimpleNamespace(size=50), prepare=lambda ids: None, evaluate=evaluate, logits=logits, caches=(None,)
     )
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    found = fitted(cost._timed(probe))
+    found = fitted(cost._timed(probe, 512))
     assert (found.reading, found.token, found.row) == pytest.approx((0.02, 0.003, 0.005))
+
+
+def test_a_model_of_short_contexts_is_measured(open_member: OpenMember) -> None:
+    member = open_member("bpe_a")
+    member.weights.trained_context = 200
+    found = measure(member)
+    assert found.reading + found.token > 0
 
 
 def test_a_tiny_model_is_measured(open_member: OpenMember) -> None:
