@@ -68,11 +68,6 @@ class Batching:
         """Whether there is a place for a reply."""
         return len(self._places) > len(self._occupied)
 
-    @property
-    def busy(self) -> bool:
-        """Whether there is anything to wait for."""
-        return bool(self._running or self._occupied)
-
     def begin(self, request: Request, make: Callable[[Generation], Draft]) -> Running:
         """Give a reply a place; `make` makes its draft. Raises RunError when the router fails."""
         longest = max(len(prompt) for prompt in request.prompts) + len(request.head) // _TOKEN

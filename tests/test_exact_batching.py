@@ -175,7 +175,7 @@ def pairs(
     for number in range(PAIRS):
         step = made.clock
         both = [begin(made, engine, this, seed) for seed in seeds(number)]
-        while made.busy:
+        while any(running.draft.finish_reason is None for running in both):
             made.step()
         first, second = (running.draft.made for running in both)  # type: ignore[attr-defined]
         found.append((step, first, second))
