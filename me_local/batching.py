@@ -196,10 +196,20 @@ class Batching:
         """The logits by place and member, and what went wrong by place."""
         by_place = {running.place: running for running in waiting}
         targets = {
-            member: {r.place: Target(*r.draft.generation.context(member)) for r in waiting if member in r._wants}
+            member: {
+                r.place: Target(*g.context(member)) for r in waiting if (g := r.draft.generation).can_write(member)
+            }
             for member in members
         }
-        evaluate = {member: partial(self._sequences[member].sync, targets[member]) for member in members}
+        wanting = {member: {r.place for r in waiting if member in r._wants} for member in members}
+        evaluate = {
+            member: partial(
+                self._sequences[member].sync,
+                {place: targets[member][place] for place in places},
+                {place: target for place, target in targets[member].items() if place not in places},
+            )
+            for member, places in wanting.items()
+        }
         rows: dict[int, dict[int, LogitArray]] = {place: {} for place in by_place}
         failed: dict[int, RunError] = {}
         parallel = waiting[0].request.parallel if waiting else None
@@ -208,8 +218,7 @@ class Batching:
                 self._count(by_place[place], member, outcome, len(targets[member][place].ids))
                 if outcome.error:
                     failed[place] = outcome.error
-                else:
-                    assert outcome.logits is not None
+                elif outcome.logits is not None:
                     rows[place][member] = outcome.logits
         return rows, failed
 

@@ -24,8 +24,7 @@ class Cache:
     """The cells of one sequence.
 
     `name` is the member's, for errors; `window` the number of tokens that a layer with a sliding window looks back at,
-    or 0; `cuttable` says whether any part of the memory can be dropped. `twin` is another sequence that has the same
-    cells, if there is one: see `Member`.
+    or 0; `cuttable` says whether any part of the memory can be dropped.
     """
 
     def __init__(
@@ -37,17 +36,13 @@ class Cache:
         cells: int,
         window: int,
         cuttable: bool,
-        twin: int | None = None,
     ) -> None:
         self.sequence = sequence
         self.length = 0
         self.alone = 0  # as many tokens, from the first, were evaluated in one go
         self.checkpoints = None if cuttable else Checkpoints()
         self._certain = True  # that the memory holds the mirror's ids and no more
-        self._reach = 0  # the largest length that the memory may have had since it was filled
-        self._numbers = (sequence,) if twin is None else (sequence, twin)
         self._only = llama_cpp.llama_n_seq_max(context) == 1
-        self._robbed = not self._only and twin is None  # of cells that a window has passed
         self._context = context
         self._memory = llama_cpp.llama_get_memory(context)
         self._name = name
@@ -59,10 +54,9 @@ class Cache:
         """What it holds: int32 view (tokens,)."""
         return self._mirror[: self.length]
 
-    def expect(self, tokens: int) -> None:
-        """Note that so many are about to come behind the mirror; if that fails, anything may be there."""
+    def expect(self) -> None:
+        """Note that tokens are about to come behind the mirror; if that fails, anything may be there."""
         self._certain = False
-        self._reach = max(self._reach, self.length + tokens)
 
     def add(self, ids: IntArray) -> None:
         """Note that these were evaluated behind the others."""
@@ -93,27 +87,23 @@ class Cache:
             llama_cpp.llama_memory_clear(self._memory, True)
         else:
             self._remove(-1)
-        self._certain, self._reach = True, 0
+        self._certain = True
 
     def usable(self, ids: IntArray, *, alone: bool) -> int:
         """How many of `ids` need not be evaluated again; `alone` as in `Member.prepare`."""
         return State(self.ids, _NOTHING, self.alone, self.checkpoints).usable(ids, alone=alone)
 
-    def lends(self, ids: IntArray) -> int:
-        """How many of `ids` another sequence can take over from this one."""
-        # Cells of two sequences are not given up behind the window, for which alone there is room.
-        return 0 if self._window and self._robbed else self.usable(ids, alone=False)
-
     def borrow(self, other: "Cache", length: int) -> None:
-        """Hold the first `length` tokens of another sequence, which it `lends`, instead of what is there."""
-        other.cut(other.length)
-        self.forget()
-        self.expect(other._reach)
-        self._copy(other.sequence)
-        self.add(other.ids)
-        self.expect(0)  # one that was put back may lack what is older than its window
-        if other.checkpoints:
-            self.checkpoints = other.checkpoints.copy()
+        """Hold the first `length` tokens of another sequence, of which these are usable, instead of what is there."""
+        if self.checkpoints is not None:
+            # llama.cpp copies cells at the next evaluation, and a checkpoint that is taken or put back before is wrong.
+            self.restore(other.save())
+        else:
+            other.cut(other.length)
+            self.forget()
+            self.expect()
+            llama_cpp.llama_memory_seq_cp(self._memory, other.sequence, self.sequence, 0, -1)
+            self.add(other.ids)
         self.cut(min(length, self.length))
 
     def checkpoint(self, *, prompt: bool) -> None:
@@ -137,14 +127,12 @@ class Cache:
     def restore(self, state: State) -> None:
         """Hold what was there when `state` was saved; where llama.cpp refuses, it is empty then."""
         self.forget()
-        self.expect(len(state.ids))
+        self.expect()
         size = state.data.size
         if llama_cpp.llama_state_seq_set_data(self._context, _bytes(state.data), size, self.sequence) != size:
             self.forget()
             return
-        self._copy(self.sequence)
         self.add(state.ids)
-        self.expect(0)
         self.alone = state.alone
         if state.checkpoints:
             self.checkpoints = state.checkpoints.copy()
@@ -164,13 +152,7 @@ class Cache:
 
     def _remove(self, start: int) -> bool:
         """Drop cells from a position on, or all of them (-1); whether that was possible."""
-        answers = [llama_cpp.llama_memory_seq_rm(self._memory, number, start, -1) for number in self._numbers]
-        return all(answers)
-
-    def _copy(self, sequence: int) -> None:
-        for number in self._numbers:
-            if number != sequence:
-                llama_cpp.llama_memory_seq_cp(self._memory, sequence, number, 0, -1)
+        return bool(llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, start, -1))
 
     def _make_room_to_go_back(self) -> None:
         """Drop the end of what is to be saved: a state leaves out what is older than the window of its last token.
@@ -185,9 +167,6 @@ class Cache:
         """Whether it has all cells that a token behind the first `length` looks at."""
         if not self._window or length == 0:
             return True
-        if self._robbed:
-            # Another sequence may have taken any cell that was out of the window at the largest length.
-            return length == self._reach or self._reach < self._window
         first: int = llama_cpp.llama_memory_seq_pos_min(self._memory, self.sequence)
         return 0 <= first <= max(0, length + 1 - self._window)
 
@@ -207,7 +186,6 @@ class Cache:
             read = llama_cpp.llama_state_seq_set_data_ext(self._context, data, size, self.sequence, _PARTIAL)
             # The recurrent part no longer stands behind this position, so a hybrid drops its attention's cells there.
             rest = read == size and llama_cpp.llama_memory_seq_rm(self._memory, self.sequence, newest.length, -1)
-            self._reach = newest.length
             if rest and self._has_window(newest.length):
                 return
         self.forget()

@@ -9,8 +9,7 @@ therefore costs
     ME, shared route: Σ (λ_i·a_i + N·b_i + N·λ_i·c_i + N·m·d_i)      CE: Σ (a_i + N·b_i + N·c_i + N·m·d_i)
 
 and with own routes something between the two: that member is evaluated for which most replies wait. How often each
-is, a simulation tells. The m cells are those of all replies, because llama.cpp computes attention to all of them and
-masks it; flash attention passes over those of others.
+is, a simulation tells.
 """
 
 import time
@@ -23,6 +22,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from me_local.alignment import FloatArray
+from me_local.batches import Part
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
 from me_local.member import CELL_BYTES, Member
 from me_local.weights import supports_gpu
@@ -51,14 +51,13 @@ _SHARE = 0.7  # of the memory that is free
 @dataclass(frozen=True, slots=True)
 class CallCost:
     """Seconds of an evaluation: `reading` in any case, `token` for each token, `row` for each row of logits, and `cell`
-    for each token and each cell that it attends to. With `masks` it attends to the cells of all replies.
+    for each token and each cell that it attends to.
     """
 
     reading: float
     token: float
     row: float = 0.0
     cell: float = 0.0
-    masks: bool = True
 
 
 Call = tuple[int, int, int]
@@ -82,7 +81,7 @@ def pieces_per_second(
     readings = {"me shared": shares / count, "ce": writing / count, "me own": _own_calls(shares, count)}[way]
     seconds = readings @ [cost.reading for cost in costs] + writing @ [cost.token for cost in costs]
     seconds += (writing if way == "ce" else shares) @ [cost.row for cost in costs]
-    seconds += length * (writing @ [cost.cell * (count if cost.masks else 1) for cost in costs])
+    seconds += length * (writing @ [cost.cell for cost in costs])
     return 1 / float(seconds)
 
 
@@ -107,7 +106,7 @@ def measure(member: Member) -> CallCost:
     small = replace(member.config, n_ctx=_CONTEXTS[-1] + _MOST_TOKENS)
     with Member(small, member.weights, outputs=_MOST_TOKENS) as probe:
         cells = allocated_context(small.n_ctx, member.weights.trained_context)
-        return replace(fitted(_timed(probe, cells)), masks=not member.config.flash_attn)
+        return fitted(_timed(probe, cells))
 
 
 def _timed(probe: Member, cells: int) -> dict[Call, float]:
@@ -121,7 +120,7 @@ def _timed(probe: Member, cells: int) -> dict[Call, float]:
         for round_ in range(_ROUNDS + 1):
             probe.prepare(ids[:context])
             started = time.perf_counter()
-            probe.evaluate([(probe.caches[0], ids[context : context + tokens])], "every" if rows > 1 else "last")
+            probe.evaluate([Part(probe.caches[0], ids[context : context + tokens], "every" if rows > 1 else "last")])
             probe.logits()  # waits for a GPU
             if round_:  # the first warms up
                 seconds.setdefault(call, []).append(time.perf_counter() - started)

@@ -190,6 +190,11 @@ class Generation:
         """The members that have a weight now. Raises RunError when the router fails."""
         return [int(member) for member in np.flatnonzero(self._weights())]
 
+    def can_write(self, member: int) -> bool:
+        """Whether a member has tokens for the text."""
+        same = self._engine.unified.same
+        return same or self._engine.models[member].vocabulary.can_write(self._text.strays)
+
     def prepare(self) -> None:
         """Evaluate the prompts of all members that have a weight now; otherwise each waits until it is needed."""
         for member in self.writers():
@@ -223,7 +228,7 @@ class Generation:
     def _possible(self, weights: FloatArray) -> set[int]:
         """The members that may write the next piece."""
         possible = set(np.flatnonzero(weights).tolist())
-        if self._writer is not None and self._can_write(self._engine.models[self._writer].vocabulary):
+        if self._writer is not None and self.can_write(self._writer):
             possible.add(self._writer)
         return possible
 
@@ -259,7 +264,7 @@ class Generation:
 
     def _is_free(self, writer: int) -> bool:
         """By words: whether a member is drawn here without asking the one that wrote the last piece."""
-        able = self._can_write(self._engine.models[writer].vocabulary)
+        able = self.can_write(writer)
         return not able or (not self._text.in_character and is_free(self.text))
 
     def _step_in_word(self, writer: int, weights: FloatArray) -> Course[Draw]:
@@ -376,11 +381,8 @@ class Generation:
             sampled.append(draw.number - 1)
 
     def _weights(self) -> FloatArray:
-        able = [self._can_write(model.vocabulary) for model in self._engine.models]
+        able = [self.can_write(member) for member in range(len(self._engine.models))]
         return route(self._engine.router, self.text, self._request.weights, able)
-
-    def _can_write(self, vocabulary: Vocabulary) -> bool:
-        return self._engine.unified.same or vocabulary.can_write(self._text.strays)
 
     def _fits(self, member: int) -> bool:
         room = self._engine.models[member].n_ctx - len(self._request.prompts[member])

@@ -78,20 +78,14 @@ class Member:
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
         _require_memory(config, weights, cells, sequences)
-        # With several sequences llama.cpp reuses cells of one that its window has passed, although it may be cut back
-        # then, unless they belong to another one, too (`llama_kv_cache::find_slot`).
-        full = config.swa_full and weights.memory not in ("recurrent", "hybrid")
-        self._twins = bool(weights.window and full and sequences > 1)
-        numbers = sequences * (2 if self._twins else 1)
-        if numbers > MOST_SEQUENCES:
-            most = MOST_SEQUENCES * sequences // numbers
+        if sequences > MOST_SEQUENCES:
             raise LoadError(
-                f'member "{config.name}": llama.cpp has room for {most} replies at once of this model, '
+                f'member "{config.name}": llama.cpp has room for {MOST_SEQUENCES} replies at once, '
                 f"and {sequences} are wanted"
             )
-        self.n_batch = max(min(cells, config.n_batch), numbers)
-        self._outputs = min(max(outputs, numbers), self.n_batch)
-        self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, numbers)
+        self.n_batch = max(min(cells, config.n_batch), sequences)
+        self._outputs = min(max(outputs, sequences), self.n_batch)
+        self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
         self.working_bytes = _working_bytes()
         try:
             self._read_context(sequences)
@@ -113,10 +107,10 @@ class Member:
         evicts = window > 0 and not self.config.swa_full
         cuttable = not evicts and self.weights.memory not in ("recurrent", "hybrid")
         self.caches = tuple(
-            Cache(self._context, i, name=self.name, cells=cells, window=window, cuttable=cuttable, twin=twin)
-            for i, twin in enumerate(range(sequences, 2 * sequences) if self._twins else [None] * sequences)
+            Cache(self._context, i, name=self.name, cells=cells, window=window, cuttable=cuttable)
+            for i in range(sequences)
         )
-        self._batch = Batch(self.n_batch, cells, sequences, twins=self._twins)
+        self._batch = Batch(self.n_batch, cells, sequences)
         self._views: dict[int, LogitArray] = {}
 
     def _add_adapter(self, path: Path) -> None:
@@ -197,17 +191,17 @@ class Member:
             for row in range(len(part)):
                 yield self.row(row)
 
-    def evaluate(self, parts: Sequence[Part], outputs: Outputs) -> None:
+    def evaluate(self, parts: Sequence[Part]) -> None:
         """One call of `llama_decode` for the parts, at most `n_batch` tokens; raises RunError that names them."""
-        for cache, ids in parts:
-            cache.expect(len(ids))
-        code = self._decode(parts, outputs)
+        for part in parts:
+            part.cache.expect()
+        code = self._decode(parts)
         if code:
             reason = _DECODE_ERRORS.get(code, f"llama.cpp failed with code {code}")
-            spans = [(cache.length, cache.length + len(ids) - 1) for cache, ids in parts]
+            spans = [(cache.length, cache.length + len(ids) - 1) for cache, ids, _ in parts]
             where = f"tokens {spans[0][0]} to {spans[0][1]}" + (f" and {len(spans) - 1} others" if spans[1:] else "")
             raise RunError(f'member "{self.name}", {where}: {reason}')
-        for cache, ids in parts:
+        for cache, ids, _ in parts:
             cache.add(ids)
 
     def share_cores(self, parts: int) -> None:
@@ -256,11 +250,11 @@ class Member:
             self._evaluate(ids[start : min(end, start + self.n_batch)])
 
     def _evaluate(self, ids: IntArray, outputs: Outputs = "last") -> None:
-        self.evaluate([(self.caches[0], ids)], outputs)
+        self.evaluate([Part(self.caches[0], ids, outputs)])
 
-    def _decode(self, parts: Sequence[Part], outputs: Outputs) -> int:
+    def _decode(self, parts: Sequence[Part]) -> int:
         """Evaluate the parts; llama.cpp's answer, 0 if all is well."""
-        self._batch.fill(parts, outputs)
+        self._batch.fill(parts)
         started = time.perf_counter()
         code: int = llama_cpp.llama_decode(self._context, self._batch.native)
         self.seconds += time.perf_counter() - started
@@ -306,8 +300,7 @@ def _make_context(
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch, settings.n_ubatch = cells, batch, min(batch, _LARGEST_BATCH)
     settings.n_seq_max = sequences
-    # Backlogs differ in length. With a buffer for each sequence llama.cpp would evaluate equal lengths at a time.
-    settings.kv_unified = sequences > 1
+    settings.kv_unified = False  # a buffer for each sequence: attention looks at no other's cells
     settings.n_threads = settings.n_threads_batch = config.n_threads or usable_cores()
     flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     settings.flash_attn_type = flash

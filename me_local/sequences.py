@@ -5,11 +5,11 @@ so that a sequence fails only by itself. Knows nothing of replies or of sampling
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
-from me_local.batches import Outputs, Part
+from me_local.batches import Part, level
 from me_local.cache import Cache
 from me_local.errors import RunError
 from me_local.member import LogitArray, Member
@@ -66,10 +66,17 @@ class Sequences:
         self._member.require_open()
         return self._by_halves(lambda some: self._prefill(some, most), prompts)
 
-    def sync(self, wanted: Mapping[int, Target]) -> dict[int, Outcome]:
-        """Make caches hold exactly these ids, one at least; the outcomes have the logits after them."""
+    def sync(self, wanted: Mapping[int, Target], others: Mapping[int, Target] | None = None) -> dict[int, Outcome]:
+        """Make caches hold exactly these ids, one at least; the outcomes have the logits after them.
+
+        Those of `others` may come closer to what they are to hold, where that does not take longer: the outcomes of
+        these have no logits.
+        """
         self._member.require_open()
-        return self._by_halves(self._sync, wanted)
+        if others:
+            with suppress(RunError):  # which may have come from one of the others
+                return self._sync(wanted, others)
+        return self._by_halves(lambda some: self._sync(some, {}), wanted)
 
     def _by_halves(
         self, bring: Callable[[Mapping[int, Target]], dict[int, Outcome]], targets: Mapping[int, Target]
@@ -102,16 +109,16 @@ class Sequences:
             elif due:
                 dues[sequence] = due
             end = min(keep + room, dues.get(sequence, len(ids)))
-            parts.append((cache, ids[keep:end]))
+            parts.append(Part(cache, ids[keep:end], "none"))
             planned.append(ids)
             room -= end - keep
-        outcomes = self._evaluate(parts, "none")
+        outcomes = self._evaluate(parts)
         for sequence, due in dues.items():
             if self._caches[sequence].length == due:
                 self._caches[sequence].checkpoint(prompt=True)
         return outcomes
 
-    def _sync(self, wanted: Mapping[int, Target]) -> dict[int, Outcome]:
+    def _sync(self, wanted: Mapping[int, Target], others: Mapping[int, Target]) -> dict[int, Outcome]:
         outcomes: dict[int, Outcome] = {}
         stops: dict[int, IntArray] = {}
         for sequence, target in wanted.items():
@@ -122,46 +129,73 @@ class Sequences:
             if due:
                 stops[sequence] = ids[:due]
         while parts := self._parts(stops):
-            outcomes = _joined(outcomes, self._evaluate(parts, "none"))
+            outcomes = _joined(outcomes, self._evaluate(parts))
         for sequence in stops:
             self._caches[sequence].checkpoint(prompt=False)
         while sum(len(target.ids) - self._caches[s].length for s, target in wanted.items()) > self._member.n_batch:
             parts = self._parts({sequence: target.ids[:-1] for sequence, target in wanted.items()})
-            outcomes = _joined(outcomes, self._evaluate(parts, "none"))
-        rest = self._parts({sequence: target.ids for sequence, target in wanted.items()})
-        return _joined(outcomes, self._evaluate(rest, "last"))
+            outcomes = _joined(outcomes, self._evaluate(parts))
+        joining = self._level(wanted, others)
+        parts = self._parts({s: target.ids for s, target in wanted.items()} | joining, wanted)
+        return _joined(outcomes, self._evaluate(parts))
 
-    def _parts(self, ids_of: Mapping[int, IntArray]) -> list[Part]:
-        """What caches lack of these ids, as much as one batch can hold."""
+    def _level(self, wanted: Mapping[int, Target], others: Mapping[int, Target]) -> dict[int, IntArray]:
+        """Prepare caches for parts of more equal lengths, where that takes less time; what others are to hold then."""
+        lengths = {sequence: len(target.ids) - self._caches[sequence].length for sequence, target in wanted.items()}
+        common: dict[int, int] = {}
+        lags: dict[int, int] = {}
+        for sequence, target in others.items():
+            cache = self._caches[sequence]
+            common[sequence] = cache.common(target.ids, len(target.ids))
+            lag = len(target.ids) - common[sequence]
+            # One that lags far behind may never be wanted.
+            if cache.checkpoints is None and lag <= WORTH and len(target.ids) <= self._member.n_ctx:
+                lags[sequence] = lag
+        least = level(lengths, lags)
+        if sum(max(least, length) for length in lengths.values()) + least * len(lags) > self._member.n_batch:
+            return {}
+        for sequence, target in wanted.items():
+            cache = self._caches[sequence]
+            if lengths[sequence] < least <= len(target.ids) and cache.checkpoints is None:
+                cache.cut(len(target.ids) - least)
+        joining = {s: others[s].ids[: common[s] + least] for s, lag in lags.items() if lag >= least}
+        for sequence in joining:
+            self._caches[sequence].cut(common[sequence])
+        return joining
+
+    def _parts(self, ids_of: Mapping[int, IntArray], wanted: Container[int] = ()) -> list[Part]:
+        """What caches lack of these ids, as much as one batch can hold; logits after those of the `wanted`."""
         room, parts = self._member.n_batch, []
-        for sequence, ids in ids_of.items():
+        for sequence, ids in sorted(ids_of.items()):
             cache = self._caches[sequence]
             now = ids[cache.length : cache.length + room]
             if len(now):
-                parts.append((cache, now))
+                parts.append(Part(cache, now, "last" if sequence in wanted else "none"))
                 room -= len(now)
         return parts
 
     def _take_over(self, cache: Cache, ids: IntArray) -> int:
         """Cut a cache back to what it has of `ids`, or to what another has, where that is much more; its length."""
         own = cache.usable(ids, alone=False)
-        lender = max((other for other in self._caches if other is not cache), key=lambda c: c.lends(ids), default=None)
-        if lender is not None and lender.lends(ids) >= own + WORTH:
-            cache.borrow(lender, lender.lends(ids))
+        others = {other: other.usable(ids, alone=False) for other in self._caches if other is not cache}
+        lender = max(others, key=others.__getitem__, default=None)
+        if lender is not None and others[lender] >= own + WORTH:
+            cache.borrow(lender, others[lender])
         return cache.cut(cache.common(ids, len(ids)))
 
-    def _evaluate(self, parts: Sequence[Part], outputs: Outputs) -> dict[int, Outcome]:
+    def _evaluate(self, parts: Sequence[Part]) -> dict[int, Outcome]:
         if not parts:
             return {}
         started = time.perf_counter()
-        self._member.evaluate(parts, outputs)
-        ends = accumulate(len(ids) for _, ids in parts)
-        rows = [self._member.row(end - 1) if outputs == "last" else None for end in ends]
-        each = (time.perf_counter() - started) / sum(len(ids) for _, ids in parts)
-        return {
-            cache.sequence: Outcome(len(ids), each * len(ids), row)
-            for (cache, ids), row in zip(parts, rows, strict=True)
-        }
+        self._member.evaluate(parts)
+        each = (time.perf_counter() - started) / sum(len(part.ids) for part in parts)
+        outcomes: dict[int, Outcome] = {}
+        end = 0
+        for cache, ids, outputs in parts:
+            end += len(ids)
+            row = self._member.row(end - 1) if outputs == "last" else None
+            outcomes[cache.sequence] = Outcome(len(ids), each * len(ids), row)
+        return outcomes
 
 
 def _joined(before: Mapping[int, Outcome], after: Mapping[int, Outcome]) -> dict[int, Outcome]:

@@ -32,12 +32,12 @@ from me_local.member import Member
 kill_at, *arguments = sys.argv[1:]
 decode, write, calls, written = Member._decode, records.write_record, [0], [0]
 
-def failing(self, parts, outputs):
+def failing(self, parts):
     calls[0] += 1
     if len(parts) == 1 or calls[0] % 10:
-        return decode(self, parts, outputs)
+        return decode(self, parts)
     if calls[0] % 20:
-        decode(self, parts, outputs)
+        decode(self, parts)
     return 1
 
 class Half:

@@ -169,9 +169,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, member: Member, fails: Callable[[li
     """Evaluations of these sequences fail after having decoded."""
     decode = member._decode
 
-    def planted(parts: Any, outputs: Any) -> int:
-        answer = decode(parts, outputs)
-        return code if fails([cache.sequence for cache, _ in parts]) else answer
+    def planted(parts: Any) -> int:
+        answer = decode(parts)
+        return code if fails([cache.sequence for cache, *_ in parts]) else answer
 
     monkeypatch.setattr(member, "_decode", planted)
 
@@ -216,9 +216,9 @@ def test_not_a_number_ends_that_reply_only(
     member = ensemble.members[1]
     evaluate, row, current = member.evaluate, member.row, []
 
-    def noted(parts: Any, outputs: Any) -> None:
-        evaluate(parts, outputs)
-        current[:] = [cache.sequence for cache, ids in parts for _ in ids]
+    def noted(parts: Any) -> None:
+        evaluate(parts)
+        current[:] = [cache.sequence for cache, ids, _ in parts for _ in ids]
 
     def spoiled(index: int) -> Any:
         logits = row(index)

@@ -58,11 +58,9 @@ def test_logits_are_for_those_that_have_drawn_the_member() -> None:
     assert pieces_per_second(costs, [1, 3], 4, "ce") == pytest.approx(1 / ce)
 
 
-def test_attention_to_others_costs_unless_it_is_flash_attention() -> None:
-    masked, flash = (CallCost(0.006, 0.001, 0.0, 1e-6, masks) for masks in (True, False))
-    assert pieces_per_second([masked], [1], 8, "ce", 300) == pytest.approx(1 / (0.006 / 8 + 0.001 + 8 * 300e-6))
-    assert pieces_per_second([flash], [1], 8, "ce", 300) == pytest.approx(1 / (0.006 / 8 + 0.001 + 300e-6))
-    assert pieces_per_second([masked], [1], 1, "ce", 300) == pieces_per_second([flash], [1], 1, "ce", 300)
+def test_attention_costs_as_much_as_the_reply_is_long() -> None:
+    cost = CallCost(0.006, 0.001, 0.0, 1e-6)
+    assert pieces_per_second([cost], [1], 8, "ce", 300) == pytest.approx(1 / (0.006 / 8 + 0.001 + 300e-6))
 
 
 def test_members_without_weight_cost_nothing() -> None:
@@ -134,9 +132,9 @@ def test_measuring_waits_for_the_logits(monkeypatch: pytest.MonkeyPatch) -> None
     clock = [0.0]
     pending = [0.0]
 
-    def evaluate(parts: Any, outputs: str) -> None:
-        count = len(parts[0][1])
-        pending[0] = 0.02 + 0.003 * count + 0.005 * (count if outputs == "every" else 1)
+    def evaluate(parts: Any) -> None:
+        count = len(parts[0].ids)
+        pending[0] = 0.02 + 0.003 * count + 0.005 * (count if parts[0].outputs == "every" else 1)
 
     def logits() -> None:
         clock[0] += pending[0]

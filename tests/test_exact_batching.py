@@ -74,7 +74,7 @@ class RememberedSequences:
     def prefill(self, prompts: Mapping[int, Target], most: int) -> dict[int, Outcome]:
         return {}
 
-    def sync(self, wanted: Mapping[int, Target]) -> dict[int, Outcome]:
+    def sync(self, wanted: Mapping[int, Target], others: Mapping[int, Target]) -> dict[int, Outcome]:
         return {sequence: Outcome(0, 0.0, self._logits(target.ids)) for sequence, target in wanted.items()}
 
     def _logits(self, ids: IntArray) -> LogitArray:

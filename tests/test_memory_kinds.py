@@ -296,9 +296,7 @@ def test_a_memory_that_can_be_cut_has_no_checkpoints(
 ) -> None:
     member, sizes = open_member(name), []
     decode = member._decode
-    monkeypatch.setattr(
-        member, "_decode", lambda parts, outputs: sizes.append(len(parts[0][1])) or decode(parts, outputs)
-    )
+    monkeypatch.setattr(member, "_decode", lambda parts: sizes.append(len(parts[0].ids)) or decode(parts))
     ids = np.arange(10, 60, dtype=np.int32)
     member.prepare(ids[:30], final=20)
     member.sync(ids, final=45)

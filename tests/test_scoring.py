@@ -10,7 +10,7 @@ import pytest
 from conftest import logits_of
 
 from me_local import Ensemble, InputError, Message, RunError, load
-from me_local.batches import Outputs, Part
+from me_local.batches import Part
 from me_local.config import Overrides, override
 from me_local.engine import Generation
 from me_local.ensemble import make_request
@@ -165,9 +165,9 @@ def test_choices_share_their_prompt_and_change_nothing(
     first = ensemble.score(prompt, "again today", raw=True)
     sizes, decode = [], Member._decode
 
-    def counting(self: Member, parts: Sequence[Part], outputs: Outputs) -> int:
-        sizes.extend(len(ids) for _, ids in parts)
-        return decode(self, parts, outputs)
+    def counting(self: Member, parts: Sequence[Part]) -> int:
+        sizes.extend(len(ids) for _, ids, _ in parts)
+        return decode(self, parts)
 
     monkeypatch.setattr(Member, "_decode", counting)
     other = ensemble.score(prompt, "and then", raw=True)

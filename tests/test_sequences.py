@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from me_local import RunError
+from me_local.batches import Part, level
 from me_local.config import MemberConfig
 from me_local.member import LogitArray, Member
 from me_local.sequences import Outcome, Sequences, Target
@@ -67,9 +68,9 @@ def failing(member: Member, fails: Callable[[int, list[int]], bool], *, decoded:
     """Evaluations for which `fails(call, sequences)` is true answer with code 1, after having decoded or not."""
     decode, calls = member._decode, iter(range(10**6))
 
-    def planted(parts: Sequence[tuple[object, IntArray]], outputs: str) -> int:
-        fault = fails(next(calls), [cache.sequence for cache, _ in parts])  # type: ignore[attr-defined]
-        code = 0 if fault and not decoded else decode(parts, outputs)  # type: ignore[arg-type]
+    def planted(parts: Sequence[Part]) -> int:
+        fault = fails(next(calls), [cache.sequence for cache, *_ in parts])
+        code = 0 if fault and not decoded else decode(parts)
         return 1 if fault else code
 
     with patch.object(member, "_decode", planted):
@@ -107,6 +108,11 @@ class SequencesMachine(RuleBasedStateMachine):
     @rule(which=subsets, final=finals)
     def sync(self, which: list[int], final: float) -> None:
         self.check(self.sequences.sync(self.targets(which, final)), which)
+
+    @rule(which=subsets, others=subsets, final=finals)
+    def sync_beside_others(self, which: list[int], others: list[int], final: float) -> None:
+        beside = self.targets([place for place in others if place not in which], final)
+        self.check(self.sequences.sync(self.targets(which, final), beside), which)
 
     @rule(which=subsets, most=st.sampled_from([3, 30, 200]), final=finals)
     def prefill(self, which: list[int], most: int, final: float) -> None:
@@ -241,9 +247,9 @@ def noted(member: Member) -> Iterator[list[list[tuple[int, int]]]]:
     calls: list[list[tuple[int, int]]] = []
     decode = member._decode
 
-    def counting(parts: Sequence[tuple[object, IntArray]], outputs: str) -> int:
-        calls.append([(cache.sequence, len(ids)) for cache, ids in parts])  # type: ignore[attr-defined]
-        return decode(parts, outputs)  # type: ignore[arg-type]
+    def counting(parts: Sequence[Part]) -> int:
+        calls.append([(cache.sequence, len(ids)) for cache, ids, _ in parts])
+        return decode(parts)
 
     with patch.object(member, "_decode", counting):
         yield calls
@@ -357,3 +363,57 @@ def test_cells_behind_the_window_of_another_sequence_are_not_taken(
     sequences.prefill(targets_of({1: [3]}), 100)
     sequences.prefill(targets_of({1: [3], 2: [7, 3, 8]}), 100)
     all_equal_fresh(sequences.sync(targets_of({0: ids})), reference, {0: ids})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "lags", "least"),
+    [
+        ({0: 3}, {}, 3),
+        ({0: 2, 1: 2, 2: 2}, {}, 2),
+        ({0: 3, 1: 2, 2: 3}, {}, 3),  # one token more, and one run instead of three
+        ({0: 1, 1: 20}, {}, 1),  # 19 tokens more would be worth more than a run
+        ({0: 2, 2: 2}, {1: 2}, 2),
+        ({0: 2, 2: 3}, {1: 3}, 3),
+    ],
+)
+def test_parts_are_as_long_as_pays(lengths: dict[int, int], lags: dict[int, int], least: int) -> None:
+    assert level(lengths, lags) == least
+
+
+def test_parts_of_nearly_equal_lengths_are_made_equal(open_many: OpenMember, open_member: OpenMember) -> None:
+    member, reference = open_many("bpe_a"), open_member("bpe_a", type_k="f32", type_v="f32")
+    sequences = Sequences(member)
+    ids = {place: random_ids(20, place) for place in range(3)}
+    sequences.sync(targets_of(ids))
+    longer = {place: given + [9] * (2 if place == 1 else 3) for place, given in ids.items()}
+    with noted(member) as calls:
+        all_equal_fresh(sequences.sync(targets_of(longer)), reference, longer)
+    assert calls == [[(0, 3), (1, 3), (2, 3)]]
+
+
+def test_a_sequence_between_others_comes_along(open_many: OpenMember, open_member: OpenMember) -> None:
+    """llama.cpp runs the model once for sequences with neighbouring numbers."""
+    member, reference = open_many("bpe_a", sequences=4), open_member("bpe_a", type_k="f32", type_v="f32")
+    sequences = Sequences(member)
+    ids = {place: random_ids(20, place) for place in range(3)}
+    sequences.sync(targets_of(ids))
+    longer = {place: [*given, 7, 8, 9] for place, given in ids.items()} | {3: random_ids(60, 3)}
+    with noted(member) as calls:
+        outcomes = sequences.sync(
+            targets_of({place: longer[place][:-1] for place in (0, 2)}), targets_of({p: longer[p] for p in (1, 3)})
+        )
+    assert calls == [[(0, 2), (1, 2), (2, 2)]]
+    assert outcomes[1].logits is None
+    all_equal_fresh(outcomes, reference, {place: longer[place][:-1] for place in (0, 2)})
+    all_equal_fresh(sequences.sync(targets_of(longer)), reference, longer)
+
+
+def test_a_failure_beside_others_is_tried_without_them(open_many: OpenMember, open_member: OpenMember) -> None:
+    member, reference = open_many("bpe_a"), open_member("bpe_a", type_k="f32", type_v="f32")
+    sequences = Sequences(member)
+    ids = {place: random_ids(20, place) for place in range(3)}
+    sequences.sync(targets_of(ids))
+    longer = {place: [*given, 7, 8] for place, given in ids.items()}
+    with failing(member, lambda _, places: 1 in places):
+        outcomes = sequences.sync(targets_of({p: longer[p] for p in (0, 2)}), targets_of({1: longer[1]}))
+    all_equal_fresh(outcomes, reference, {p: longer[p] for p in (0, 2)})

@@ -83,9 +83,9 @@ def test_they_are_evaluated_together(two_models: Path, monkeypatch: pytest.Monke
         for member in server.ensemble.members:
             decode = member._decode
 
-            def counted(parts: Sequence[object], outputs: Any, decode: Any = decode) -> int:
+            def counted(parts: Sequence[object], decode: Any = decode) -> int:
                 sizes.append(len(parts))
-                return int(decode(parts, outputs))
+                return int(decode(parts))
 
             monkeypatch.setattr(member, "_decode", counted)
         with asking(server, [body(seed, strategy="ce", stop=[]) for seed in range(4)]) as answers:
@@ -149,8 +149,8 @@ def test_a_member_that_fails_for_one_reply_ends_that_alone(
             for member in server.ensemble.members:
                 decode = member._decode
 
-                def failing(parts: Any, outputs: Any, decode: Any = decode) -> int:
-                    return -3 if any(cache.sequence == 0 for cache, _ in parts) else int(decode(parts, outputs))
+                def failing(parts: Any, decode: Any = decode) -> int:
+                    return -3 if any(cache.sequence == 0 for cache, *_ in parts) else int(decode(parts))
 
                 monkeypatch.setattr(member, "_decode", failing)
             tap.let(PLENTY)

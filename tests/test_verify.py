@@ -15,7 +15,7 @@ from scipy import stats
 
 from me_local import Ensemble
 from me_local.alignment import Distribution, FloatArray
-from me_local.batches import Outputs, Part
+from me_local.batches import Part
 from me_local.cache import Cache
 from me_local.cli import main
 from me_local.engine import Course, Engine, Generation, Request
@@ -87,10 +87,10 @@ def test_it_finds_a_temperature_after_mixing(
 
 
 def test_it_finds_a_backlog_that_is_off_by_one(faulty: Ensemble, check: Callable[[Ensemble], Report]) -> None:
-    def decode(self: Member, parts: Sequence[Part], outputs: Outputs) -> int:
-        cache, ids = parts[0]
+    def decode(self: Member, parts: Sequence[Part]) -> int:
+        cache, ids, outputs = parts[0]
         late = cache.length > 0 and len(ids) > 1
-        return Member._decode(self, [(cache, np.concatenate([cache.ids[-1:], ids[:-1]]) if late else ids)], outputs)
+        return Member._decode(self, [Part(cache, np.concatenate([cache.ids[-1:], ids[:-1]]) if late else ids, outputs)])
 
     for member in faulty.members:
         member._decode = MethodType(decode, member)  # type: ignore[method-assign]
