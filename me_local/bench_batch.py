@@ -1,12 +1,12 @@
 """How fast an ensemble writes several replies at once: each member alone, CE, and ME with both kinds of route.
 
-For each number of replies the contestants take turns, in rounds, on the same contexts. Each writes until its replies
-have a certain number of pieces in all; end of generation is never sampled, and prompts are evaluated before the clock
-starts.
+The contestants take turns, with each number of replies, in rounds. Each writes until its replies have a certain number
+of pieces in all; end of generation is never sampled, and prompts are evaluated before the clock starts.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -29,6 +29,8 @@ STEPS = 24
 """Pieces that each contestant writes in a round, for each of its replies."""
 _PROMPT = 64  # pieces, about
 _ENDLESS = 1 << 30
+_CELLS = 12  # of a context, for each piece
+_LARGER = 4  # so many times larger batches may be measured as seldom
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +44,31 @@ class _Contestant:
 def bench_batches(config: Config, counts: Sequence[int], advance: Callable[[], object]) -> tuple[BatchSpeed, ...]:
     """Measure each of these numbers of replies; `advance` is called `batch_work(config, counts)` times.
 
-    Raises LoadError where the memory has no room for them.
+    Raises LoadError where the memory has no room for all of them.
     """
-    shelf = Shelf()
-    try:
-        found: list[BatchSpeed] = []
-        for count in counts:
-            with Ensemble(config, batch=count, shelf=shelf) as ensemble:
-                found += _measured(ensemble, advance)
-        return tuple(found)
-    finally:
-        shelf.close()
+    cells = _CELLS * (_PROMPT + STEPS)
+    short = replace(
+        config, members=tuple(replace(m, n_ctx=min(m.n_ctx, cells) if m.n_ctx else cells) for m in config.members)
+    )
+    speeds: dict[tuple[int, _Contestant], list[float]] = {}
+    with ExitStack() as stack:
+        shelf = stack.enter_context(closing(Shelf()))
+        ensembles = [stack.enter_context(Ensemble(short, batch=count, shelf=shelf)) for count in counts]
+        costs: list[CallCost] = [measure(member) for member in ensembles[0].members]
+        for round_ in range(ROUNDS + 1):
+            for ensemble in ensembles:
+                # The speed of a machine goes up and down, so few replies are measured several times.
+                times = max(1, max(counts) // (_LARGER * ensemble.batch)) if round_ else 1
+                for contestant in _contestants(config):
+                    found = [_run(ensemble, contestant, seed=ROUNDS * again + round_) for again in range(times)]
+                    advance()
+                    if round_:  # the first warms up
+                        speeds.setdefault((ensemble.batch, contestant), []).extend(found)
+    length = _PROMPT + STEPS // 2
+    return tuple(
+        BatchSpeed(count, c.kind, c.name, median(found), pieces_per_second(costs, c.weights, count, c.way, length))
+        for (count, c), found in speeds.items()
+    )
 
 
 def batch_work(config: Config, counts: Sequence[int]) -> int:
@@ -71,21 +87,6 @@ def _contestants(config: Config) -> list[_Contestant]:
         found.append(_Contestant("me shared", "ME, shared route", weights, "me shared"))
         found.append(_Contestant("me own", "ME, own routes", weights, "me own"))
     return found
-
-
-def _measured(ensemble: Ensemble, advance: Callable[[], object]) -> Iterator[BatchSpeed]:
-    contestants = _contestants(ensemble.config)
-    costs: list[CallCost] = [measure(member) for member in ensemble.members]
-    speeds: dict[_Contestant, list[float]] = {contestant: [] for contestant in contestants}
-    for round_ in range(ROUNDS + 1):
-        for contestant in contestants:
-            speed = _run(ensemble, contestant, seed=round_)
-            advance()
-            if round_:  # the first warms up
-                speeds[contestant].append(speed)
-    for c in contestants:
-        predicted = pieces_per_second(costs, c.weights, ensemble.batch, c.way, _PROMPT + STEPS // 2)
-        yield BatchSpeed(ensemble.batch, c.kind, c.name, median(speeds[c]), predicted)
 
 
 def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
