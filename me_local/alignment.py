@@ -5,8 +5,11 @@ else, which is what makes ME and CE have the same distribution. The default foll
 top-k, top-p and min-p, then renormalising, all inside the member; then ids become pieces and equal pieces add up.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -18,8 +21,14 @@ from me_local.vocabulary import IntArray
 FloatArray = npt.NDArray[np.float64]
 LogitArray = npt.NDArray[np.float32]
 
-_BLOCK = 128
-_ROWS = np.arange(_BLOCK)[:, None]
+_ROWS = 128
+_SPARE = 4
+"""So many more are looked for at first, because some may never be sampled."""
+_FEW = 256
+"""Up to so many candidates are handled one by one: each call of NumPy costs as much as some of them."""
+
+Candidates = list[tuple[float, int, int]]
+"""Tokens that may be sampled, the likeliest first: the negative of the logit, the id, the number of the piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +62,14 @@ class Alignment(Protocol):
 def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
     """The paper's alignment: temper, truncate, renormalise, and add up ids that stand for the same piece."""
     limit = 1 if sampling.temperature == 0 else sampling.top_k
-    ids = _largest(logits, numbers, limit)
+    if 0 < limit <= _FEW:
+        return _of_few(_largest(logits, numbers, limit), sampling)
+    ids = _ranked(logits, numbers, limit)
     scores = logits[ids].astype(np.float64)
     with np.errstate(over="ignore"):  # next to temperature 0, all others get nothing
         weights = np.exp((scores - scores[0]) / (sampling.temperature or 1.0))
-    kept = _truncated(weights / weights.sum(), sampling)
-    return _merged(numbers[ids[: len(kept)]], kept)
+    keep = _kept(weights, sampling)
+    return _merged(numbers[ids[:keep]], weights[:keep] / weights[:keep].sum())
 
 
 def mix(distributions: Sequence[Distribution], weights: Sequence[float]) -> Distribution:
@@ -82,47 +93,71 @@ def argmax(distribution: Distribution) -> tuple[int, float]:
 
 def pick(weights: FloatArray, uniform: float) -> int:
     """The index drawn with probability proportional to `weights` (not negative, not all zero) by one number."""
-    cumulative = weights.cumsum()
-    at = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    if len(weights) > _FEW:
+        cumulative = weights.cumsum()
+        at = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    else:
+        sums = list(accumulate(weights.tolist()))
+        at = bisect_right(sums, uniform * sums[-1])
     # Rounding may carry a draw past the last weight that is not zero.
     return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])
 
 
-def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[np.intp]:
-    """Ids that may be sampled, largest logit first, smallest id first among equals; at most `limit` unless 0.
+def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> Candidates:
+    """The `limit` largest logits that may be sampled, the smallest id first among equals.
 
-    The maximum of each block of logits comes first: only blocks whose maximum is among the `limit` largest can
-    hold one of the `limit` largest logits, so the vocabulary is read once and never sorted. A block is a column
-    of the logits laid out in `_BLOCK` rows, because the maximum of whole rows is quick.
+    The maximum of each column of the logits laid out in `_ROWS` rows comes first: at least so many logits as columns
+    are not below the least of the largest maxima, and few more, so the vocabulary is read twice and never sorted.
     """
-    columns = len(logits) // _BLOCK
-    maxima = logits[: columns * _BLOCK].reshape(_BLOCK, columns).max(axis=0, initial=-np.inf)
-    if not 0 < limit < columns:
+    columns = len(logits) // _ROWS
+    maxima = np.maximum.reduce(logits[: columns * _ROWS].reshape(_ROWS, columns), initial=-np.inf)
+    _check_finite(logits[columns * _ROWS :])
+    wanted = limit + _SPARE
+    while True:
+        ids = np.flatnonzero(logits >= _floor(maxima, wanted))
+        found = zip((-logits[ids]).tolist(), ids.tolist(), numbers[ids].tolist(), strict=True)
+        candidates = [candidate for candidate in found if candidate[2] >= 0]
+        if len(candidates) >= limit or len(ids) == len(logits):
+            break
+        wanted *= 4
+    candidates.sort()
+    if not candidates or not math.isfinite(candidates[0][0]):
+        raise ValueError("no token that may be sampled has a finite logit")
+    return candidates[:limit]
+
+
+def _floor(maxima: LogitArray, count: int) -> float:
+    """The least of the `count` largest maxima, or minus infinity where there are no more; the order of them changes."""
+    if count >= len(maxima):
         _check_finite(maxima)
-        _check_finite(logits[columns * _BLOCK :])
-        return _ranked(logits, np.flatnonzero(numbers >= 0), limit)
-    blocks = maxima.argpartition(-limit - 1)[-limit - 1 :]
-    best = maxima[blocks]  # the smallest of them first; NaN counts as the largest
-    _check_finite(best)
-    floor = best[1:].min()
-    blocks = blocks[1:] if best[0] < floor else np.flatnonzero(maxima >= floor)
-    ids = (blocks + columns * _ROWS).ravel()
-    if columns * _BLOCK < len(logits):
-        _check_finite(logits[columns * _BLOCK :])
-        ids = np.concatenate([ids, np.arange(columns * _BLOCK, len(logits))])
-    ids = ids[logits[ids] >= floor]
-    ids = ids[numbers[ids] >= 0]  # of few ids: each is far from the others in memory
-    if len(ids) < limit:  # ids that are never sampled hid some of the largest
-        ids = np.flatnonzero(numbers >= 0)
-    return _ranked(logits, ids, limit)
+        return -math.inf
+    maxima.partition(len(maxima) - count)
+    best = maxima[-count:].tolist()
+    if not sum(best) < math.inf:  # NaN counts as the largest
+        raise ValueError("NaN or infinite logits")
+    return float(best[0])
 
 
-def _ranked(logits: LogitArray, ids: npt.NDArray[np.intp], limit: int) -> npt.NDArray[np.intp]:
-    scores = logits[ids]
-    if 0 < limit < len(ids):
-        high = scores >= np.partition(scores, -limit)[-limit]
-        ids, scores = ids[high], scores[high]
-    ids = ids[np.lexsort((ids, -scores))]
+def _of_few(candidates: Candidates, sampling: Sampling) -> Distribution:
+    """The distribution over these: tempered, truncated, renormalised, and equal pieces added up."""
+    best, temperature = candidates[0][0], sampling.temperature or 1.0
+    weights = [math.exp((best - score) / temperature) for score, _, _ in candidates]
+    if sampling.top_p < 1 or sampling.min_p > 0:
+        weights = weights[: _kept(np.array(weights), sampling)]
+    total = sum(weights)
+    shares: dict[int, float] = {}
+    for weight, (_, _, number) in zip(weights, candidates, strict=False):
+        if weight > 0:
+            shares[number] = shares.get(number, 0.0) + weight / total
+    numbers = sorted(shares)
+    return Distribution(np.array(numbers, dtype=np.int32), np.array([shares[number] for number in numbers]))
+
+
+def _ranked(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[np.intp]:
+    """All ids that may be sampled, or the `limit` largest, ordered as in `_largest`."""
+    _check_finite(logits)
+    ids = np.flatnonzero(numbers >= 0)
+    ids = ids[np.lexsort((ids, -logits[ids]))]
     if len(ids) == 0 or not np.isfinite(logits[ids[0]]):
         raise ValueError("no token that may be sampled has a finite logit")
     return ids[:limit] if limit else ids
@@ -133,15 +168,15 @@ def _check_finite(logits: LogitArray) -> None:
         raise ValueError("NaN or infinite logits")
 
 
-def _truncated(probabilities: FloatArray, sampling: Sampling) -> FloatArray:
-    """Top-p, then min-p, of probabilities that descend: the first of them, renormalised, none of them zero."""
-    keep = int(np.count_nonzero(probabilities))
+def _kept(weights: FloatArray, sampling: Sampling) -> int:
+    """How many of weights that descend top-p, then min-p, leave; none of these is zero."""
+    keep = int(np.count_nonzero(weights))
     if sampling.top_p < 1:
-        keep = min(keep, int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1)
+        cumulative = np.cumsum(weights)
+        keep = min(keep, int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1)
     if sampling.min_p > 0:
-        keep = min(keep, int(np.count_nonzero(probabilities >= sampling.min_p * probabilities[0])))
-    kept: FloatArray = probabilities[:keep] / probabilities[:keep].sum()
-    return kept
+        keep = min(keep, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
+    return keep
 
 
 def _merged(numbers: IntArray, probabilities: FloatArray) -> Distribution:

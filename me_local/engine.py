@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -31,6 +32,8 @@ from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, Unifi
 from me_local.words import Openings, is_free, may_end
 
 log = logging.getLogger(__name__)
+
+_UNIFORMS = 64
 
 Result = TypeVar("Result")
 Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, LogitArray], Result]
@@ -119,7 +122,10 @@ class Work:
 
 
 class Engine:
-    """Members, their unified vocabulary, a router and an alignment: what all replies have in common."""
+    """Members, their unified vocabulary, a router and an alignment: what all replies have in common.
+
+    `whole_shares[member]` are the shares of a piece that this member wrote.
+    """
 
     def __init__(self, models: Sequence[Model], router: Router, alignment: Alignment) -> None:
         self.models = tuple(models)
@@ -132,6 +138,7 @@ class Engine:
                 identities.append(model.vocabulary.identity)
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
         self.schedule = Schedule(self.models)
+        self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
 
     @cached_property
     def openings(self) -> Openings:
@@ -170,11 +177,14 @@ class Generation:
             len(prompt) + len(context.ids(request.head))
             for prompt, context in zip(request.prompts, self._contexts, strict=True)
         )
+        self._room = min(
+            model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)
+        )
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
-        self._route_uniform = route or np.random.default_rng(route_seed).random
-        self._piece_random = np.random.default_rng(piece_seed)
+        self._route_uniform = route or _uniforms(route_seed)
+        self._piece_uniform = _uniforms(piece_seed)
         self._writer: int | None = None  # by words: the member that wrote the last piece
 
     @property
@@ -215,8 +225,8 @@ class Generation:
     def course(self) -> Course[Draw | None]:
         """The same for whoever brings the members up to date: see `Course`. Raises RunError."""
         weights = self._weights()
-        # Members that are not drawn count too: where a reply ends must not depend on the route.
-        if not all(self._fits(i) for i in self._possible(weights)):
+        # A token has a byte at least, but for a space that the tokenizer may put in front.
+        if len(self.text) >= self._room and not self._fits(weights):
             return None
         draw = yield from self._draw(weights)
         if draw.number != END:
@@ -225,12 +235,15 @@ class Generation:
             self._writer = draw.member
         return draw
 
-    def _possible(self, weights: FloatArray) -> set[int]:
-        """The members that may write the next piece."""
+    def _fits(self, weights: FloatArray) -> bool:
+        """Whether the text fits into the contexts of all members that may write the next piece.
+
+        Those that are not drawn count too: where a reply ends must not depend on the route.
+        """
         possible = set(np.flatnonzero(weights).tolist())
         if self._writer is not None and self.can_write(self._writer):
             possible.add(self._writer)
-        return possible
+        return all(len(self.ids(member)) <= self._engine.models[member].n_ctx for member in possible)
 
     def _run(self, course: Course[Result]) -> Result:
         """Take a course to its end with what this reply alone needs of the members."""
@@ -257,10 +270,9 @@ class Generation:
         return self._sample(member, (yield from self._predict(member)))
 
     def _sample(self, member: int, distribution: Distribution) -> Draw:
-        number, probability = sample(distribution, self._piece_random.random())
-        shares = tuple(float(i == member) for i in range(len(self._engine.models)))
+        number, probability = sample(distribution, self._piece_uniform())
         piece = self._engine.unified.pieces[number]
-        return Draw(number, piece, member, probability, shares, self._top(distribution))
+        return Draw(number, piece, member, probability, self._engine.whole_shares[member], self._top(distribution))
 
     def _is_free(self, writer: int) -> bool:
         """By words: whether a member is drawn here without asking the one that wrote the last piece."""
@@ -284,7 +296,7 @@ class Generation:
 
     def _step_ce(self, weights: FloatArray) -> Course[Draw]:
         mixture, distributions = yield from self._mixture(weights)
-        uniform = self._piece_random.random()
+        uniform = self._piece_uniform()
         number, probability = argmax(mixture) if self._request.argmax else sample(mixture, uniform)
         parts = np.zeros(len(weights))
         for member, distribution in distributions.items():
@@ -381,13 +393,9 @@ class Generation:
             sampled.append(draw.number - 1)
 
     def _weights(self) -> FloatArray:
-        able = [self.can_write(member) for member in range(len(self._engine.models))]
+        strays = self._text.strays
+        able = [not strays or self.can_write(member) for member in range(len(self._engine.models))]
         return route(self._engine.router, self.text, self._request.weights, able)
-
-    def _fits(self, member: int) -> bool:
-        room = self._engine.models[member].n_ctx - len(self._request.prompts[member])
-        # A token has a byte at least, but for a space that the tokenizer may put in front.
-        return len(self.text) + 1 <= room or len(self._contexts[member].ids(self.text)) <= room
 
     def _make_contexts(self) -> Sequence[TokenizedText | SampledText]:
         models, head = self._engine.models, self._request.head
@@ -399,3 +407,10 @@ class Generation:
         for group, model in zip(self._engine.groups, models, strict=True):
             texts.setdefault(group, TokenizedText(model.vocabulary, at_start=at_start))
         return [texts[group] for group in self._engine.groups]
+
+
+def _uniforms(seed: np.random.SeedSequence) -> Callable[[], float]:
+    """Random numbers in [0, 1), one for each call; drawn by the block, which takes less time."""
+    random = np.random.default_rng(seed)
+    blocks = iter(lambda: random.random(_UNIFORMS).tolist(), None)
+    return chain.from_iterable(blocks).__next__

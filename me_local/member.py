@@ -12,9 +12,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
@@ -47,8 +46,7 @@ class EvaluationInterruptedError(MeLocalError):
     """The user stopped an evaluation between two batches; the member's cache and its mirror are in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluated:
+class Evaluated(NamedTuple):
     """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside `llama_decode`."""
 
     tokens: int

@@ -40,7 +40,7 @@ class Schedule:
         return median(self._seconds[True]) < median(self._seconds[False])
 
     def divide(self, parts: int) -> None:
-        """Give each model one of so many parts of the cores."""
+        """Give every model one of so many parts of the cores."""
         for model in self._models:
             model.share_cores(parts)
 
@@ -58,7 +58,8 @@ class Schedule:
         return results
 
     def _run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool) -> dict[int, Result]:
-        self.divide(len(evaluate) if parallel else 1)
+        for key in evaluate:
+            self._models[key].share_cores(len(evaluate) if parallel else 1)
         if not parallel:
             return {key: function() for key, function in evaluate.items()}
         if self._pool is None:

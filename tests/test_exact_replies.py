@@ -351,7 +351,7 @@ def one_number_for_route_and_piece(patch: pytest.MonkeyPatch) -> tuple[Case, str
 
     def with_one_stream(self: Generation, engine: Engine, request: Request, *args: Any) -> None:
         begin(self, engine, request, *args)
-        self._piece_random = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0])
+        self._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
 
     patch.setattr(Generation, "__init__", with_one_stream)
     return BROKEN, "me"

@@ -27,7 +27,7 @@ def test_at_the_same_time_means_in_threads_with_a_share_of_the_cores_each() -> N
         return models[0].parts
 
     assert schedule.run({0: evaluate, 1: evaluate}, parallel=True) == {0: 2, 1: 2}
-    assert schedule.run({0: lambda: models[1].parts}, parallel=True) == {0: 1}
+    assert schedule.run({1: lambda: models[1].parts}, parallel=True) == {1: 1}
 
 
 def test_an_error_waits_for_the_others() -> None:
