@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,11 @@ LogitArray = npt.NDArray[np.float32]
 
 _ROWS = 128
 _SPARE = 4
-"""So many more are looked for at first, because some may never be sampled."""
+"""So many more are looked for at first: some may never be sampled, and at the edge the smallest of equals counts."""
 _FEW = 256
 """Up to so many candidates are handled one by one: each call of NumPy costs as much as some of them."""
 
-Candidates = list[tuple[float, int, int]]
+_Ranked: TypeAlias = list[tuple[float, int, int]]
 """Tokens that may be sampled, the likeliest first: the negative of the logit, the id, the number of the piece."""
 
 
@@ -61,7 +61,7 @@ class Alignment(Protocol):
 
 def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
     """The paper's alignment: temper, truncate, renormalise, and add up ids that stand for the same piece."""
-    limit = 1 if sampling.temperature == 0 else sampling.top_k
+    limit = _limit(sampling)
     if 0 < limit <= _FEW:
         return _of_few(_largest(logits, numbers, limit), sampling)
     ids = _ranked(logits, numbers, limit)
@@ -70,6 +70,16 @@ def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribu
         weights = np.exp((scores - scores[0]) / (sampling.temperature or 1.0))
     keep = _kept(weights, sampling)
     return _merged(numbers[ids[:keep]], weights[:keep] / weights[:keep].sum())
+
+
+def sufficient(sampling: Sampling) -> int:
+    """How many of the largest logits that may be sampled are enough for `top_k`; 0: none but all of them."""
+    limit = _limit(sampling)
+    return limit + _SPARE if limit else 0
+
+
+def _limit(sampling: Sampling) -> int:
+    return 1 if sampling.temperature == 0 else sampling.top_k
 
 
 def mix(distributions: Sequence[Distribution], weights: Sequence[float]) -> Distribution:
@@ -103,7 +113,7 @@ def pick(weights: FloatArray, uniform: float) -> int:
     return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])
 
 
-def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> Candidates:
+def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> _Ranked:
     """The `limit` largest logits that may be sampled, the smallest id first among equals.
 
     The maximum of each column of the logits laid out in `_ROWS` rows comes first: at least so many logits as columns
@@ -138,7 +148,7 @@ def _floor(maxima: LogitArray, count: int) -> float:
     return float(best[0])
 
 
-def _of_few(candidates: Candidates, sampling: Sampling) -> Distribution:
+def _of_few(candidates: _Ranked, sampling: Sampling) -> Distribution:
     """The distribution over these: tempered, truncated, renormalised, and equal pieces added up."""
     best, temperature = candidates[0][0], sampling.temperature or 1.0
     weights = [math.exp((best - score) / temperature) for score, _, _ in candidates]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from me_local.alignment import LogitArray
 from me_local.engine import Course, Draw, Engine, Generation, Request
 from me_local.errors import RunError
 from me_local.member import Evaluated, Member
@@ -23,6 +22,7 @@ from me_local.reply import Draft, Step
 from me_local.routing import SharedRoute, Stretch
 from me_local.schedule import Schedule
 from me_local.sequences import Outcome, Sequences, Target
+from me_local.shortlist import Row
 
 _TOKEN = 4  # bytes, about
 
@@ -56,6 +56,7 @@ class Batching:
         self.clock = 0
         self._engine = engine
         self._route = route
+        self._members = members
         self._sequences = [Sequences(member) for member in members]
         self._schedule = Schedule(members)
         self._running: list[Running] = []
@@ -192,7 +193,7 @@ class Batching:
 
     def _evaluate(
         self, waiting: Sequence[Running], members: Sequence[int]
-    ) -> tuple[Mapping[int, Mapping[int, LogitArray]], dict[int, RunError]]:
+    ) -> tuple[Mapping[int, Mapping[int, Row]], dict[int, RunError]]:
         """The logits by place and member, and what went wrong by place."""
         by_place = {running.place: running for running in waiting}
         targets = {
@@ -201,6 +202,9 @@ class Batching:
             }
             for member in members
         }
+        for member in members:
+            counts = [running.draft.generation.sufficient(member) for running in waiting]
+            self._members[member].shorten(max(counts) if all(counts) else 0, self._engine.unified.numbers[member])
         wanting = {member: {r.place for r in waiting if member in r._wants} for member in members}
         evaluate = {
             member: partial(
@@ -210,7 +214,7 @@ class Batching:
             )
             for member, places in wanting.items()
         }
-        rows: dict[int, dict[int, LogitArray]] = {place: {} for place in by_place}
+        rows: dict[int, dict[int, Row]] = {place: {} for place in by_place}
         failed: dict[int, RunError] = {}
         parallel = waiting[0].request.parallel if waiting else None
         for member, outcomes in self._schedule.run(evaluate, parallel).items():
@@ -225,7 +229,7 @@ class Batching:
     def _count(self, running: Running, member: int, outcome: Outcome, length: int) -> None:
         running.draft.generation.count(member, Evaluated(outcome.tokens, outcome.seconds), length)
 
-    def _resume(self, running: Running, rows: Mapping[int, LogitArray] | None) -> list[Written]:
+    def _resume(self, running: Running, rows: Mapping[int, Row] | None) -> list[Written]:
         """Take a reply on to where it needs logits again, or to the end of its step."""
         assert running._course is not None
         try:

@@ -20,12 +20,13 @@ from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from me_local.alignment import Alignment, Distribution, FloatArray, LogitArray, argmax, mix, pick, sample
+from me_local.alignment import Alignment, Distribution, FloatArray, argmax, mix, pick, sample, sufficient, top_k
 from me_local.config import Sampling, Strategy, Unit
 from me_local.errors import RunError
 from me_local.member import Evaluated
 from me_local.routing import Router, route
 from me_local.schedule import Schedule
+from me_local.shortlist import Row, split
 from me_local.text import Text
 from me_local.union import Union
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 _UNIFORMS = 64
 
 Result = TypeVar("Result")
-Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, LogitArray], Result]
+Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, Row], Result]
 """Yields the members, by their indices, whose logits after their contexts it needs next, and is sent these logits."""
 
 
@@ -56,8 +57,11 @@ class Model(Protocol):
     def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
         """Bring the member's cache to exactly `ids`; `final` as in `prepare`."""
 
-    def logits(self) -> LogitArray:
-        """The logits after the last `sync`, once they are there."""
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        """From now on so many of the largest logits are enough, of ids whose number is not negative; 0: all of them."""
+
+    def logits(self) -> Row:
+        """The logits after the last `sync`, once they are there; more of them than are enough may come."""
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the cores, one of so many, from now on."""
@@ -320,7 +324,8 @@ class Generation:
         distributions = {i: self._align(i, logits[i], self._engine.unified.numbers[i]) for i in members}
         if self._request.strategy == "union":
             temperatures = {i: self._request.sampling[i].temperature for i in members}
-            distributions = self._engine.union.distributions(distributions, logits, temperatures)
+            whole = {i: split(row, self._engine.unified.numbers[i])[0] for i, row in logits.items()}
+            distributions = self._engine.union.distributions(distributions, whole, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
     def _predict(self, member: int) -> Course[Distribution]:
@@ -332,21 +337,28 @@ class Generation:
         """A member's ids, and how many of them, from the first, stay as they are in this reply."""
         return self.ids(member), len(self._request.prompts[member]) + self._contexts[member].final
 
-    def _align(self, member: int, logits: LogitArray, numbers: IntArray) -> Distribution:
+    def sufficient(self, member: int) -> int:
+        """How many of a member's largest logits are enough for its distribution; 0: none but all of them."""
+        request = self._request
+        truncates = self._engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
+        return sufficient(request.sampling[member]) if truncates else 0
+
+    def _align(self, member: int, row: Row, numbers: IntArray) -> Distribution:
         """The distribution over the pieces of these numbers that a member's logits stand for."""
         try:
-            return self._engine.alignment(logits, numbers, self._request.sampling[member])
+            return self._engine.alignment(*split(row, numbers), self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)
             name = self._engine.models[member].name
             raise RunError(f'member "{name}", after {len(self.text)} bytes of text: {error}') from None
 
-    def _bring(self, members: Sequence[int]) -> dict[int, LogitArray]:
+    def _bring(self, members: Sequence[int]) -> dict[int, Row]:
         """Bring members up to date, and read their logits."""
         models, schedule = self._engine.models, self._engine.schedule
         contexts = {i: self.context(i) for i in members}
         for i in members:
             self._prepare(i)
+            models[i].shorten(self.sufficient(i), self._engine.unified.numbers[i])
         evaluate = {
             i: partial(models[i].sync, ids, self._interrupted, final=final) for i, (ids, final) in contexts.items()
         }
@@ -354,7 +366,7 @@ class Generation:
             self.count(i, evaluated, len(contexts[i][0]))
         return {i: self._read(i) for i in members}
 
-    def _read(self, member: int) -> LogitArray:
+    def _read(self, member: int) -> Row:
         started = time.perf_counter()
         logits = self._engine.models[member].logits()
         self.work[member].text_seconds += time.perf_counter() - started

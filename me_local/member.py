@@ -24,6 +24,7 @@ from me_local.cache import Cache
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
+from me_local.shortlist import Row, Shortlister
 from me_local.states import States
 from me_local.vocabulary import IntArray
 from me_local.weights import Weights, first_errors, last_lines, supports_gpu
@@ -59,8 +60,9 @@ class Member:
     `n_ctx` is the number of tokens that each sequence can hold: the context asked for, at most the length that the
     model was trained with; `caches` has the sequences, of which the methods here use the first alone; `seconds` is the
     time inside `llama_decode` so far; `working_bytes` the size of the buffers for a batch, None where llama.cpp does
-    not tell. Where `states` is set, a prompt that begins like an earlier one gets that one's cache back. `outputs` is
-    the number of tokens after which one evaluation gives logits; each takes the room of the whole vocabulary.
+    not tell; `on_gpu` says whether logits have to come from a GPU. Where `states` is set, a prompt that begins like an
+    earlier one gets that one's cache back. `outputs` is the number of tokens after which one evaluation gives logits;
+    each takes the room of the whole vocabulary.
     Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
     """
 
@@ -71,6 +73,8 @@ class Member:
         self.vocabulary = weights.vocabulary
         self.states: States | None = None
         self.seconds = 0.0
+        self.on_gpu = supports_gpu() and not 0 <= config.n_gpu_layers <= weights.layers
+        self._shortlister: Shortlister | None = None
         self._closed = False
         self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
@@ -157,15 +161,35 @@ class Member:
         self._extend(ids, due, interrupted, prompt=False)
         return Evaluated(len(ids) - keep, self.seconds - before)
 
-    def logits(self) -> LogitArray:
-        """The logits after the last evaluation, float32 (vocabulary,): a view that the next one overwrites.
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        """From the next evaluation on, pick the `count` largest logits on the GPU, or none (0), if there is a GPU.
+
+        Those of ids whose number, in int32 (vocabulary,), is negative are not among them. Raises RunError.
+        """
+        if not self.on_gpu:
+            return
+        now = self._shortlister
+        if count == (now.count if now else 0) and (now is None or now.numbers is numbers):
+            return
+        if now:
+            now.close()
+        self._shortlister = Shortlister(self._context, self.name, len(self.caches), count, numbers) if count else None
+
+    def logits(self) -> Row:
+        """The logits after the last evaluation: a view that the next one overwrites, or the largest of them.
 
         Waits for a GPU that is still at work.
         """
         return self.row(-1)
 
-    def row(self, index: int) -> LogitArray:
+    def row(self, index: int) -> Row:
         """The same after one of the tokens of the last evaluation."""
+        if self._shortlister:
+            return self._shortlister.row(index)
+        return self.whole_row(index)
+
+    def whole_row(self, index: int) -> LogitArray:
+        """All logits after one of the tokens of the last evaluation, float32 (vocabulary,)."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, index)
         if not pointer:
             raise RunError(f'member "{self.name}": llama.cpp gave no logits after token {self.caches[0].length - 1}')
@@ -187,7 +211,7 @@ class Member:
             part = ids[begin : begin + self._outputs]
             self._evaluate(part, "every")
             for row in range(len(part)):
-                yield self.row(row)
+                yield self.whole_row(row)
 
     def evaluate(self, parts: Sequence[Part]) -> None:
         """One call of `llama_decode` for the parts, at most `n_batch` tokens; raises RunError that names them."""
@@ -218,6 +242,8 @@ class Member:
         """Free the context; whatever is asked of the member then raises RunError."""
         if not self._closed:
             self._closed = True
+            if self._shortlister:
+                self._shortlister.close()
             llama_cpp.llama_free(self._context)
             if self._adapter:
                 llama_cpp.llama_adapter_lora_free(self._adapter)

@@ -9,10 +9,13 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from me_local.batches import Part, level
 from me_local.cache import Cache
 from me_local.errors import RunError
-from me_local.member import LogitArray, Member
+from me_local.member import Member
+from me_local.shortlist import Row
 from me_local.states import WORTH, common_length
 from me_local.vocabulary import IntArray
 
@@ -35,7 +38,7 @@ class Outcome:
 
     tokens: int
     seconds: float
-    logits: LogitArray | None = None
+    logits: Row | None = None
     error: RunError | None = None
 
 
@@ -89,7 +92,9 @@ class Sequences:
                 return dict.fromkeys(targets, Outcome(0, 0.0, error=error))
         entries, middle = list(targets.items()), len(targets) // 2
         first = self._by_halves(bring, dict(entries[:middle]))
-        kept = {s: o if o.logits is None else replace(o, logits=o.logits.copy()) for s, o in first.items()}
+        kept = {
+            s: replace(o, logits=o.logits.copy()) if isinstance(o.logits, np.ndarray) else o for s, o in first.items()
+        }
         return kept | self._by_halves(bring, dict(entries[middle:]))
 
     def _prefill(self, prompts: Mapping[int, Target], most: int) -> dict[int, Outcome]:

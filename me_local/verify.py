@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from me_local.alignment import Distribution, FloatArray, LogitArray
+from me_local.alignment import Distribution, FloatArray
 from me_local.engine import Engine, Generation, Model, Request
 from me_local.ensemble import Ensemble, make_request
 from me_local.errors import RunError
 from me_local.member import Evaluated, Member
+from me_local.shortlist import Row, split
 from me_local.vocabulary import END, IntArray, utf8_runs
 
 PROMPTS = (
@@ -114,7 +115,7 @@ class Report:
 
 
 class _Witness:
-    """A model that remembers the last ids it was synchronised with."""
+    """A model that remembers the last ids it was synchronised with, and gives all logits."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -128,7 +129,10 @@ class _Witness:
         self.ids = ids
         return self.model.sync(ids, interrupted, final=final)
 
-    def logits(self) -> LogitArray:
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        self.model.shorten(0, numbers)
+
+    def logits(self) -> Row:
         return self.model.logits()
 
     def share_cores(self, parts: int) -> None:
@@ -223,11 +227,12 @@ class _Verification:
             self._stepping[member].append(_distance(prediction, self._fresh(member, ids[:length])))
             self._advance()
 
-    def _prediction(self, member: int, logits: LogitArray) -> FloatArray:
+    def _prediction(self, member: int, row: Row) -> FloatArray:
         """The member's whole distribution over ids, tempered but not truncated.
 
         At the edge of a truncation a low bit would count as much as a token's whole probability.
         """
+        logits, _ = split(row, self._engine.unified.numbers[member])
         scores = logits.astype(np.float64) / (self._ensemble.config.members[member].sampling.temperature or 1.0)
         scores[self._engine.unified.numbers[member] < 0] = -np.inf
         weights: FloatArray = np.exp(scores - scores.max())

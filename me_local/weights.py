@@ -53,6 +53,7 @@ class Weights:
         self.description = _text(llama_cpp.llama_model_desc, model)
         self.size: int = llama_cpp.llama_model_size(model)
         self.parameters: int = llama_cpp.llama_model_n_params(model)
+        self.layers: int = llama_cpp.llama_model_n_layer(model)
         self.window: int = llama_cpp.llama_model_n_swa(model)
         self.memory = _memory_kind(model)
         self.chat_template = self.metadata.get("tokenizer.chat_template")

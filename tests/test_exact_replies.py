@@ -128,6 +128,9 @@ class Remembered:
     def share_cores(self, parts: int) -> None:
         self._member.share_cores(parts)
 
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        """All logits are more than enough."""
+
 
 def remembered_top_k() -> Callable[[LogitArray, IntArray, Sampling], Distribution]:
     """The default alignment, for arrays that stay where they are: a pure function, so once for each is enough."""

@@ -118,7 +118,7 @@ def test_it_finds_one_random_number_for_route_and_piece(
 
     def one_stream(self: Generation, engine: Engine, request: Request, interrupted: Callable[[], bool]) -> None:
         initialise(self, engine, request, interrupted)
-        self._piece_random = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0])
+        self._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
 
     monkeypatch.setattr(Generation, "__init__", one_stream)
     report = check(faulty)
