@@ -8,7 +8,6 @@ next turn evaluates only what is new.
 
 import datetime
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from me_local.errors import ConfigError, InputError
+from me_local.names import Names
 from me_local.vocabulary import IntArray, Vocabulary
 from me_local.weights import render_built_in
 
@@ -75,11 +75,8 @@ class PromptWriter:
         self._vocabulary = vocabulary
         self._render = render
         # A mark cannot break up a single character, so such tokens are not recognised in templates either.
-        names = sorted((text for text in vocabulary.control if len(text) > 1), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, names)) or r"(?!)")
-        self._markup = re.compile("|".join(map(re.escape, vocabulary.markup)) or r"(?!)")
-        self._control_starts = {name[:n] for name in names for n in range(1, len(name))}
-        self._control_ends = {name[n:] for name in names for n in range(1, len(name))}
+        self._control = Names(text for text in vocabulary.control if len(text) > 1)
+        self._markup = Names(vocabulary.markup)
 
     def prompt(self, messages: Sequence[Message]) -> IntArray:
         """The ids of the prompt up to where the reply starts, BOS exactly once: int32 (tokens,).
@@ -104,17 +101,15 @@ class PromptWriter:
     def _protected(self, message: Message, marks: "_Marks") -> str:
         """The content with marks inside each look-alike of a control token, and where one could be completed."""
         content = message.content.replace("\0", marks.nul)
-        while self._control.search(content):
-            content = self._control.sub(lambda match: marks.gap.join(match[0]), content)
-        if any(content.endswith(start) for start in self._control_starts if start[-1:] == content[-1:]):
+        content = self._control.replace(content, marks.gap.join)
+        if self._control.may_begin(content):
             content += marks.gap
-        if any(content.startswith(end) for end in self._control_ends if end[:1] == content[:1]):
+        if self._control.may_end(content):
             content = marks.gap + content
         if message.role == "assistant":
             return marks.reply + content
-        while self._markup.search(content):  # a reply may have such tokens: models write them
-            content = self._markup.sub(lambda match: match[0][0] + marks.cut + match[0][1:], content)
-        return content
+        # A reply may have such tokens: models write them.
+        return self._markup.replace(content, lambda name: name[0] + marks.cut + name[1:])
 
     def _encode(self, text: str, marks: "_Marks", *, at_start: bool) -> list[int]:
         """The ids of a rendered part: control tokens by name, what stands between them tokenised as text."""
@@ -133,13 +128,13 @@ class PromptWriter:
     def _fragments(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Texts, each with the control token that follows it; None after the last."""
         position, strip_right = 0, False
-        for match in self._control.finditer(text):
-            token = self._vocabulary.control[match[0]]
+        for start, end in self._control.find(text):
+            token = self._vocabulary.control[text[start:end]]
             left, right = self._vocabulary.stripping.get(token, (False, False))
-            fragment = text[position : match.start()]
+            fragment = text[position:start]
             fragment = fragment.lstrip() if strip_right else fragment
             yield fragment.rstrip() if left else fragment, token
-            position, strip_right = match.end(), right
+            position, strip_right = end, right
         yield text[position:].lstrip() if strip_right else text[position:], None
 
 
