@@ -128,14 +128,21 @@ class Work:
 class Engine:
     """Members, their unified vocabulary, a router and an alignment: what all replies have in common.
 
-    `whole_shares[member]` are the shares of a piece that this member wrote.
+    `unified` is their vocabulary, where it has been made already; `whole_shares[member]` are the shares of a piece that
+    this member wrote.
     """
 
-    def __init__(self, models: Sequence[Model], router: Router, alignment: Alignment) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        router: Router,
+        alignment: Alignment,
+        unified: UnifiedVocabulary | None = None,
+    ) -> None:
         self.models = tuple(models)
         self.router = router
         self.alignment = alignment
-        self.unified = UnifiedVocabulary([model.vocabulary for model in models])
+        self.unified = unified or UnifiedVocabulary([model.vocabulary for model in models])
         identities: list[tuple[object, ...]] = []
         for model in models:
             if model.vocabulary.identity not in identities:

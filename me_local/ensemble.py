@@ -7,6 +7,7 @@ Brings together what the configuration names. One reply is made at a time, unles
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,8 +27,8 @@ from me_local.reply import Draft, Reply, ReplyStream
 from me_local.routing import Router, SharedRoute, Stretch
 from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.templates import PLAIN_STOPS, Message, PromptWriter, choose_render
-from me_local.vocabulary import IntArray
-from me_local.weights import Shelf, supports_gpu
+from me_local.vocabulary import IntArray, UnifiedVocabulary
+from me_local.weights import Shelf, Weights, supports_gpu
 
 OnLoad = Callable[[MemberConfig], None]
 Prompt: TypeAlias = str | Sequence[Message]
@@ -78,9 +79,8 @@ class Ensemble:
         with ExitStack() as stack:
             if shelf is None:
                 stack.callback(self.shelf.close)
-            self.members = tuple(self._load(stack, member, on_load) for member in config.members)
-            self.writers = tuple(self._writer(member) for member in self.members)
-            self.engine = Engine(self.members, router, alignment)
+            self.members, self.writers, unified = self._load(stack, on_load)
+            self.engine = Engine(self.members, router, alignment, unified)
             self._stack = stack.pop_all()
 
     @property
@@ -321,28 +321,49 @@ class Ensemble:
         plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
         return PLAIN_STOPS if plain else ()
 
-    def _load(self, stack: ExitStack, config: MemberConfig, on_load: OnLoad) -> Member:
-        on_load(config)
-        member = stack.enter_context(Member(config, self.shelf.weights(config), sequences=self.batch))
-        if member.n_ctx < config.n_ctx:
-            self.notices.append(f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained")
-        if config.n_gpu_layers > 0 and not supports_gpu():
-            self.notices.append(f"{member.name}: this build of llama.cpp has no GPU support, so it runs on the CPU")
-        return member
+    def _load(
+        self, stack: ExitStack, on_load: OnLoad
+    ) -> tuple[tuple[Member, ...], tuple[PromptWriter, ...], UnifiedVocabulary]:
+        """All members, and what is made of their vocabularies.
 
-    def _writer(self, member: Member) -> PromptWriter:
-        weights = member.weights
+        Contexts are made in a thread beside this one, which reads the next file and the vocabularies meanwhile.
+        """
+
+        def make(config: MemberConfig, weights: Weights) -> Member:
+            return stack.enter_context(Member(config, weights, sequences=self.batch))
+
+        making: list[Future[Member]] = []
+        with ThreadPoolExecutor(1) as beside:
+            for config in self.config.members:
+                on_load(config)
+                making.append(beside.submit(make, config, self.shelf.weights(config)))
+            weights = [self.shelf.weights(config) for config in self.config.members]
+            writers = tuple(map(self._writer, self.config.members, weights))
+            unified = UnifiedVocabulary([each.vocabulary for each in weights])
+        members = tuple(future.result() for future in making)
+        self.notices += [notice for member in members for notice in _notices(member)]
+        return members, writers, unified
+
+    def _writer(self, config: MemberConfig, weights: Weights) -> PromptWriter:
         try:
-            render, plain = choose_render(member.config.chat_template, weights.chat_template, weights.token_texts)
+            render, plain = choose_render(config.chat_template, weights.chat_template, weights.token_texts)
         except ConfigError as error:
-            raise ConfigError(f'{self.config.path}: member "{member.name}": {error}') from None
+            raise ConfigError(f'{self.config.path}: member "{config.name}": {error}') from None
         self._plain.append(plain)
-        if plain and member.config.chat_template is None:
+        if plain and config.chat_template is None:
             self.notices.append(
-                f"{member.name}: it has no chat template, so it sees a plain transcript; "
+                f"{config.name}: it has no chat template, so it sees a plain transcript; "
                 f'"{PLAIN_STOPS[0].strip()}" at the start of a line ends a reply'
             )
-        return PromptWriter(member.vocabulary, render)
+        return PromptWriter(weights.vocabulary, render)
+
+
+def _notices(member: Member) -> Iterator[str]:
+    config = member.config
+    if member.n_ctx < config.n_ctx:
+        yield f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained"
+    if config.n_gpu_layers > 0 and not supports_gpu():
+        yield f"{member.name}: this build of llama.cpp has no GPU support, so it runs on the CPU"
 
 
 def _seeded(config: Config, index: int) -> Config:

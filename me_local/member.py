@@ -27,7 +27,7 @@ from me_local.footprint import allocated_context, available_memory, kv_cache_byt
 from me_local.shortlist import Row, Shortlister
 from me_local.states import States
 from me_local.vocabulary import IntArray
-from me_local.weights import Weights, first_errors, last_lines, supports_gpu
+from me_local.weights import Weights, native_log, supports_gpu
 
 LogitArray = npt.NDArray[np.float32]
 
@@ -116,11 +116,11 @@ class Member:
         self._views: dict[int, LogitArray] = {}
 
     def _add_adapter(self, path: Path) -> None:
-        first_errors.clear()
+        native_log.first_errors.clear()
         self._adapter = llama_cpp.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
         adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
         if not self._adapter or llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales):
-            reason = "; ".join(first_errors) or "llama.cpp refuses it"
+            reason = "; ".join(native_log.first_errors) or "llama.cpp refuses it"
             raise LoadError(f'member "{self.name}": lora = {path} cannot be loaded: {reason}')
 
     def prepare(
@@ -335,11 +335,11 @@ def _make_context(
     if config.type_v:
         settings.type_v = _cache_type(config.type_v)
     settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
-    first_errors.clear()
-    last_lines.clear()
+    native_log.first_errors.clear()
+    native_log.last_lines.clear()
     context = llama_cpp.llama_init_from_model(weights.pointer, settings)
     if not context:
-        reason = "; ".join(first_errors) or "llama.cpp does not say why"
+        reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
         raise LoadError(f'member "{config.name}": {weights.path} cannot be loaded: {reason}{hint}')
     return context
@@ -347,7 +347,11 @@ def _make_context(
 
 def _working_bytes() -> int | None:
     """The size of the context that was made last, besides its cache; llama.cpp tells it in its log alone."""
-    sizes = [float(size) for line in last_lines for size in re.findall(r"compute buffer size = +([\d.]+) MiB", line)]
+    sizes = [
+        float(size)
+        for line in native_log.last_lines
+        for size in re.findall(r"compute buffer size = +([\d.]+) MiB", line)
+    ]
     return round(sum(sizes) * 2**20) if sizes else None
 
 

@@ -205,6 +205,8 @@ class Sequences:
 
 def _joined(before: Mapping[int, Outcome], after: Mapping[int, Outcome]) -> dict[int, Outcome]:
     """The outcomes of two evaluations, one after the other."""
+    if not before:
+        return dict(after)
     joined = dict(before)
     for sequence, outcome in after.items():
         earlier = before.get(sequence, Outcome(0, 0.0))

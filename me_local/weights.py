@@ -6,6 +6,7 @@ Members of one file have contexts of their own on one copy of the weights. Knows
 import ctypes
 import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -145,7 +146,7 @@ def _from_hub(config: MemberConfig) -> Path:
 
 def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
     send_log()
-    first_errors.clear()
+    native_log.first_errors.clear()
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
     layers = config.n_gpu_layers if supports_gpu() else 0
@@ -157,7 +158,7 @@ def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
         settings.tensor_split = split
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
-        reason = "; ".join(first_errors) or "llama.cpp does not say why"
+        reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
     return model
 
@@ -197,35 +198,38 @@ def _memory_kind(model: llama_cpp.llama_model_p) -> str:
 
 
 _LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
-first_errors: list[str] = []
-"""Two lines of llama.cpp's log that are errors: the first is the cause, and later ones say less and less."""
-last_lines: deque[str] = deque(maxlen=64)
-"""The last lines of llama.cpp's log."""
 
 
-class _LineLogger:
-    """Logs whole lines of what llama.cpp writes in parts; its level 5 continues the part before."""
+class _LineLogger(threading.local):
+    """Logs whole lines of what llama.cpp writes in parts; its level 5 continues the part before.
+
+    Each thread has its own, with what llama.cpp wrote in it: `first_errors` are two lines that are errors (the first is
+    the cause, and later ones say less and less), `last_lines` the last of all.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self._level, self._line = logging.DEBUG, ""
+        self.first_errors: list[str] = []
+        self.last_lines: deque[str] = deque(maxlen=64)
 
     def write(self, level: int, text: str) -> None:
         self._level = _LEVELS.get(level, self._level)
         *lines, self._line = (self._line + text).split("\n")
         for line in filter(str.strip, lines):
             log.log(self._level, "%s", line.rstrip())
-            last_lines.append(line)
+            self.last_lines.append(line)
             says_why = self._level == logging.ERROR and not line.endswith(": failed to load model")
-            if says_why and len(first_errors) < 2:
-                first_errors.append(line.strip())
+            if says_why and len(self.first_errors) < 2:
+                self.first_errors.append(line.strip())
 
 
-_line_logger = _LineLogger()
+native_log = _LineLogger()
 
 
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    _line_logger.write(level, text.decode("utf-8", "replace"))
+    native_log.write(level, text.decode("utf-8", "replace"))
 
 
 def send_log() -> None:

@@ -1,8 +1,9 @@
 """What a step costs outside llama.cpp's decode: the time of whole steps less that inside `llama_decode`.
 
 Runs an ensemble (models.toml unless told otherwise) without ends of generation and prints the median of a step's time
-outside decode at several lengths of text, and of aligning one step alone; the last line is JSON. With --profile it
-prints pyinstrument's tree of the same steps instead.
+outside decode at several lengths of text, and of aligning one step alone; the last line is JSON. On a CPU llama.cpp
+streams the weights through the caches before each step, so the same steps without any decode are timed, too. With
+--profile it prints pyinstrument's tree of the steps instead.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from me_local.alignment import top_k
 from me_local.bench import endless, make_generation
 from me_local.config import Sampling
 from me_local.engine import Generation
+from me_local.member import Member
 
 WARM_UP = 20
 
@@ -36,6 +39,12 @@ def outside(generation: Generation, steps: int) -> list[float]:
         generation.step()
         found.append(time.perf_counter() - started - (inside(generation) - before))
     return found
+
+
+def warm(generation: Generation, steps: int) -> list[float]:
+    """The same with a decode that does nothing, so that the step finds its code and data in the caches."""
+    with patch.object(Member, "_decode", lambda *_: 0):
+        return outside(generation, steps)
 
 
 def aligning(size: int, rounds: int = 500) -> float:
@@ -57,7 +66,12 @@ def main() -> None:
     parser.add_argument("--lengths", default="100", help="pieces of text before them, as 100,1000")
     parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
-    report: dict[str, Any] = {"align_us": 1e6 * aligning(262144), "outside_us": {}, "share_in_decode": {}}
+    report: dict[str, Any] = {
+        "align_us": 1e6 * aligning(262144),
+        "outside_us": {},
+        "warm_us": {},
+        "share_in_decode": {},
+    }
     print(f"aligning 262,144 logits, top-k 10, warm: {report['align_us']:.0f} µs")
     with me_local.load(given.models) as ensemble:
         for length in map(int, given.lengths.split(",")):
@@ -75,7 +89,11 @@ def main() -> None:
             share = (inside(generation) - before) / (time.perf_counter() - started)
             report["outside_us"][length] = 1e6 * median(found)
             report["share_in_decode"][length] = share
-            print(f"{length:6} pieces of text: {1e6 * median(found):.0f} µs a step outside decode, {share:.1%} inside")
+            report["warm_us"][length] = 1e6 * median(warm(generation, given.steps))
+            print(
+                f"{length:6} pieces of text: {1e6 * median(found):.0f} µs a step outside decode, {share:.1%} inside; "
+                f"{report['warm_us'][length]:.0f} µs without any decode"
+            )
     print(json.dumps(report))
 
 
