@@ -8,6 +8,7 @@ of other members, of text, or of sampling. A context can have several sequences,
 
 import contextlib
 import ctypes
+import logging
 import os
 import re
 import time
@@ -28,6 +29,8 @@ from me_local.shortlist import Row, Shortlister
 from me_local.states import States
 from me_local.vocabulary import IntArray
 from me_local.weights import Weights, native_log, supports_gpu
+
+log = logging.getLogger(__name__)
 
 LogitArray = npt.NDArray[np.float32]
 
@@ -60,7 +63,8 @@ class Member:
     `n_ctx` is the number of tokens that each sequence can hold: the context asked for, at most the length that the
     model was trained with; `caches` has the sequences, of which the methods here use the first alone; `seconds` is the
     time inside `llama_decode` so far; `working_bytes` the size of the buffers for a batch, None where llama.cpp does
-    not tell; `on_gpu` says whether logits have to come from a GPU. Where `states` is set, a prompt that begins like an
+    not tell; `on_gpu` says whether logits come from a GPU that can
+    pick the largest. Where `states` is set, a prompt that begins like an
     earlier one gets that one's cache back. `outputs` is the number of tokens after which one evaluation gives logits;
     each takes the room of the whole vocabulary.
     Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
@@ -114,6 +118,7 @@ class Member:
         )
         self._batch = Batch(self.n_batch, cells, sequences)
         self._views: dict[int, LogitArray] = {}
+        self.on_gpu = self.on_gpu and self.picks_logits()
 
     def _add_adapter(self, path: Path) -> None:
         native_log.first_errors.clear()
@@ -172,8 +177,24 @@ class Member:
         if count == (now.count if now else 0) and (now is None or now.numbers is numbers):
             return
         if now:
+            self._shortlister = None
             now.close()
-        self._shortlister = Shortlister(self._context, self.name, len(self.caches), count, numbers) if count else None
+        if count:
+            self._shortlister = Shortlister(self._context, self.name, len(self.caches), count, numbers)
+
+    def picks_logits(self) -> bool:
+        """Whether llama.cpp can pick the largest logits where this model runs, which an evaluation tells."""
+        numbers = np.zeros(self.vocabulary.size, dtype=np.int32)
+        try:
+            self.shorten(1, numbers)
+            self.evaluate([Part(self.caches[0], numbers[:1], "last")])
+            return len(self.row(0)) > 0
+        except RunError as error:
+            log.debug("the largest logits are picked by NumPy: %s", error)
+            return False
+        finally:
+            self.shorten(0, numbers)
+            self.forget()
 
     def logits(self) -> Row:
         """The logits after the last evaluation: a view that the next one overwrites, or the largest of them.

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -113,3 +114,18 @@ def test_no_logits_is_an_error_with_the_name_of_the_member(open_member: OpenMemb
     member.sync(np.array([5, 6, 7], dtype=np.int32))
     with pytest.raises(RunError, match=f'member "{member.name}"'):
         member.row(5)
+
+
+def test_where_llama_cpp_cannot_pick_all_logits_are_read(
+    open_member: OpenMember, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = open_member("bpe_a")
+    member.on_gpu = True
+    assert member.picks_logits()
+    assert member.caches[0].length == 0
+    monkeypatch.setattr(llama_cpp, "llama_get_sampled_candidates_count_ith", lambda *_: 0)  # no top-k in the graph
+    assert not member.picks_logits()
+    monkeypatch.setattr(llama_cpp, "llama_set_sampler", lambda *_: False)
+    assert not member.picks_logits()
+    member.sync(np.array([5, 6, 7], dtype=np.int32))
+    assert isinstance(member.logits(), np.ndarray)
