@@ -6,8 +6,7 @@ Brings together what the configuration names. One reply is made at a time, unles
 
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,19 +17,19 @@ import numpy as np
 
 from me_local.alignment import Alignment
 from me_local.batching import Batching, Running
-from me_local.config import Config, MemberConfig, Overrides, load_config, override
+from me_local.config import Config, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+from me_local.loading import OnLoad, load_members
 from me_local.member import Member
 from me_local.plugins import find
 from me_local.reply import Draft, Reply, ReplyStream
 from me_local.routing import Router, SharedRoute, Stretch
 from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
-from me_local.templates import PLAIN_STOPS, Message, PromptWriter, choose_render
-from me_local.vocabulary import IntArray, UnifiedVocabulary
-from me_local.weights import Shelf, Weights, supports_gpu
+from me_local.templates import PLAIN_STOPS, Message
+from me_local.vocabulary import IntArray
+from me_local.weights import Shelf
 
-OnLoad = Callable[[MemberConfig], None]
 Prompt: TypeAlias = str | Sequence[Message]
 
 
@@ -71,16 +70,16 @@ class Ensemble:
             raise ConfigError(f"batch: there is at least one reply at once, got {batch}")
         self.config = config
         self.batch = batch
-        self.notices: list[str] = []
-        self._plain: list[bool] = []
         router: Router = _plugin(config, "router", config.router)
         alignment: Alignment = _plugin(config, "alignment", config.alignment)
         self.shelf = shelf or Shelf()
         with ExitStack() as stack:
             if shelf is None:
                 stack.callback(self.shelf.close)
-            self.members, self.writers, unified = self._load(stack, on_load)
-            self.engine = Engine(self.members, router, alignment, unified)
+            loaded = load_members(config, self.shelf, stack, on_load, batch)
+            self.members, self.writers, self.notices = loaded.members, loaded.writers, loaded.notices
+            self._plain = loaded.plain
+            self.engine = Engine(self.members, router, alignment, loaded.unified)
             self._stack = stack.pop_all()
 
     @property
@@ -320,50 +319,6 @@ class Ensemble:
     def _plain_stops(self, config: Config) -> tuple[str, ...]:
         plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
         return PLAIN_STOPS if plain else ()
-
-    def _load(
-        self, stack: ExitStack, on_load: OnLoad
-    ) -> tuple[tuple[Member, ...], tuple[PromptWriter, ...], UnifiedVocabulary]:
-        """All members, and what is made of their vocabularies.
-
-        Contexts are made in a thread beside this one, which reads the next file and the vocabularies meanwhile.
-        """
-
-        def make(config: MemberConfig, weights: Weights) -> Member:
-            return stack.enter_context(Member(config, weights, sequences=self.batch))
-
-        making: list[Future[Member]] = []
-        with ThreadPoolExecutor(1) as beside:
-            for config in self.config.members:
-                on_load(config)
-                making.append(beside.submit(make, config, self.shelf.weights(config)))
-            weights = [self.shelf.weights(config) for config in self.config.members]
-            writers = tuple(map(self._writer, self.config.members, weights))
-            unified = UnifiedVocabulary([each.vocabulary for each in weights])
-        members = tuple(future.result() for future in making)
-        self.notices += [notice for member in members for notice in _notices(member)]
-        return members, writers, unified
-
-    def _writer(self, config: MemberConfig, weights: Weights) -> PromptWriter:
-        try:
-            render, plain = choose_render(config.chat_template, weights.chat_template, weights.token_texts)
-        except ConfigError as error:
-            raise ConfigError(f'{self.config.path}: member "{config.name}": {error}') from None
-        self._plain.append(plain)
-        if plain and config.chat_template is None:
-            self.notices.append(
-                f"{config.name}: it has no chat template, so it sees a plain transcript; "
-                f'"{PLAIN_STOPS[0].strip()}" at the start of a line ends a reply'
-            )
-        return PromptWriter(weights.vocabulary, render)
-
-
-def _notices(member: Member) -> Iterator[str]:
-    config = member.config
-    if member.n_ctx < config.n_ctx:
-        yield f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained"
-    if config.n_gpu_layers > 0 and not supports_gpu():
-        yield f"{member.name}: this build of llama.cpp has no GPU support, so it runs on the CPU"
 
 
 def _seeded(config: Config, index: int) -> Config:
