@@ -26,6 +26,8 @@ _SPARE = 4
 """So many more are looked for at first: some may never be sampled, and at the edge the smallest of equals counts."""
 _FEW = 256
 """Up to so many candidates are handled one by one: each call of NumPy costs as much as some of them."""
+_SMALL = 2048
+"""So may as many logits, where there are no more."""
 
 _Ranked: TypeAlias = list[tuple[float, int, int]]
 """Tokens that may be sampled, the likeliest first: the negative of the logit, the id, the number of the piece."""
@@ -62,7 +64,7 @@ class Alignment(Protocol):
 def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
     """The paper's alignment: temper, truncate, renormalise, and add up ids that stand for the same piece."""
     limit = _limit(sampling)
-    if 0 < limit <= _FEW:
+    if 0 < limit <= _FEW and (len(logits) <= _SMALL or limit + _SPARE < len(logits) // _ROWS):
         return _of_few(_largest(logits, numbers, limit), sampling)
     ids = _ranked(logits, numbers, limit)
     scores = logits[ids].astype(np.float64)
@@ -167,6 +169,9 @@ def _ranked(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[np
     """All ids that may be sampled, or the `limit` largest, ordered as in `_largest`."""
     _check_finite(logits)
     ids = np.flatnonzero(numbers >= 0)
+    if 0 < limit < len(ids):
+        scores = logits[ids]
+        ids = ids[scores >= np.partition(scores, -limit)[-limit]]
     ids = ids[np.lexsort((ids, -logits[ids]))]
     if len(ids) == 0 or not np.isfinite(logits[ids[0]]):
         raise ValueError("no token that may be sampled has a finite logit")
