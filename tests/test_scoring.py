@@ -217,14 +217,14 @@ def test_a_closed_ensemble_scores_nothing(write_models: WriteModels) -> None:
 
 
 def test_logits_that_are_no_numbers_are_an_error(open_ensemble: OpenEnsemble, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Member.row
+    row = Member.whole_row
 
     def spoilt(self: Member, index: int) -> LogitArray:
         logits = row(self, index).copy()
         logits[7] = np.nan
         return logits
 
-    monkeypatch.setattr(Member, "row", spoilt)
+    monkeypatch.setattr(Member, "whole_row", spoilt)
     with pytest.raises(RunError, match='member "bpe_a": NaN or infinite logits'):
         open_ensemble("bpe_a").score("the cat", " sat", raw=True)
 
@@ -243,14 +243,14 @@ def test_an_evaluation_that_fails_names_member_and_tokens(
 
 def test_a_word_that_hardly_ever_ends(open_ensemble: OpenEnsemble, monkeypatch: pytest.MonkeyPatch) -> None:
     """White space of a probability below the smallest float does no harm: openings cancel for a member alone."""
-    row = Member.row
+    row = Member.whole_row
 
     def spaceless(self: Member, index: int) -> LogitArray:
         logits = row(self, index).copy()
         logits[[piece[:1].isspace() or not piece for piece in self.vocabulary.pieces]] -= 500
         return logits
 
-    monkeypatch.setattr(Member, "row", spaceless)
+    monkeypatch.setattr(Member, "whole_row", spaceless)
     score = open_ensemble("bpe_a", "spm").score("the cat", " sat on", raw=True)
     assert all(-2000 < value < -900 for value in (score.log_likelihood, *score.members))
 
