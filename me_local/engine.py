@@ -166,7 +166,8 @@ class Generation:
     """One reply in the making; each `step` samples one piece and appends it.
 
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
-    counts what the member did. `route` gives the random numbers by which members are drawn, in [0, 1); where there is
+    counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
+    all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
     none they follow from the seed.
     """
 
@@ -191,6 +192,8 @@ class Generation:
         self._room = min(
             model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)
         )
+        truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
+        self.sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
@@ -254,7 +257,8 @@ class Generation:
         possible = set(np.flatnonzero(weights).tolist())
         if self._writer is not None and self.can_write(self._writer):
             possible.add(self._writer)
-        return all(len(self.ids(member)) <= self._engine.models[member].n_ctx for member in possible)
+        rooms = {i: self._engine.models[i].n_ctx - len(self._request.prompts[i]) for i in possible}
+        return all(len(self._contexts[i].ids(self.text)) <= room for i, room in rooms.items())
 
     def _run(self, course: Course[Result]) -> Result:
         """Take a course to its end with what this reply alone needs of the members."""
@@ -344,12 +348,6 @@ class Generation:
         """A member's ids, and how many of them, from the first, stay as they are in this reply."""
         return self.ids(member), len(self._request.prompts[member]) + self._contexts[member].final
 
-    def sufficient(self, member: int) -> int:
-        """How many of a member's largest logits are enough for its distribution; 0: none but all of them."""
-        request = self._request
-        truncates = self._engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
-        return sufficient(request.sampling[member]) if truncates else 0
-
     def _align(self, member: int, row: Row, numbers: IntArray) -> Distribution:
         """The distribution over the pieces of these numbers that a member's logits stand for."""
         try:
@@ -365,7 +363,7 @@ class Generation:
         contexts = {i: self.context(i) for i in members}
         for i in members:
             self._prepare(i)
-            models[i].shorten(self.sufficient(i), self._engine.unified.numbers[i])
+            models[i].shorten(self.sufficient[i], self._engine.unified.numbers[i])
         evaluate = {
             i: partial(models[i].sync, ids, self._interrupted, final=final) for i, (ids, final) in contexts.items()
         }

@@ -63,10 +63,9 @@ class Member:
     `n_ctx` is the number of tokens that each sequence can hold: the context asked for, at most the length that the
     model was trained with; `caches` has the sequences, of which the methods here use the first alone; `seconds` is the
     time inside `llama_decode` so far; `working_bytes` the size of the buffers for a batch, None where llama.cpp does
-    not tell; `on_gpu` says whether logits come from a GPU that can
-    pick the largest. Where `states` is set, a prompt that begins like an
-    earlier one gets that one's cache back. `outputs` is the number of tokens after which one evaluation gives logits;
-    each takes the room of the whole vocabulary.
+    not tell; `on_gpu` says whether logits come from a GPU that can pick the largest. Where `states` is set, a prompt
+    that begins like an earlier one gets that one's cache back. `outputs` is the number of tokens after which one
+    evaluation gives logits; each takes the room of the whole vocabulary.
     Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
     """
 
