@@ -8,9 +8,8 @@ top-k, top-p and min-p, then renormalising, all inside the member; then ids beco
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,20 +20,20 @@ from me_local.vocabulary import IntArray
 FloatArray = npt.NDArray[np.float64]
 LogitArray = npt.NDArray[np.float32]
 
-_ROWS = 128
+_PART = 8
+_COLUMNS = 32
 _SPARE = 4
 """So many more are looked for at first: some may never be sampled, and at the edge the smallest of equals counts."""
 _FEW = 256
-"""Up to so many candidates are handled one by one: each call of NumPy costs as much as some of them."""
-_SMALL = 2048
-"""So may as many logits, where there are no more."""
+"""Up to so many tokens are handled one by one: each call of NumPy costs as much as some of them."""
+_MANY = 1024
+"""Up to so many are looked at one by one, to find these."""
 
 _Ranked: TypeAlias = list[tuple[float, int, int]]
 """Tokens that may be sampled, the likeliest first: the negative of the logit, the id, the number of the piece."""
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
+class Distribution(NamedTuple):
     """Probabilities of pieces: `numbers` int32 (k,), ascending and distinct; `probabilities` float64 (k,), sum 1."""
 
     numbers: IntArray
@@ -64,8 +63,8 @@ class Alignment(Protocol):
 def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
     """The paper's alignment: temper, truncate, renormalise, and add up ids that stand for the same piece."""
     limit = _limit(sampling)
-    if 0 < limit <= _FEW and (len(logits) <= _SMALL or limit + _SPARE < len(logits) // _ROWS):
-        return _of_few(_largest(logits, numbers, limit), sampling)
+    if 0 < limit <= _FEW and (largest := _largest(logits, numbers, limit)):
+        return _of_few(largest, sampling)
     ids = _ranked(logits, numbers, limit)
     scores = logits[ids].astype(np.float64)
     with np.errstate(over="ignore"):  # next to temperature 0, all others get nothing
@@ -115,39 +114,40 @@ def pick(weights: FloatArray, uniform: float) -> int:
     return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])
 
 
-def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> _Ranked:
-    """The `limit` largest logits that may be sampled, the smallest id first among equals.
+def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> _Ranked | None:
+    """The `limit` largest logits that may be sampled, the smallest id first among equals; None where that takes long.
 
-    The maximum of each column of the logits laid out in `_ROWS` rows comes first: at least so many logits as columns
-    are not below the least of the largest maxima, and few more, so the vocabulary is read twice and never sorted.
+    None of them is below the largest of a part. Vocabularies begin with what is frequent, so hardly more than these are
+    not below the largest of their first eighth, and all logits are read once. Text in rarer scripts has some hundreds.
     """
-    columns = len(logits) // _ROWS
-    maxima = np.maximum.reduce(logits[: columns * _ROWS].reshape(_ROWS, columns), initial=-np.inf)
-    _check_finite(logits[columns * _ROWS :])
-    wanted = limit + _SPARE
-    while True:
-        ids = np.flatnonzero(logits >= _floor(maxima, wanted))
-        found = zip((-logits[ids]).tolist(), ids.tolist(), numbers[ids].tolist(), strict=True)
-        candidates = [candidate for candidate in found if candidate[2] >= 0]
-        if len(candidates) >= limit or len(ids) == len(logits):
+    below = (logits < _floor(logits[: len(logits) // _PART], limit + _SPARE)).tobytes()
+    found: _Ranked = []
+    at = -1
+    for _ in range(_MANY):
+        at = below.find(b"\0", at + 1)
+        if at < 0:
             break
-        wanted *= 4
-    candidates.sort()
-    if not candidates or not math.isfinite(candidates[0][0]):
-        raise ValueError("no token that may be sampled has a finite logit")
-    return candidates[:limit]
+        logit = logits.item(at)
+        if not logit < math.inf:  # NaN, which is not below anything, fails too
+            raise ValueError("NaN or infinite logits")
+        if (number := numbers.item(at)) >= 0:
+            found.append((-logit, at, number))
+    found.sort()
+    return found[:limit] if at < 0 and len(found) >= limit and math.isfinite(found[0][0]) else None
 
 
-def _floor(maxima: LogitArray, count: int) -> float:
-    """The least of the `count` largest maxima, or minus infinity where there are no more; the order of them changes."""
-    if count >= len(maxima):
-        _check_finite(maxima)
+def _floor(logits: LogitArray, count: int) -> float:
+    """A number that `count` of the logits are not below, and few more; minus infinity where there are too few.
+
+    It is one of the maxima of the columns of these logits in several rows.
+    """
+    if len(logits) < count:
         return -math.inf
-    maxima.partition(len(maxima) - count)
-    best = maxima[-count:].tolist()
-    if not sum(best) < math.inf:  # NaN counts as the largest
-        raise ValueError("NaN or infinite logits")
-    return float(best[0])
+    rows = max(1, len(logits) // (_COLUMNS * count))
+    columns = len(logits) // rows
+    maxima = np.maximum.reduce(logits[: rows * columns].reshape(rows, columns))
+    maxima.partition(columns - count)
+    return float(maxima[columns - count])
 
 
 def _of_few(candidates: _Ranked, sampling: Sampling) -> Distribution:

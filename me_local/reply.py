@@ -4,8 +4,8 @@ import codecs
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
 from me_local.engine import Draw, Generation, Request, Work
 from me_local.errors import RunError
@@ -15,8 +15,7 @@ from me_local.vocabulary import END
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One piece of a reply.
 
     `text` has the characters that this piece completes (U+FFFD for bytes that are none); `member` the name of the
@@ -167,7 +166,7 @@ class StopFilter:
         if cut:
             if end > 0:
                 last = self._held[0]
-                released.append(replace(last, piece=last.piece[:end]))
+                released.append(last._replace(piece=last.piece[:end]))
             self._held.clear()
         return released
 

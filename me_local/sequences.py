@@ -7,7 +7,7 @@ so that a sequence fails only by itself. Knows nothing of replies or of sampling
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,16 +20,14 @@ from me_local.states import WORTH, common_length
 from me_local.vocabulary import IntArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Target:
+class Target(NamedTuple):
     """What a cache is to hold: `ids`, int32 (tokens,), of which the first `final` stay as they are in this reply."""
 
     ids: IntArray
     final: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one sequence: `tokens` evaluated, and its share of the `seconds` that llama.cpp took.
 
     `logits`, after the last of the ids where they were asked for, are a view that the next evaluation overwrites; with
@@ -93,7 +91,7 @@ class Sequences:
         entries, middle = list(targets.items()), len(targets) // 2
         first = self._by_halves(bring, dict(entries[:middle]))
         kept = {
-            s: replace(o, logits=o.logits.copy()) if isinstance(o.logits, np.ndarray) else o for s, o in first.items()
+            s: o._replace(logits=o.logits.copy()) if isinstance(o.logits, np.ndarray) else o for s, o in first.items()
         }
         return kept | self._by_halves(bring, dict(entries[middle:]))
 
@@ -210,7 +208,7 @@ def _joined(before: Mapping[int, Outcome], after: Mapping[int, Outcome]) -> dict
     joined = dict(before)
     for sequence, outcome in after.items():
         earlier = before.get(sequence, Outcome(0, 0.0))
-        joined[sequence] = replace(
-            outcome, tokens=earlier.tokens + outcome.tokens, seconds=earlier.seconds + outcome.seconds
+        joined[sequence] = outcome._replace(
+            tokens=earlier.tokens + outcome.tokens, seconds=earlier.seconds + outcome.seconds
         )
     return joined

@@ -82,8 +82,9 @@ class States:
 def common_length(a: IntArray, b: IntArray) -> int:
     """The length of the longest common prefix."""
     limit = min(len(a), len(b))
-    different = np.flatnonzero(a[:limit] != b[:limit])
-    return int(different[0]) if len(different) else limit
+    different = a[:limit] != b[:limit]
+    first = int(different.argmax()) if limit else 0
+    return first if limit and different[first] else limit
 
 
 def _continues(new: State, old: State) -> bool:

@@ -29,9 +29,10 @@ Encoder = Callable[[bytes], list[int]]
 END = 0
 """The number of the end of generation in every unified vocabulary."""
 
-_SEAM = re.compile(rb"[A-Za-z0-9](?= )")
-_SEAM_WITHIN = re.compile(rb" (?<=[A-Za-z0-9] )")  # the same, found in less time
+_LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
+_SEAM_WITHIN = re.compile(rb" (?<=[A-Za-z0-9] )")
 _WORD = 32  # bytes
+_LINE = 256  # bytes
 _UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
 _SHORT = 64  # tokens
 _LONG = 8192  # bytes
@@ -241,23 +242,30 @@ class TokenizedText:
         return self._ids[: self._length]
 
     def _advance(self, text: bytes) -> None:
-        seam = self._last_seam(text)
-        if seam > self._seam:
-            self._final = self._write(self._final, text[self._seam : seam])
+        ids: list[int] = []
+        for seam in self._seams(text):
+            ids += self._encode(text[self._seam : seam])
             self._seam = seam
-        self._length = self._write(self._final, text[self._seam :])
+        self._final = self._write(self._final, ids)
+        self._length = self._write(self._final, self._encode(text[self._seam :]))
         self._seen = len(text)
 
-    def _last_seam(self, text: bytes) -> int:
+    def _seams(self, text: bytes) -> list[int]:
+        """The seams in what is new, behind each of which the text may be cut: words come back, and so do their ids."""
         if not self._vocabulary.has_seams:
-            return 0
-        if text.find(b" ", self._seen) < 0:
-            return self._seam
-        seams = [match.end() for match in _SEAM.finditer(text, max(self._seam, self._seen - 1))]
-        return seams[-1] if seams else self._seam
+            return []
+        seams = []
+        space = text.find(b" ", max(1, self._seen))
+        while space >= 0:
+            if text[space - 1] in _LETTERS:
+                seams.append(space)
+            space = text.find(b" ", space + 1)
+        return seams if len(text) - self._seen <= _LINE else seams[-1:]
 
-    def _write(self, position: int, text: bytes) -> int:
-        ids = self._vocabulary.encode(text, at_start=self._at_start and self._seam == 0)
+    def _encode(self, text: bytes) -> list[int]:
+        return self._vocabulary.encode(text, at_start=self._at_start and self._seam == 0)
+
+    def _write(self, position: int, ids: Sequence[int]) -> int:
         end = position + len(ids)
         if end > len(self._ids):
             self._ids = np.concatenate([self._ids[:position], np.empty(2 * end - position, dtype=np.int32)])

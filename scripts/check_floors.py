@@ -12,15 +12,17 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import llama_cpp
-from bench_step import aligning, inside, outside
+from bench_step import WARM_UP, aligning, inside, outside
 
 import me_local
 from me_local import bench_batch
@@ -32,6 +34,7 @@ from me_local.ensemble import Ensemble
 from me_local.inspection import inspect_member
 from me_local.member import usable_cores
 from me_local.vocabulary import UnifiedVocabulary
+from me_local.weights import Shelf
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,42 +96,42 @@ def single(given: Given) -> Iterator[Check]:
     config = load_config(given.models)
     for member in config.members:
         alone = replace(config, members=(replace(member, weight=1.0),))
-        with Ensemble(alone) as ensemble, redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-            llama = llama_cpp.Llama(
-                str(member.path),
-                n_ctx=member.n_ctx,
-                n_threads=usable_cores(),
-                n_threads_batch=usable_cores(),
-                verbose=False,
-            )
-            rounds = [
-                (_ours(ensemble, "me", given), _ours(ensemble, "ce", given), _theirs(llama, given)) for _ in range(5)
-            ]
-            llama.close()
-        me, ce, theirs = (median(times) for times in zip(*rounds, strict=True))
+        with ExitStack() as stack:
+            shelf = stack.enter_context(closing(Shelf()))
+            ensembles = [stack.enter_context(Ensemble(alone, shelf=shelf)) for _ in range(2)]
+            cores = usable_cores()
+            with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+                llama = llama_cpp.Llama(
+                    str(member.path), n_ctx=member.n_ctx, n_threads=cores, n_threads_batch=cores, verbose=False
+                )
+            stack.callback(llama.close)
+            steps = [_ours(ensembles[0], "me"), _ours(ensembles[1], "ce"), partial(next, _theirs(llama))]
+            seconds = _in_turn(steps, 3 * given.steps)
+        me, ce, theirs = map(median, seconds)
+        print(f"  a step: ME {1e3 * me:.2f} ms, CE {1e3 * ce:.2f} ms, Llama.generate {1e3 * theirs:.2f} ms")
         yield Check(f"{member.name}: speed to Llama.generate", theirs / me, 1.0, True)
         yield Check(f"{member.name}: CE of one to ME of one", me / ce, 0.97, True)
 
 
-def _ours(ensemble: Ensemble, strategy: str, given: Given) -> float:
-    generation = make_generation(endless(ensemble.engine), ensemble, strategy=strategy, seed=1)  # type: ignore[arg-type]
+def _in_turn(steps: Sequence[Callable[[], object]], times: int) -> list[list[float]]:
+    """Seconds of each step, taken in turn: the speed of a machine goes up and down from one second to the next."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(WARM_UP + times):
+        for step, found in zip(steps, seconds, strict=True):
+            started = time.perf_counter()
+            step()
+            found.append(time.perf_counter() - started)
+    return [found[WARM_UP:] for found in seconds]
+
+
+def _ours(ensemble: Ensemble, strategy: Literal["me", "ce"]) -> Callable[[], object]:
+    generation = make_generation(endless(ensemble.engine), ensemble, strategy=strategy, seed=1)
     generation.prepare()
-    outside(generation, 5)
-    started = time.perf_counter()
-    for _ in range(given.steps):
-        generation.step()
-    return (time.perf_counter() - started) / given.steps
+    return generation.step
 
 
-def _theirs(llama: llama_cpp.Llama, given: Given) -> float:
-    tokens = llama.tokenize(sample_text(100).encode())
-    source = llama.generate(tokens, top_k=10, top_p=1.0, min_p=0.0, temp=0.7)
-    for _ in range(5):
-        next(source)
-    started = time.perf_counter()
-    for _ in range(given.steps):
-        next(source)
-    return (time.perf_counter() - started) / given.steps
+def _theirs(llama: llama_cpp.Llama) -> Iterator[int]:
+    return llama.generate(llama.tokenize(sample_text(100).encode()), top_k=10, top_p=1.0, min_p=0.0, temp=0.7)
 
 
 def flat(given: Given) -> Iterator[Check]:

@@ -93,23 +93,28 @@ def test_the_quick_search_finds_the_largest_of_a_full_sort(k: int, values: list[
     assert close(found, {i: value / sum(odds.values()) for i, value in odds.items()})
 
 
-@pytest.mark.parametrize("k", [1, 10, 25, 60, 300, 5000, 9000])
-def test_every_way_of_searching_finds_the_largest(k: int) -> None:
-    # 8,000 logits have 62 columns: few are picked one by one, 60 and more by NumPy.
+@pytest.mark.parametrize("k", [1, 10, 25, 60, 200, 300, 5000, 9000])
+@pytest.mark.parametrize("frequent", ["first", "last", "anywhere"])
+@pytest.mark.parametrize("refused", [0, 2, 40])
+def test_every_way_of_searching_finds_the_largest(k: int, frequent: str, refused: int) -> None:
     random = np.random.default_rng(k)
     scores = random.integers(-300, 300, 8000).astype(np.float32) / 16
+    if frequent != "anywhere":
+        scores = np.sort(scores)[::-1] if frequent == "first" else np.sort(scores)
+        scores[random.choice(8000, 30)] += 20
     pieces = np.arange(1, 8001, dtype=np.int32)
     pieces[random.choice(8000, 900, replace=False)] = -1
-    pieces[scores.argsort()[-40:]] = -1  # the best may not be sampled
+    pieces[scores.argsort()[8000 - refused :]] = -1  # the best may not be sampled
     allowed = np.flatnonzero(pieces >= 0)
     best = sorted(allowed.tolist(), key=lambda i: (-scores[i], i))[:k]
     assert top_k(scores, pieces, Sampling(top_k=k)).numbers.tolist() == sorted(i + 1 for i in best)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("spread", [0, 5])
 @pytest.mark.parametrize(("size", "at"), [(130, 0), (130, 70), (130, 129), (4000, 0), (4000, 1999), (4000, 3999)])
-def test_logits_that_are_no_numbers_are_an_error(bad: float, size: int, at: int) -> None:
-    scores = np.zeros(size, dtype=np.float32)
+def test_logits_that_are_no_numbers_are_an_error(bad: float, spread: float, size: int, at: int) -> None:
+    scores = (spread * np.random.default_rng(at).standard_normal(size)).astype(np.float32)
     scores[at] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
         top_k(scores, np.arange(1, size + 1, dtype=np.int32), Sampling())

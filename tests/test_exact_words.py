@@ -257,7 +257,7 @@ def keeps_the_dropped_piece(patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(self, "_write", noted, raising=False)
         drawn = yield from step(self, writer, weights)
-        return replace(draws[0], member=drawn.member)
+        return draws[0]._replace(member=drawn.member)
 
     patch.setattr(Generation, "_step_in_word", kept)
 
