@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from me_local.errors import InputError, LoadError, RunError
 from me_local.pieces import find_end_ids, header_value, read_pieces, suppressed
+from me_local.seams import Seams
 
 IntArray = npt.NDArray[np.int32]
 Encoder = Callable[[bytes], list[int]]
@@ -29,8 +30,6 @@ Encoder = Callable[[bytes], list[int]]
 END = 0
 """The number of the end of generation in every unified vocabulary."""
 
-_LETTERS = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
-_SEAM_WITHIN = re.compile(rb" (?<=[A-Za-z0-9] )")
 _WORD = 32  # bytes
 _LINE = 256  # bytes
 _UTF8_BYTES = frozenset(range(0xF5)) - {0xC0, 0xC1}
@@ -96,7 +95,7 @@ class Vocabulary:
         self._byte_ids = self._find_byte_ids(np.flatnonzero(lengths == 1).tolist())
         if self.kind == "SPM" and tokenizer is None:
             self._check_byte_tokens()
-        self.has_seams = _SEAM_WITHIN.search(lines) is None
+        self.seams = Seams(b"\n" + lines, normalises=self.kind == "UGM" or tokenizer is not None)
         self.adds_space = self.joined(self._encode(b"a")) == b" a"
         self._anchor, self._anchor_length = self._find_anchor() if self.adds_space else (b"", 0)
 
@@ -216,9 +215,8 @@ class Vocabulary:
 class TokenizedText:
     """The canonical ids of a growing text in one vocabulary.
 
-    Tokens on either side of a seam (a position between an ASCII letter or digit and a space) do not depend on each
-    other, so ids in front of the last seam are final and only what follows is tokenised again. Where a token of the
-    vocabulary has a seam inside it, the rule does not hold, and the whole text is tokenised each time.
+    Ids in front of the last seam (see `seams`) are final, and only what follows is tokenised again. In a text without
+    any, all of it is.
     """
 
     def __init__(self, vocabulary: Vocabulary, *, at_start: bool) -> None:
@@ -242,25 +240,16 @@ class TokenizedText:
         return self._ids[: self._length]
 
     def _advance(self, text: bytes) -> None:
+        seams = self._vocabulary.seams.find(text, self._seen)
+        if len(text) - self._seen > _LINE:
+            seams = seams[-1:]
         ids: list[int] = []
-        for seam in self._seams(text):
+        for seam in seams:  # one by one: words come back, and so do their ids
             ids += self._encode(text[self._seam : seam])
             self._seam = seam
         self._final = self._write(self._final, ids)
         self._length = self._write(self._final, self._encode(text[self._seam :]))
         self._seen = len(text)
-
-    def _seams(self, text: bytes) -> list[int]:
-        """The seams in what is new, behind each of which the text may be cut: words come back, and so do their ids."""
-        if not self._vocabulary.has_seams:
-            return []
-        seams = []
-        space = text.find(b" ", max(1, self._seen))
-        while space >= 0:
-            if text[space - 1] in _LETTERS:
-                seams.append(space)
-            space = text.find(b" ", space + 1)
-        return seams if len(text) - self._seen <= _LINE else seams[-1:]
 
     def _encode(self, text: bytes) -> list[int]:
         return self._vocabulary.encode(text, at_start=self._at_start and self._seam == 0)

@@ -1,9 +1,9 @@
 """Measure what it costs to keep the ids of a growing text up to date, on the real vocabularies.
 
 Near each length the text grows by the tokens of the vocabulary, one at a time, and `TokenizedText.ids` is timed for
-each: the median in µs. Two texts: English prose, out of the manual that comes with Python, and Chinese characters at
-random, which have no seams. The memory of words is empty when a measurement starts, so that the lengths compare; in a
-reply words come back, and prose costs less. The last line is JSON.
+each: the median in µs. Three texts: English prose, out of the manual that comes with Python; Cyrillic words at random;
+and Chinese characters at random, with a comma after every twelve. The memory of words is empty when a measurement
+starts, so that the lengths compare; in a reply words come back, and cost less. The last line is JSON.
 """
 
 import argparse
@@ -31,9 +31,16 @@ def prose() -> bytes:
     return "\n\n".join(plain).encode()
 
 
+def cyrillic() -> bytes:
+    """Words of one to ten letters."""
+    source, letters = random.Random(1), [chr(code) for code in range(0x430, 0x450)]
+    return " ".join("".join(source.choices(letters, k=source.randint(1, 10))) for _ in range(2_000)).encode()
+
+
 def chinese() -> bytes:
-    """Common Chinese characters in random order, without spaces."""
-    return "".join(random.Random(1).choices([chr(code) for code in range(0x4E00, 0x5E00)], k=6_000)).encode()
+    """Common Chinese characters, without spaces."""
+    source, common = random.Random(1), [chr(code) for code in range(0x4E00, 0x5E00)]
+    return "\uff0c".join("".join(source.choices(common, k=12)) for _ in range(400)).encode()
 
 
 def cost(vocabulary: Vocabulary, text: bytes, length: int) -> float:
@@ -54,7 +61,7 @@ def cost(vocabulary: Vocabulary, text: bytes, length: int) -> float:
 def main() -> None:
     """Measure every vocabulary, print a table and its JSON."""
     argparse.ArgumentParser(description="Measure the cost of tokenising a growing text, per piece.").parse_args()
-    texts = {"prose": prose(), "Chinese": chinese()}
+    texts = {"prose": prose(), "Cyrillic": cyrillic(), "Chinese": chinese()}
     table = Table("vocabulary", *(f"{kind}, {length:,}" for kind in texts for length in LENGTHS))
     results: dict[str, dict[str, list[float]]] = {}
     for name in NAMES:

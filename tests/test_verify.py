@@ -131,7 +131,7 @@ def test_it_finds_pieces_that_are_tokenised_one_by_one(
 ) -> None:
     def ids(self: TokenizedText, text: bytes) -> IntArray:
         if len(text) > self._seen:
-            self._length = self._write(self._length, text[self._seen :])
+            self._length = self._write(self._length, self._encode(text[self._seen :]))
             self._seen = len(text)
         return self._ids[: self._length]
 

@@ -81,7 +81,7 @@ def test_the_facts_of_the_tiny_vocabularies(open_member: OpenMember) -> None:
     assert bpe_a.bos is None
     assert bpe_c.text_of(bpe_c.bos or 0) == spm.text_of(spm.bos or 0) == "<s>"
     assert {bpe_a.text_of(i) for i in bpe_a.end_ids} == {"<|endoftext|>", "<|im_end|>"}
-    assert all(v.has_seams for v in (bpe_a, bpe_c, spm))
+    assert all(v.seams.ascii for v in (bpe_a, bpe_c, spm))
 
 
 def words() -> st.SearchStrategy[bytes]:
@@ -148,7 +148,7 @@ def test_a_text_grows_past_its_first_buffer(open_member: OpenMember) -> None:
 
 def test_without_seams_the_whole_text_is_tokenised(open_member: OpenMember) -> None:
     vocabulary = open_member("bpe_a").vocabulary
-    vocabulary.has_seams = False
+    vocabulary.seams.ascii = vocabulary.seams.other = vocabulary.seams.wide = False
     calls: list[bytes] = []
     encode = vocabulary.encode
 
