@@ -54,7 +54,7 @@ def bench_batches(config: Config, counts: Sequence[int], advance: Callable[[], o
     with ExitStack() as stack:
         shelf = stack.enter_context(closing(Shelf()))
         ensembles = [stack.enter_context(Ensemble(short, batch=count, shelf=shelf)) for count in counts]
-        costs: list[CallCost] = [measure(member) for member in ensembles[0].members]
+        costs: list[CallCost] = [measure(member, max(counts)) for member in ensembles[0].members]
         for round_ in range(ROUNDS + 1):
             for ensemble in ensembles:
                 # The speed of a machine goes up and down, so few replies are measured several times.

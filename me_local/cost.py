@@ -1,25 +1,24 @@
 """What evaluations cost a member, and how many replies at once are worth while.
 
-One evaluation of k tokens takes about a + b·k + c·r + d·k·m seconds: a to read the weights, b for the arithmetic of a
-token, c for the logits after one, of which r are wanted (with a large vocabulary that is more than b), and d for the
-attention to each of m cells of the cache. Every member evaluates every piece of every reply once, but reads its weights
-only when it is evaluated, and gives logits only to replies that have drawn it. A piece of each of N replies at once
-therefore costs
+Timed are evaluations of a token of each of n sequences, with the logits after it, and what another token of each adds;
+between these numbers of sequences a straight line is taken. Every member evaluates every piece of every reply once, but
+runs only when it is drawn, for all that wait: after 1/λ pieces on average, which are then its backlog. With t_i(n, k)
+for k tokens of each of n sequences, a piece of each of N replies at once therefore costs
 
-    ME, shared route: Σ (λ_i·a_i + N·b_i + N·λ_i·c_i + N·m·d_i)      CE: Σ (a_i + N·b_i + N·c_i + N·m·d_i)
+    ME, shared route: Σ λ_i·t_i(N, 1/λ_i)      CE: Σ t_i(N, 1)
 
 and with own routes something between the two: that member is evaluated for which most replies wait. How often each
-is, a simulation tells.
+is, and for how many, a simulation tells.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import nnls
 
 from me_local.alignment import FloatArray
 from me_local.batches import Part
@@ -31,62 +30,64 @@ Way = Literal["me shared", "me own", "ce"]
 
 MOST = 64
 """More replies at once than this are never chosen."""
-_MOST_TOKENS = 16
+_COUNTS = (1, 4, 16, MOST)
 _CONTEXTS = (64, 320)  # tokens
-_CALLS_TIMED = (  # tokens, of how many of them the logits are wanted, and after how many others
-    (1, 1, _CONTEXTS[0]),
-    (4, 1, _CONTEXTS[0]),
-    (16, 1, _CONTEXTS[0]),
-    (16, 16, _CONTEXTS[0]),
-    (16, 1, _CONTEXTS[1]),
-)
+_TOKENS = 4  # of each sequence
 _LENGTH = 256  # tokens of a reply with its prompt, about
 _ROUNDS = 3
 _UNKNOWN = 8
 _CALLS = 2000  # that are simulated
 _ENOUGH = 0.9  # of the highest speed: more replies at once only take memory then
+_TRIED = 16  # sequences, in any case; more where a token gets so much cheaper by these:
+_CHEAPER = 0.7
 _SHARE = 0.7  # of the memory that is free
 
 
 @dataclass(frozen=True, slots=True)
 class CallCost:
-    """Seconds of an evaluation: `reading` in any case, `token` for each token, `row` for each row of logits, and `cell`
-    for each token and each cell that it attends to.
+    """Seconds of evaluations of so many sequences at once as `counts` has, ascending.
+
+    `first` is for a token of each of them, after 64 others, with the logits after it; `more` what each further one
+    adds; `cell` what each token adds for each cell of the cache, beyond 64, that it attends to.
     """
 
-    reading: float
-    token: float
-    row: float = 0.0
+    counts: tuple[int, ...]
+    first: tuple[float, ...]
+    more: tuple[float, ...]
     cell: float = 0.0
 
+    def seconds(self, count: float, tokens: float, length: float) -> float:
+        """What `tokens` of each of `count` sequences take after `length` others."""
+        cells = count * tokens * max(0.0, length - _CONTEXTS[0]) * self.cell
+        return self._at(count, self.first) + (tokens - 1) * self._at(count, self.more) + cells
 
-Call = tuple[int, int, int]
-"""An evaluation: its tokens, of how many of them the logits are wanted, and the tokens in front of it."""
-
-
-def fitted(seconds: Mapping[Call, float]) -> CallCost:
-    """The cost that suits the seconds of evaluations best; no part of it is negative."""
-    calls = np.array([(1, tokens, rows, tokens * cells) for tokens, rows, cells in seconds], dtype=np.float64)
-    measured = np.array(list(seconds.values()))
-    parts, _ = nnls(calls / measured[:, None], np.ones(len(measured)))  # relative errors count
-    return CallCost(*parts.tolist())
+    def _at(self, count: float, seconds: tuple[float, ...]) -> float:
+        counts = self.counts
+        if count >= counts[-1]:
+            return seconds[-1] * count / counts[-1]
+        at = max(1, bisect_left(counts, count))
+        part = max(0.0, (count - counts[at - 1]) / (counts[at] - counts[at - 1]))
+        return seconds[at - 1] + part * (seconds[at] - seconds[at - 1])
 
 
 def pieces_per_second(
     costs: Sequence[CallCost], weights: Sequence[float], count: int, way: Way, length: int = _LENGTH
 ) -> float:
     """The speed of `count` replies of `length` tokens at once, all together. Members with weight 0 do not count."""
-    writing = np.array(weights) > 0
-    shares = np.array(weights) / sum(weights)
-    readings = {"me shared": shares / count, "ce": writing / count, "me own": _own_calls(shares, count)}[way]
-    seconds = readings @ [cost.reading for cost in costs] + writing @ [cost.token for cost in costs]
-    seconds += (writing if way == "ce" else shares) @ [cost.row for cost in costs]
-    seconds += length * (writing @ [cost.cell for cost in costs])
-    return 1 / float(seconds)
+    writing = [(cost, weight / sum(weights)) for cost, weight in zip(costs, weights, strict=True) if weight > 0]
+    shares = [share for _, share in writing]
+    calls = _own_calls(np.array(shares), count) if way == "me own" else [share / count for share in shares]
+    seconds = 0.0  # for a piece
+    for (cost, share), often in zip(writing, calls, strict=True):
+        if way == "ce":
+            seconds += cost.seconds(count, 1, length) / count
+        else:
+            seconds += often * cost.seconds(share / often, 1 / share, length)
+    return 1 / seconds
 
 
-def _own_calls(weights: FloatArray, count: int) -> FloatArray:
-    """How often each member is evaluated for a piece, where replies draw their own: float64 (members,)."""
+def _own_calls(weights: FloatArray, count: int) -> list[float]:
+    """How often each member is evaluated for a piece, where replies draw their own."""
     random = np.random.default_rng(0)
     waiting = random.multinomial(count, weights)
     calls, pieces = np.zeros(len(weights)), 0
@@ -97,34 +98,57 @@ def _own_calls(weights: FloatArray, count: int) -> FloatArray:
         pieces += served
         waiting[member] = 0
         waiting += random.multinomial(served, weights)
-    per_piece: FloatArray = calls / pieces
+    per_piece: list[float] = (calls / pieces).tolist()
     return per_piece
 
 
-def measure(member: Member) -> CallCost:
-    """Time some evaluations of a member, in a small context of its own. Raises LoadError, RunError."""
-    small = replace(member.config, n_ctx=_CONTEXTS[-1] + _MOST_TOKENS)
-    with Member(small, member.weights, outputs=_MOST_TOKENS) as probe:
-        cells = allocated_context(small.n_ctx, member.weights.trained_context)
-        return fitted(_timed(probe, cells))
+def measure(member: Member, most: int) -> CallCost:
+    """Time evaluations of a member for up to `most` sequences, in contexts of its own. Raises LoadError, RunError."""
+    counts: list[int] = []
+    first: list[float] = []
+    more: list[float] = []
+    for count in sorted({most, *(count for count in _COUNTS if count < most)}):
+        with _probe(member, _CONTEXTS[0] + _TOKENS, count) as probe:
+            one, several = (_timed(probe, count, tokens, _CONTEXTS[0]) for tokens in (1, _TOKENS))
+        counts.append(count)
+        first.append(one)
+        more.append(max(0.0, several - one) / (_TOKENS - 1))
+        if count >= _TRIED and one / count > _CHEAPER * first[-2] / counts[-2]:
+            break
+    return CallCost(tuple(counts), tuple(first), tuple(more), _cell(member))
 
 
-def _timed(probe: Member, cells: int) -> dict[Call, float]:
-    """The median seconds of some evaluations, of those for which there are cells enough."""
-    ids = (np.arange(_CONTEXTS[-1] + _MOST_TOKENS) % probe.vocabulary.size).astype(np.int32)
-    seconds: dict[Call, list[float]] = {}
-    for call in _CALLS_TIMED:
-        tokens, rows, context = call
-        if context + tokens > cells:
-            continue
-        for round_ in range(_ROUNDS + 1):
-            probe.prepare(ids[:context])
-            started = time.perf_counter()
-            probe.evaluate([Part(probe.caches[0], ids[context : context + tokens], "every" if rows > 1 else "last")])
-            probe.logits()  # waits for a GPU
-            if round_:  # the first warms up
-                seconds.setdefault(call, []).append(time.perf_counter() - started)
-    return {call: median(times) for call, times in seconds.items()}
+def _cell(member: Member) -> float:
+    """Seconds that a token takes for each cell that it attends to."""
+    short, long = _CONTEXTS
+    with _probe(member, long + _TOKENS, 1) as probe:
+        if probe.n_ctx < long + _TOKENS:
+            return 0.0
+        behind_long, behind_short = (_timed(probe, 1, _TOKENS, context) for context in (long, short))
+    return max(0.0, behind_long - behind_short) / (_TOKENS * (long - short))
+
+
+def _probe(member: Member, cells: int, sequences: int) -> Member:
+    config = replace(member.config, n_ctx=cells, n_batch=max(member.config.n_batch, sequences * _TOKENS))
+    return Member(config, member.weights, sequences=sequences)
+
+
+def _timed(probe: Member, count: int, tokens: int, context: int) -> float:
+    """The median seconds of evaluating tokens of each of so many sequences, all after the same others."""
+    ids = (np.arange(context + tokens) % probe.vocabulary.size).astype(np.int32)
+    caches = probe.caches[:count]
+    probe.prepare(ids[:context])
+    for cache in caches[1:]:
+        cache.borrow(caches[0], context)
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        for cache in caches:
+            cache.cut(context)
+        started = time.perf_counter()
+        probe.evaluate([Part(cache, ids[context:], "last") for cache in caches])
+        probe.logits()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])  # the first warms up
 
 
 def choose_batch(members: Sequence[Member], weights: Sequence[float], way: Way, most: int) -> int:
@@ -132,7 +156,7 @@ def choose_batch(members: Sequence[Member], weights: Sequence[float], way: Way, 
     room = _that_fit(members)
     most = max(1, min(most, MOST, room))
     counts = [2**i for i in range(most.bit_length())]
-    costs = [measure(member) for member in members]
+    costs = [measure(member, most) for member in members]
     speeds = {count: pieces_per_second(costs, weights, count, way) for count in counts}
     enough = _ENOUGH * max(speeds.values())
     chosen: int = next(count for count in counts if speeds[count] >= enough)

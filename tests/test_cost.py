@@ -7,35 +7,35 @@ from typing import Any
 import pytest
 
 from me_local import cost
-from me_local.cost import CallCost, choose_batch, fitted, measure, pieces_per_second
+from me_local.cost import CallCost, choose_batch, measure, pieces_per_second
 from me_local.footprint import kv_cache_bytes
 from me_local.member import CELL_BYTES, Member
 
 OpenMember = Callable[..., Member]
 
 
-def test_a_line_is_found_again() -> None:
-    found = fitted({(k, r, m): 0.02 + 0.003 * k + 0.005 * r + 1e-5 * k * m for k, r, m in cost._CALLS_TIMED})
-    assert (found.reading, found.token, found.row, found.cell) == pytest.approx((0.02, 0.003, 0.005, 1e-5))
+def linear(reading: float, token: float, row: float = 0.0, cell: float = 0.0) -> CallCost:
+    """A model that takes so long for reading its weights, for each token, for each row of logits and for each cell."""
+    counts = (1, 4, 16, 64)
+    first = tuple(reading + n * (token + row) for n in counts)
+    return CallCost(counts, first, tuple(n * token for n in counts), cell)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        # More than proportional: no reading. The squares of b/2 - 1 and b/3 - 1, relative errors, are to be least.
-        ({(1, 0, 0): 2.0, (2, 0, 0): 6.0}, (0.0, (1 / 2 + 1 / 3) / (1 / 4 + 1 / 9))),
-        # More tokens in less time: no cost of a token, and a/3 - 1 and a/2 - 1 are to be least.
-        ({(1, 0, 0): 3.0, (2, 0, 0): 2.0}, ((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4), 0.0)),
-    ],
-)
-def test_no_part_is_negative_and_the_other_fits_best(
-    seconds: dict[cost.Call, float], expected: tuple[float, float]
-) -> None:
-    found = fitted(seconds)
-    assert (found.reading, found.token) == pytest.approx(expected)
+@pytest.mark.parametrize("count", [1, 2, 4, 7.5, 16, 64])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_between_what_was_timed_there_is_a_straight_line(count: float, tokens: int) -> None:
+    found = linear(0.02, 0.003, 0.005, 1e-5).seconds(count, tokens, 164)
+    assert found == pytest.approx(0.02 + count * (0.003 * tokens + 0.005) + 100e-5 * count * tokens)
 
 
-COSTS = (CallCost(0.006, 0.001), CallCost(0.010, 0.003))
+def test_beyond_it_costs_grow_in_proportion_and_below_they_do_not() -> None:
+    timed = CallCost((1, 4), (0.01, 0.02), (0.001, 0.003))
+    assert timed.seconds(8, 2, 0) == pytest.approx(2 * 0.02 + 2 * 0.003)
+    assert timed.seconds(0.9, 1, 0) == 0.01
+    assert CallCost((1,), (0.01,), (0.001,)).seconds(3, 1, 0) == pytest.approx(0.03)
+
+
+COSTS = (linear(0.006, 0.001), linear(0.010, 0.003))
 
 
 @pytest.mark.parametrize(
@@ -52,15 +52,16 @@ def test_speed_of_all_replies_together(way: Any, count: int, seconds: float) -> 
 
 
 def test_logits_are_for_those_that_have_drawn_the_member() -> None:
-    costs = (CallCost(0.006, 0.001, 0.002), CallCost(0.010, 0.003, 0.004))
+    costs = (linear(0.006, 0.001, 0.002), linear(0.010, 0.003, 0.004))
     shared, ce = 0.009 / 4 + 0.004 + 0.25 * 0.002 + 0.75 * 0.004, 0.016 / 4 + 0.004 + 0.006
     assert pieces_per_second(costs, [1, 3], 4, "me shared") == pytest.approx(1 / shared)
     assert pieces_per_second(costs, [1, 3], 4, "ce") == pytest.approx(1 / ce)
 
 
-def test_attention_costs_as_much_as_the_reply_is_long() -> None:
-    cost = CallCost(0.006, 0.001, 0.0, 1e-6)
-    assert pieces_per_second([cost], [1], 8, "ce", 300) == pytest.approx(1 / (0.006 / 8 + 0.001 + 300e-6))
+@pytest.mark.parametrize("way", ["ce", "me shared", "me own"])
+def test_attention_costs_as_much_as_the_reply_is_long(way: Any) -> None:
+    one = linear(0.006, 0.001, 0.0, 1e-6)
+    assert pieces_per_second([one], [1], 8, way, 364) == pytest.approx(1 / (0.006 / 8 + 0.001 + 300e-6))
 
 
 def test_members_without_weight_cost_nothing() -> None:
@@ -78,7 +79,7 @@ def test_own_routes_lie_between_the_others() -> None:
     assert pieces_per_second(COSTS, [1, 3], 1, "me own") == pytest.approx(
         pieces_per_second(COSTS, [1, 3], 1, "me shared"), rel=0.02
     )
-    equal = (CallCost(0.01, 0.001), CallCost(0.01, 0.001))
+    equal = (linear(0.01, 0.001), linear(0.01, 0.001))
     assert pieces_per_second(equal, [1, 1], 2, "me own") == pytest.approx(1 / (0.01 * 2 / 3 + 0.002), rel=0.02)
     for count in (2, 4, 8):
         ce, own, shared = (pieces_per_second(COSTS, [1, 3], count, way) for way in ("ce", "me own", "me shared"))  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ def invented(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def choose(first: CallCost, second: CallCost, room: float | None = 1000, most: int = 1000, way: Any = "ce") -> int:
         costs = iter([first, second])
-        monkeypatch.setattr(cost, "measure", lambda member: next(costs))
+        monkeypatch.setattr(cost, "measure", lambda member, most: next(costs))
         monkeypatch.setattr(cost, "available_memory", lambda: None if room is None else round(room * one / 0.7))
         return choose_batch(members, [0.5, 0.5], way, most)
 
@@ -107,14 +108,14 @@ def invented(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 def test_the_least_that_is_nearly_as_fast_as_any(invented: Callable[..., int]) -> None:
     """With CE a piece takes 2a/N + 2b: as long as 0.9 / (2a/64 + 2b) is not reached, it is worth while."""
-    assert invented(CallCost(0.01, 0.0), CallCost(0.01, 0.0)) == 64
-    assert invented(CallCost(0.0, 0.01), CallCost(0.0, 0.01)) == 1
+    assert invented(linear(0.01, 0.0), linear(0.01, 0.0)) == 64
+    assert invented(linear(0.0, 0.01), linear(0.0, 0.01)) == 1
     # a = b: 1/N + 1 <= (1/64 + 1) / 0.9 = 1.1285, so N >= 7.8
-    assert invented(CallCost(0.01, 0.01), CallCost(0.01, 0.01)) == 8
+    assert invented(linear(0.01, 0.01), linear(0.01, 0.01)) == 8
     # a = 4·b: 4/N + 1 <= (4/64 + 1) / 0.9 = 1.1806, so N >= 22.2
-    assert invented(CallCost(0.04, 0.01), CallCost(0.04, 0.01)) == 32
+    assert invented(linear(0.04, 0.01), linear(0.04, 0.01)) == 32
     # ME reads half of it: 2/N + 1 <= (2/64 + 1) / 0.9 = 1.1458, so N >= 13.7
-    assert invented(CallCost(0.04, 0.01), CallCost(0.04, 0.01), way="me shared") == 16
+    assert invented(linear(0.04, 0.01), linear(0.04, 0.01), way="me shared") == 16
 
 
 @pytest.mark.parametrize(
@@ -124,38 +125,51 @@ def test_the_least_that_is_nearly_as_fast_as_any(invented: Callable[..., int]) -
 def test_as_many_as_there_are_and_as_fit(
     invented: Callable[..., int], room: float | None, most: int, chosen: int
 ) -> None:
-    assert invented(CallCost(0.01, 0.0), CallCost(0.01, 0.0), room, most) == chosen
+    assert invented(linear(0.01, 0.0), linear(0.01, 0.0), room, most) == chosen
 
 
-def test_measuring_waits_for_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU an evaluation returns at once, and reading the logits takes the time."""
-    clock = [0.0]
-    pending = [0.0]
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CallCost]:
+    """Measures a model on a GPU: an evaluation returns at once, and to read the logits takes the time."""
 
-    def evaluate(parts: Any) -> None:
-        count = len(parts[0].ids)
-        pending[0] = 0.02 + 0.003 * count + 0.005 * (count if parts[0].outputs == "every" else 1)
+    def measured(open_member: OpenMember, reading: float, token: float, most: int) -> CallCost:
+        clock, pending = [0.0], [0.0]
 
-    def logits() -> None:
-        clock[0] += pending[0]
+        def evaluate(_: Any, parts: Any) -> None:
+            pending[0] = reading + token * sum(len(part.ids) for part in parts) + 0.005 * len(parts)
 
-    probe: Any = SimpleNamespace(
-        vocabulary=SimpleNamespace(size=50), prepare=lambda ids: None, evaluate=evaluate, logits=logits, caches=(None,)
-    )
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
-    found = fitted(cost._timed(probe, 512))
-    assert (found.reading, found.token, found.row) == pytest.approx((0.02, 0.003, 0.005))
+        def logits(_: Any) -> None:
+            clock[0] += pending[0]
+
+        member = open_member("bpe_a")
+        monkeypatch.setattr(Member, "evaluate", evaluate)
+        monkeypatch.setattr(Member, "logits", logits)
+        monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        return measure(member, most)
+
+    return measured
 
 
-def test_a_model_of_short_contexts_is_measured(open_member: OpenMember) -> None:
+def test_measuring_waits_for_the_logits(open_member: OpenMember, timed: Callable[..., CallCost]) -> None:
+    found = timed(open_member, 0.5, 0.003, 20)
+    assert found.counts == (1, 4, 16, 20)
+    assert found.first == pytest.approx([0.5 + n * 0.008 for n in found.counts])
+    assert found.more == pytest.approx([n * 0.003 for n in found.counts])
+
+
+def test_more_sequences_are_not_tried_where_a_token_hardly_gets_cheaper(
+    open_member: OpenMember, timed: Callable[..., CallCost]
+) -> None:
+    assert timed(open_member, 0.001, 0.003, 64).counts == (1, 4, 16)
+    assert timed(open_member, 0.5, 0.003, 64).counts == (1, 4, 16, 64)
+
+
+@pytest.mark.parametrize("trained", [0, 200])
+def test_a_tiny_model_is_measured(open_member: OpenMember, trained: int) -> None:
     member = open_member("bpe_a")
-    member.weights.trained_context = 200
-    found = measure(member)
-    assert found.reading + found.token > 0
-
-
-def test_a_tiny_model_is_measured(open_member: OpenMember) -> None:
-    found = measure(open_member("bpe_a"))
-    assert found.reading >= 0
-    assert found.token >= 0
-    assert found.reading + found.token > 0
+    member.weights.trained_context = trained
+    found = measure(member, 4)
+    assert found.counts[0] == 1
+    assert min(found.first) > 0
+    assert min(found.more) >= 0
+    assert found.cell >= 0
