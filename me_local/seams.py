@@ -12,16 +12,15 @@ import unicodedata
 _ASCII = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789")
 _ASCII_WITHIN = re.compile(rb" (?<=[A-Za-z0-9] )")
 _WORDS = frozenset("LNM")  # letters, numbers and marks
-_OTHER_WITHIN = re.compile(rb"(?<=[\x80-\xbf]) ")
+_OTHER_WITHIN = re.compile(rb" (?<=[\x80-\xbf] )")
 # U+3400 to U+3FFF, U+4E00 to U+9FBF
 _IDEOGRAPH = rb"\xe3[\x90-\xbf][\x80-\xbf]|(?:\xe4[\xb8-\xbf]|[\xe5-\xe8][\x80-\xbf]|\xe9[\x80-\xbe])[\x80-\xbf]"
 _KANA = rb"\xe3(?:\x81[\x81-\xbf]|\x82[\x80-\x96\xa1-\xbf]|\x83[\x80-\xba\xbc])"
 _STOP = rb"\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c\x9a\x9b\x9f]"  # 、 。 ！ ， ： ； ？
 _WIDE = re.compile(rb"(?:%b|%b)(?=%b)" % (_IDEOGRAPH, _KANA, _STOP))
 # A token may begin or end within a character.
-_WIDE_WITHIN = re.compile(
-    rb"(?:(?<=\n)[\x80-\xbf]{1,2}|%b|%b)(?:%b|\xe3\x80?(?=\n)|\xef\xbc?(?=\n))" % (_IDEOGRAPH, _KANA, _STOP)
-)
+_STOP_WITHIN = re.compile(rb"\xe3(?:\x80[\x81\x82\n]|\n)|\xef(?:\xbc[\x81\x8c\x9a\x9b\x9f\n]|\n)")
+_BEFORE_STOP = re.compile(rb"(?:\n[\x80-\xbf]{1,2}|%b|%b)\Z" % (_IDEOGRAPH, _KANA))
 
 
 class Seams:
@@ -35,7 +34,8 @@ class Seams:
         self.ascii = _ASCII_WITHIN.search(lines) is None
         within = {_category(lines, match.start()) for match in _OTHER_WITHIN.finditer(lines)}
         self.other = self.ascii and not within & {*_WORDS, ""}
-        self.wide = not normalises and _WIDE_WITHIN.search(lines) is None
+        starts = (match.start() for match in _STOP_WITHIN.finditer(lines))
+        self.wide = not normalises and not any(_BEFORE_STOP.search(lines[max(0, at - 3) : at]) for at in starts)
 
     def find(self, text: bytes, seen: int) -> list[int]:
         """The seams that came into a text, ascending, since it had only its first `seen` bytes."""
