@@ -165,10 +165,15 @@ def _outside(ensemble: Ensemble, length: int, given: Given) -> float:
 def growth(given: Given) -> Iterator[Check]:
     """CE's time grows with the number of members, ME's as its limit says; copies share the weights."""
     counts = (2, 4) if given.short else (2, 4, 8)
+    seconds = []
     for count in counts:
         report = bench(given, "--members", str(count))
         print(f"  {count} copies: speed-up {report['speed_up']:.2f}, limit {report['limit']:.2f}")
         yield Check(f"ME's speed-up over its limit, {count} copies", report["measured_over_limit"], 0.9, True)
+        seconds.append(1 / next(speed["pieces"] for speed in report["speeds"] if speed["kind"] == "ce"))
+    grown = counts[-1] / counts[0]
+    name = f"CE's time for a piece, {counts[-1]} copies to {counts[0]}"
+    yield Check(name, seconds[-1] / seconds[0], 0.75 * grown, True)
     config = load_config(given.models)
     one, many = (_resident(repeated(config, count)) for count in (1, counts[-1]))
     with Ensemble(repeated(config, 1)) as ensemble:
