@@ -22,6 +22,7 @@ import numpy as np
 
 from me_local.alignment import FloatArray
 from me_local.batches import Part
+from me_local.errors import LoadError
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
 from me_local.member import CELL_BYTES, Member
 from me_local.weights import supports_gpu
@@ -82,7 +83,7 @@ def pieces_per_second(
         if way == "ce":
             seconds += cost.seconds(count, 1, length) / count
         else:
-            seconds += often * cost.seconds(share / often, 1 / share, length)
+            seconds += often * cost.seconds(max(1.0, share / often), 1 / share, length)
     return 1 / seconds
 
 
@@ -98,18 +99,27 @@ def _own_calls(weights: FloatArray, count: int) -> list[float]:
         pieces += served
         waiting[member] = 0
         waiting += random.multinomial(served, weights)
-    per_piece: list[float] = (calls / pieces).tolist()
-    return per_piece
+    # One that is drawn so seldom is evaluated for one reply alone.
+    return [float(often) or weight for often, weight in zip(calls / pieces, weights.tolist(), strict=True)]
 
 
 def measure(member: Member, most: int) -> CallCost:
-    """Time evaluations of a member for up to `most` sequences, in contexts of its own. Raises LoadError, RunError."""
+    """Time evaluations of a member for up to `most` sequences, in contexts of its own. Raises LoadError, RunError.
+
+    No more are timed than there is memory for.
+    """
     counts: list[int] = []
     first: list[float] = []
     more: list[float] = []
+    most = min(most, MOST)
     for count in sorted({most, *(count for count in _COUNTS if count < most)}):
-        with _probe(member, _CONTEXTS[0] + _TOKENS, count) as probe:
-            one, several = (_timed(probe, count, tokens, _CONTEXTS[0]) for tokens in (1, _TOKENS))
+        try:
+            with _probe(member, _CONTEXTS[0] + _TOKENS, count) as probe:
+                one, several = (_timed(probe, count, tokens, _CONTEXTS[0]) for tokens in (1, _TOKENS))
+        except LoadError:
+            if not counts:
+                raise
+            break
         counts.append(count)
         first.append(one)
         more.append(max(0.0, several - one) / (_TOKENS - 1))
@@ -134,9 +144,13 @@ def _probe(member: Member, cells: int, sequences: int) -> Member:
 
 
 def _timed(probe: Member, count: int, tokens: int, context: int) -> float:
-    """The median seconds of evaluating tokens of each of so many sequences, all after the same others."""
-    ids = (np.arange(context + tokens) % probe.vocabulary.size).astype(np.int32)
+    """The median seconds of evaluating tokens of each of so many sequences, all after the same others.
+
+    Each has tokens of its own: a mixture of experts reads those that are asked for.
+    """
     caches = probe.caches[:count]
+    ids = (np.arange(context + count * tokens) % probe.vocabulary.size).astype(np.int32)
+    own = ids[context:].reshape(count, tokens)
     probe.prepare(ids[:context])
     for cache in caches[1:]:
         cache.borrow(caches[0], context)
@@ -145,7 +159,7 @@ def _timed(probe: Member, count: int, tokens: int, context: int) -> float:
         for cache in caches:
             cache.cut(context)
         started = time.perf_counter()
-        probe.evaluate([Part(cache, ids[context:], "last") for cache in caches])
+        probe.evaluate([Part(cache, each, "last") for cache, each in zip(caches, own, strict=True)])
         probe.logits()  # waits for a GPU
         seconds.append(time.perf_counter() - started)
     return median(seconds[1:])  # the first warms up

@@ -38,6 +38,7 @@ _LONG = 8192  # bytes
 _FRAME = 1024  # bytes of stack for each byte of text; llama.cpp takes about 300
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_STRIPPING = (b"phi-3", b"phi3")  # in the names of such models (llama_vocab::impl::load)
 _USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 _MARKUP = re.compile(r"[<\[][|\uff5c].+[>\]]|[<\[].+[|\uff5c][>\]]")  # a bar, or DeepSeek's wide one
 _PROBE = (
@@ -95,8 +96,9 @@ class Vocabulary:
         self._byte_ids = self._find_byte_ids(np.flatnonzero(lengths == 1).tolist())
         if self.kind == "SPM" and tokenizer is None:
             self._check_byte_tokens()
-        self.seams = Seams(b"\n" + lines, normalises=self.kind == "UGM" or tokenizer is not None)
+        self.seams = Seams(b"\n" + lines, normalises=tokenizer is not None)
         self.adds_space = self.joined(self._encode(b"a")) == b" a"
+        self._leave_out_seams(model, tokenizer)
         self._anchor, self._anchor_length = self._find_anchor() if self.adds_space else (b"", 0)
 
     def text_of(self, token: int) -> str:
@@ -179,6 +181,22 @@ class Vocabulary:
                     "the tokenizer belongs to another model"
                 )
         return lambda text: list(tokenizer.encode(text.decode(), add_special_tokens=False).ids)
+
+    def _leave_out_seams(self, model: llama_cpp.llama_model_p, tokenizer: Path | None) -> None:
+        """Take away the seams behind which the tokenizer does more than to part words."""
+        if header_value(model, b"tokenizer.ggml.model") == b"hybriddna":  # text within <dna> has tokens of its own
+            self.seams.ascii = self.seams.other = self.seams.wide = False
+        if tokenizer is not None:
+            added = _read_tokenizer(tokenizer).get_added_tokens_decoder().values()
+            apart = [token.content.encode() for token in added if not token.special]
+        elif self.adds_space or any(name in header_value(model, b"general.name").lower() for name in _STRIPPING):
+            # Spaces are added, or dropped, behind every token that is looked for in the text first.
+            attribute = functools.partial(llama_cpp.llama_vocab_get_attr, self._pointer)
+            apart = [piece for token, piece in enumerate(self.pieces) if piece and attribute(token) & _USER_DEFINED]
+        else:
+            apart = []
+        for piece in apart:
+            self.seams.leave_out(piece)
 
     def _find_byte_ids(self, single: list[int]) -> dict[int, int]:
         """The id of each byte's own token. A byte token goes before a character of the same byte."""

@@ -29,7 +29,7 @@ from me_local import bench_batch
 from me_local.bench import endless, make_generation, sample_text
 from me_local.bench_batch import bench_batches
 from me_local.cli.bench import repeated
-from me_local.config import Config, load_config
+from me_local.config import Config, Sampling, load_config
 from me_local.ensemble import Ensemble
 from me_local.inspection import inspect_member
 from me_local.member import usable_cores
@@ -99,13 +99,19 @@ def single(given: Given) -> Iterator[Check]:
         with ExitStack() as stack:
             shelf = stack.enter_context(closing(Shelf()))
             ensembles = [stack.enter_context(Ensemble(alone, shelf=shelf)) for _ in range(2)]
-            cores = usable_cores()
+            cores = member.n_threads or usable_cores()
             with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
                 llama = llama_cpp.Llama(
-                    str(member.path), n_ctx=member.n_ctx, n_threads=cores, n_threads_batch=cores, verbose=False
+                    str(member.path),
+                    n_ctx=member.n_ctx,
+                    n_threads=cores,
+                    n_threads_batch=cores,
+                    n_gpu_layers=member.n_gpu_layers,
+                    verbose=False,
                 )
             stack.callback(llama.close)
-            steps = [_ours(ensembles[0], "me"), _ours(ensembles[1], "ce"), partial(next, _theirs(llama))]
+            theirs_next = partial(next, _theirs(llama, member.sampling))
+            steps = [_ours(ensembles[0], "me"), _ours(ensembles[1], "ce"), theirs_next]
             seconds = _in_turn(steps, 3 * given.steps)
         me, ce, theirs = map(median, seconds)
         print(f"  a step: ME {1e3 * me:.2f} ms, CE {1e3 * ce:.2f} ms, Llama.generate {1e3 * theirs:.2f} ms")
@@ -130,8 +136,14 @@ def _ours(ensemble: Ensemble, strategy: Literal["me", "ce"]) -> Callable[[], obj
     return generation.step
 
 
-def _theirs(llama: llama_cpp.Llama) -> Iterator[int]:
-    return llama.generate(llama.tokenize(sample_text(100).encode()), top_k=10, top_p=1.0, min_p=0.0, temp=0.7)
+def _theirs(llama: llama_cpp.Llama, sampling: Sampling) -> Iterator[int]:
+    return llama.generate(
+        llama.tokenize(sample_text(100).encode()),
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        temp=sampling.temperature,
+    )
 
 
 def flat(given: Given) -> Iterator[Check]:

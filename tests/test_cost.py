@@ -8,6 +8,7 @@ import pytest
 
 from me_local import cost
 from me_local.cost import CallCost, choose_batch, measure, pieces_per_second
+from me_local.errors import LoadError
 from me_local.footprint import kv_cache_bytes
 from me_local.member import CELL_BYTES, Member
 
@@ -86,6 +87,13 @@ def test_own_routes_lie_between_the_others() -> None:
         assert ce < own < shared
 
 
+def test_own_routes_where_little_was_timed_or_a_member_is_hardly_drawn() -> None:
+    once = CallCost((1,), (0.01,), (0.001,))
+    one = pieces_per_second([once, once], [0.7, 0.3], 1, "me own")
+    assert one == pytest.approx(pieces_per_second([once, once], [0.7, 0.3], 1, "me shared"), rel=0.02)
+    assert pieces_per_second(COSTS, [1, 1e-5], 4, "me own") > 0
+
+
 @pytest.fixture
 def invented(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Chooses for two members that cost this, on a machine with room for so many replies; None: nobody knows."""
@@ -162,6 +170,29 @@ def test_more_sequences_are_not_tried_where_a_token_hardly_gets_cheaper(
 ) -> None:
     assert timed(open_member, 0.001, 0.003, 64).counts == (1, 4, 16)
     assert timed(open_member, 0.5, 0.003, 64).counts == (1, 4, 16, 64)
+
+
+def test_no_more_is_timed_than_there_is_room_for(
+    open_member: OpenMember, timed: Callable[..., CallCost], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, most = cost._probe, 4
+
+    def refuse(member: Member, cells: int, sequences: int) -> Member:
+        if sequences > most:
+            raise LoadError("no memory")
+        return make(member, cells, sequences)
+
+    monkeypatch.setattr(cost, "_probe", refuse)
+    assert timed(open_member, 0.5, 0.003, 64).counts == (1, 4)
+    most = 0
+    with pytest.raises(LoadError):
+        timed(open_member, 0.5, 0.003, 64)
+
+
+def test_more_replies_than_are_ever_chosen_are_not_timed(
+    open_member: OpenMember, timed: Callable[..., CallCost]
+) -> None:
+    assert timed(open_member, 0.5, 0.003, 128).counts == (1, 4, 16, 64)
 
 
 @pytest.mark.parametrize("trained", [0, 200])

@@ -25,6 +25,7 @@ from me_local.templates import Message, PromptWriter, built_in_render, jinja_ren
 from me_local.vocabulary import TokenizedText, Vocabulary, utf8_runs
 
 real = pytest.mark.vocabularies
+WITHOUT = {("deepseek-llm", "other")}  # kinds of seams that are inside its tokens
 CHECKED_BY_LLAMA_CPP = sorted(set(NAMES) - {"aquila", "baichuan", "gpt-neox"})  # these have texts with ids beside them
 WITH_MARKUP = {"command-r": None, "deepseek-coder": "deepseek", "gemma-4": None}  # None: the template in the GGUF
 
@@ -200,7 +201,8 @@ def test_the_two_sides_of_a_seam_do_not_depend_on_each_other(
 ) -> None:
     words = vocabulary(name)
     kind, end, start = seam
-    if not getattr(words.seams, kind):
+    assert getattr(words.seams, kind) == ((name, kind) not in WITHOUT)
+    if (name, kind) in WITHOUT:
         return
     before, behind = left + end.encode(), start.encode() + right
     assert len(before) in words.seams.find(before + behind, 0)
@@ -299,6 +301,32 @@ def test_a_vocabulary_with_a_seam_inside_a_token_takes_the_full_path(tmp_path: P
         assert words.encode(piece) != words.encode(piece[:seam]) + words.encode(piece[seam:])
         assert [words.pieces[token] for token in words.encode(piece)] == [piece]
         _check_growth(words, piece)
+
+
+@pytest.mark.parametrize("name", ["plain", "Phi-3"])
+@pytest.mark.parametrize("kind", ["SPM", "BPE"])
+@pytest.mark.parametrize("piece", ["foo", "Ж", "字", "<x>", "é="])
+def test_behind_a_token_of_a_user_the_space_may_be_another(tmp_path: Path, name: str, kind: str, piece: str) -> None:
+    """An SPM tokenizer adds one there, and for models called Phi-3 llama.cpp drops those that there are."""
+    vocab = spm_vocab() if kind == "SPM" else chatml_vocab()
+    vocab.tokens.append(Token(piece, TokenType.USER_DEFINED, piece.encode()))
+    for control in {"<unk>", "<s>", "</s>", "<|endoftext|>"} - {token.text for token in vocab.tokens}:
+        vocab.tokens.append(Token(control, TokenType.CONTROL, b""))  # llama.cpp looks for them in Phi-3
+    path = tmp_path / f"{name}.gguf"
+    write_model(path, vocab=vocab, model=llama_model(vocab, 1))
+    text = f"the {piece} the{piece}\uff0c at {piece}\u3002字\u3002  Ж 字 the é cat".encode()
+    with lone_member(MemberConfig(name="user", path=path, n_ctx=256, n_threads=1)) as member:
+        words = member.vocabulary
+        alone = words.encode(piece.encode())
+        changed = any(words.encode(piece.encode() + t) != alone + words.encode(t) for t in (b" t", b"  t"))
+        assert changed == (kind == "SPM" or name == "Phi-3")
+        whole = (True, True, True)
+        left = {"foo": (False, False, True), "Ж": (True, False, True), "字": (True, False, False)}.get(piece, whole)
+        assert (words.seams.ascii, words.seams.other, words.seams.wide) == (left if changed else whole)
+        growing = TokenizedText(words, at_start=False)
+        for prefix in prefixes(text, [1]):
+            if writable(words, prefix):
+                assert growing.ids(prefix).tolist() == words.encode(prefix)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

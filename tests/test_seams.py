@@ -62,6 +62,10 @@ def test_wide_stops_may_become_others_where_characters_are_changed() -> None:
     assert not seams("a", normalises=True).wide
 
 
+def test_only_what_stays_a_letter_counts_where_characters_are_changed() -> None:
+    assert cut("дом é 字 ² ⑴ 7 ok", seams("a", normalises=True)) == ["дом", " é 字", " ² ⑴ 7", " ok"]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_they_are_found_once_while_a_text_grows(size: int) -> None:
     kinds, text, found = seams("a"), "Он, naïve один 今日は、東京。 x y".encode(), []

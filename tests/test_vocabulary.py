@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from make_tiny_models import write_model
 from tiny_architectures import llama_model
 from tiny_vocabularies import Token, TokenType, chatml_vocab, spm_vocab
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 
+from me_local import vocabulary as vocabulary_module
 from me_local.config import MemberConfig
 from me_local.errors import InputError, LoadError
 from me_local.member import Member
@@ -161,6 +162,28 @@ def test_without_seams_the_whole_text_is_tokenised(open_member: OpenMember) -> N
     growing.ids(b"the cat")
     growing.ids(b"the cat sat")
     assert calls == [b"the cat", b"the cat sat"]
+
+
+def test_a_tokenizer_with_a_state_has_no_seams(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = vocabulary_module.header_value
+    key = b"tokenizer.ggml.model"
+    monkeypatch.setattr(vocabulary_module, "header_value", lambda m, k: b"hybriddna" if k == key else read(m, k))
+    seams = open_member("bpe_a").vocabulary.seams
+    assert (seams.ascii, seams.other, seams.wide) == (False, False, False)
+
+
+def test_behind_tokens_that_were_added_to_a_tokenizer_file_there_are_no_seams(
+    open_member: OpenMember, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    plain = open_member("bpe_a").vocabulary
+    tokenizer = Tokenizer(_byte_level(plain))
+    tokenizer.save(str(path))
+    assert open_member("bpe_a", tokenizer=path).vocabulary.seams.ascii
+    tokenizer.add_tokens([AddedToken(plain.text_of(plain.encode(b"a")[0]), rstrip=True, special=False)])
+    tokenizer.save(str(path))
+    seams = open_member("bpe_a", tokenizer=path).vocabulary.seams
+    assert (seams.ascii, seams.other) == (False, False)
 
 
 def test_a_unified_vocabulary_numbers_equal_bytes_alike(open_member: OpenMember) -> None:
