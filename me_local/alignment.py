@@ -20,8 +20,8 @@ from me_local.vocabulary import IntArray
 FloatArray = npt.NDArray[np.float64]
 LogitArray = npt.NDArray[np.float32]
 
-_PART = 8
-_COLUMNS = 32
+_PART = 8  # of the vocabulary, one such part of which is searched for a floor
+_COLUMNS = 32  # of it, for each token that is wanted: few of the largest share one
 _SPARE = 4
 """So many more are looked for at first: some may never be sampled, and at the edge the smallest of equals counts."""
 _FEW = 256

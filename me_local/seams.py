@@ -70,7 +70,7 @@ class Seams:
 
 
 def _last_char(text: bytes, end: int) -> str | None:
-    """The character that ends at this byte, which is none of ASCII; None if it is not whole."""
+    """The character that ends at this byte; None if it is not whole."""
     start = end - 1
     while start > 0 and text[start] & 0xC0 == 0x80:
         start -= 1

@@ -89,6 +89,7 @@ class Vocabulary:
         self.bos = self._first_id()
         self._read_control_tokens()
         self.markup = self._find_markup(brackets, (llama_cpp.llama_model_chat_template(model, None) or b"").decode())
+        self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
         self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
         # Between two seams stands a word or two, and words come back.
         self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
@@ -180,21 +181,20 @@ class Vocabulary:
                     f'{path}: token {token} is "{names[token]}" here and "{self.text_of(token)}" in the GGUF: '
                     "the tokenizer belongs to another model"
                 )
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._added = [token.content.encode() for token in added if not token.special]
         return lambda text: list(tokenizer.encode(text.decode(), add_special_tokens=False).ids)
 
     def _leave_out_seams(self, model: llama_cpp.llama_model_p, tokenizer: Path | None) -> None:
         """Take away the seams behind which the tokenizer does more than to part words."""
         if header_value(model, b"tokenizer.ggml.model") == b"hybriddna":  # text within <dna> has tokens of its own
             self.seams.ascii = self.seams.other = self.seams.wide = False
-        if tokenizer is not None:
-            added = _read_tokenizer(tokenizer).get_added_tokens_decoder().values()
-            apart = [token.content.encode() for token in added if not token.special]
-        elif self.adds_space or any(name in header_value(model, b"general.name").lower() for name in _STRIPPING):
+        apart = self._added
+        strips = any(name in header_value(model, b"general.name").lower() for name in _STRIPPING)
+        if tokenizer is None and (self.adds_space or strips):
             # Spaces are added, or dropped, behind every token that is looked for in the text first.
             attribute = functools.partial(llama_cpp.llama_vocab_get_attr, self._pointer)
             apart = [piece for token, piece in enumerate(self.pieces) if piece and attribute(token) & _USER_DEFINED]
-        else:
-            apart = []
         for piece in apart:
             self.seams.leave_out(piece)
 
