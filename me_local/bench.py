@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -21,7 +20,8 @@ from me_local.engine import Engine, Generation
 from me_local.ensemble import Ensemble, make_request
 from me_local.errors import InputError
 from me_local.inspection import inspect_member
-from me_local.member import Member, usable_cores
+from me_local.machine import processor, usable_cores
+from me_local.member import Member
 from me_local.vocabulary import END, IntArray
 
 TOKENS = (1, 2, 4, 8, 16)
@@ -316,21 +316,13 @@ def _expected(times: dict[int, float], weight: float) -> float:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
     return {
-        "processor": model or platform.processor(),
+        "processor": processor(),
         "cores": usable_cores(),
         "load": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _memory(ensemble: Ensemble) -> int | None:

@@ -23,7 +23,8 @@ import numpy as np
 from me_local.alignment import FloatArray
 from me_local.batches import Part
 from me_local.errors import LoadError
-from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
+from me_local.footprint import allocated_context, kv_cache_bytes
+from me_local.machine import available_memory
 from me_local.member import CELL_BYTES, Member
 from me_local.weights import supports_gpu
 

@@ -1,14 +1,10 @@
-"""What a member's context takes up in memory, and how much memory this process may still have.
+"""What a member's context takes up in memory.
 
-Reckons with a GGUF's metadata and with what Linux says about the process; loads nothing. Sizes are in bytes, contexts
-in tokens.
+Reckons with a GGUF's metadata; loads nothing. Sizes are in bytes, contexts in tokens.
 """
 
-import contextlib
 import re
-import resource
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
 from me_local.config import MemberConfig
 
@@ -26,7 +22,6 @@ _BLOCKS = {  # bytes and elements of a block, as in ggml's ggml-common.h
 }
 # Where one of these is set, layers differ, share a cache or hold something else than keys and values.
 _IRREGULAR = re.compile(r"\.attention\.(key_length_(mla|swa)|value_length_(mla|swa)|shared_kv_layers|indexer\..*)\Z")
-_ROOT = Path("/")
 
 
 def allocated_context(wanted: int, trained: int) -> int:
@@ -78,51 +73,3 @@ def _layer_sizes(metadata: Mapping[str, str], *, may_vary: bool) -> tuple[int, i
 def _row_bytes(elements: int, cache_type: str | None) -> int:
     size, block = _BLOCKS[cache_type or "f16"]
     return elements * size // block
-
-
-def available_memory() -> int | None:
-    """The most that this process can still take; None where the system does not tell.
-
-    The least of what the machine has left, the limits of its control groups (version 1 or 2), and its own limit of
-    address space. Caches of files count as free, and swap as memory.
-    """
-    machine = _fields(_ROOT / "proc/meminfo", 1024)
-    rooms = [machine["MemAvailable"], *_control_group_rooms()] if "MemAvailable" in machine else []
-    rooms = [room + machine.get("SwapFree", 0) for room in rooms]
-    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], _fields(_ROOT / "proc/self/status", 1024)
-    if limit != resource.RLIM_INFINITY and "VmSize" in used:
-        rooms.append(limit - used["VmSize"])
-    return max(0, min(rooms)) if rooms else None
-
-
-def _control_group_rooms() -> Iterator[int]:
-    """What each control group around this process has left, for those that limit memory."""
-    for line in _text(_ROOT / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
-            group = Path(path.lstrip("/"))
-            # In a container the path may be that of the machine, where only the root can be seen.
-            for folder in (group, *group.parents):
-                yield from _room(_ROOT / "sys/fs/cgroup" / controllers / folder)
-
-
-def _room(group: Path) -> Iterator[int]:
-    version_2 = (group / "memory.max").exists()
-    names = ("max", "current") if version_2 else ("limit_in_bytes", "usage_in_bytes")
-    limit, used = (_text(group / f"memory.{name}").strip() for name in names)
-    if limit.isdigit() and used.isdigit():
-        statistics = _fields(group / "memory.stat", 1)
-        caches = (statistics.get(f"total_{key}", statistics.get(key, 0)) for key in ("active_file", "inactive_file"))
-        yield int(limit) - int(used) + sum(caches) + statistics.get("slab_reclaimable", 0)
-
-
-def _fields(path: Path, unit: int) -> dict[str, int]:
-    """The lines of a file that are a name and a number, times `unit`."""
-    found = re.findall(r"^(\w+):?\s+(\d+)(?: kB)?$", _text(path), re.MULTILINE)
-    return {name: int(number) * unit for name, number in found}
-
-
-def _text(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text()
-    return ""

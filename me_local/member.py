@@ -6,7 +6,6 @@ of other members, of text, or of sampling. A context can have several sequences,
 (`sequences`); one reply by itself uses the first.
 """
 
-import contextlib
 import ctypes
 import logging
 import os
@@ -24,7 +23,8 @@ from me_local.batches import Batch, Outputs, Part
 from me_local.cache import Cache
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, MeLocalError, RunError
-from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
+from me_local.footprint import allocated_context, kv_cache_bytes
+from me_local.machine import available_memory, usable_cores
 from me_local.shortlist import Row, Shortlister
 from me_local.states import States
 from me_local.vocabulary import IntArray
@@ -303,15 +303,6 @@ class Member:
         code: int = llama_cpp.llama_decode(self._context, self._batch.native)
         self.seconds += time.perf_counter() - started
         return code
-
-
-def usable_cores() -> int:
-    """The processors that this process may use: affinity, and the quota of its control group."""
-    cores = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, max(1, round(int(quota) / int(period))))
-    return cores
 
 
 def _require_memory(config: MemberConfig, weights: Weights, cells: int, sequences: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import make_shaped_model as shaped
 from matplotlib.figure import Figure
 
-from me_local.footprint import available_memory
+from me_local.machine import available_memory
 from me_local.weights import supports_gpu
 
 MARK = "<!-- bench_paper -->"

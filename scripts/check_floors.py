@@ -32,7 +32,7 @@ from me_local.cli.bench import repeated
 from me_local.config import Config, Sampling, load_config
 from me_local.ensemble import Ensemble
 from me_local.inspection import inspect_member
-from me_local.member import usable_cores
+from me_local.machine import usable_cores
 from me_local.vocabulary import UnifiedVocabulary
 from me_local.weights import Shelf
 

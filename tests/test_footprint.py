@@ -1,13 +1,11 @@
-"""Sizes of KV caches, worked out by hand, and what a system that was made up has left."""
+"""Sizes of KV caches, worked out by hand."""
 
-import resource
 from pathlib import Path
 
 import pytest
 
-from me_local import footprint
 from me_local.config import MemberConfig
-from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
+from me_local.footprint import allocated_context, kv_cache_bytes
 
 
 def metadata(arch: str, **numbers: object) -> dict[str, str]:
@@ -88,61 +86,3 @@ def test_no_figure_where_the_metadata_does_not_tell(known: dict[str, str], memor
 )
 def test_contexts_are_padded_and_end_with_the_training(wanted: int, trained: int, cells: int) -> None:
     assert allocated_context(wanted, trained) == cells
-
-
-def write_system(folder: Path, files: dict[str, str]) -> None:
-    for name, content in files.items():
-        path = folder / name.lstrip("/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-
-
-MACHINE = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\nSwapFree: 100 kB\nHugePages_Free: 3\n"}
-IN_A_GROUP = {"/proc/self/cgroup": "0::/user/me\n"}
-INNER = {"/sys/fs/cgroup/user/me/memory.max": "max\n", "/sys/fs/cgroup/user/me/memory.current": "3000\n"}
-OUTER = {
-    "/sys/fs/cgroup/user/memory.max": "9000\n",
-    "/sys/fs/cgroup/user/memory.current": "8000\n",
-    "/sys/fs/cgroup/user/memory.stat": "anon 5000\nactive_file 200\ninactive_file 30\nslab_reclaimable 4\n",
-}
-VERSION_1 = {
-    "/proc/self/cgroup": "7:memory:/docker/abc\n4:cpu,cpuacct:/docker/abc\n",
-    # In a container only the root of its control group can be seen.
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9000\n",
-    "/sys/fs/cgroup/memory/memory.usage_in_bytes": "8500\n",
-    "/sys/fs/cgroup/memory/memory.stat": "active_file 1\ntotal_active_file 10\ntotal_inactive_file 20\n",
-}
-SWAP = 100 * 1024
-
-
-@pytest.mark.parametrize(
-    ("files", "room"),
-    [
-        ({}, None),
-        (MACHINE, 5000 * 1024 + SWAP),
-        (MACHINE | IN_A_GROUP | INNER, 5000 * 1024 + SWAP),
-        (MACHINE | IN_A_GROUP | INNER | OUTER, 9000 - 8000 + 234 + SWAP),
-        (MACHINE | VERSION_1, 9000 - 8500 + 30 + SWAP),
-        (OUTER | IN_A_GROUP, None),
-    ],
-)
-def test_the_memory_that_is_left(
-    files: dict[str, str], room: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_system(tmp_path, files)
-    monkeypatch.setattr(footprint, "_ROOT", tmp_path)
-    assert available_memory() == room
-
-
-def test_a_limit_of_address_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_system(tmp_path, MACHINE | {"/proc/self/status": "Name:\tpython\nVmPeak:\t 9 kB\nVmSize:\t  40 kB\n"})
-    monkeypatch.setattr(footprint, "_ROOT", tmp_path)
-    for limit, room in ((100 * 1024, 60 * 1024), (30 * 1024, 0), (-1, 5000 * 1024 + SWAP)):
-        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, -1))
-        assert available_memory() == room
-
-
-def test_this_machine_says_how_much_it_has() -> None:
-    room = available_memory()
-    assert room is not None
-    assert 0 < room < 2**50
