@@ -59,12 +59,19 @@ class Ensemble:
     """Several GGUF models that write one reply together. Use as a context manager, or call `close`.
 
     `config` is what it was loaded from; `notices` are one-line remarks for its user; `batch` is the number of replies
-    that it can make at once. Weights come from `shelf`, if one is given, and stay there. Raises ConfigError and
-    LoadError.
+    that it can make at once. Weights come from `shelf`, if one is given, and stay there. With `check`, files that are
+    used for the first time are tried in a child process before; None: unless ME_LOCAL_NO_CHECK is set. Raises
+    ConfigError and LoadError.
     """
 
     def __init__(
-        self, config: Config, on_load: OnLoad = lambda _: None, *, batch: int = 1, shelf: Shelf | None = None
+        self,
+        config: Config,
+        on_load: OnLoad = lambda *_: None,
+        *,
+        batch: int = 1,
+        shelf: Shelf | None = None,
+        check: bool | None = None,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch: there is at least one reply at once, got {batch}")
@@ -76,7 +83,7 @@ class Ensemble:
         with ExitStack() as stack:
             if shelf is None:
                 stack.callback(self.shelf.close)
-            loaded = load_members(config, self.shelf, stack, on_load, batch)
+            loaded = load_members(config, self.shelf, stack, on_load, batch, check=check)
             self.members, self.writers, self.notices = loaded.members, loaded.writers, loaded.notices
             self._plain = loaded.plain
             self.engine = Engine(self.members, router, alignment, loaded.unified)
@@ -344,9 +351,18 @@ def make_request(
     )
 
 
-def load(path: str | Path = "models.toml", overrides: Overrides | None = None, *, batch: int = 1) -> Ensemble:
-    """The ensemble of a models.toml, loaded for `batch` replies at once. Raises ConfigError and LoadError."""
-    return Ensemble(override(load_config(Path(path)), overrides or Overrides()), batch=batch)
+def load(
+    path: str | Path = "models.toml",
+    overrides: Overrides | None = None,
+    *,
+    batch: int = 1,
+    check: bool | None = None,
+) -> Ensemble:
+    """The ensemble of a models.toml, loaded for `batch` replies at once; `check` as in `Ensemble`.
+
+    Raises ConfigError and LoadError.
+    """
+    return Ensemble(override(load_config(Path(path)), overrides or Overrides()), batch=batch, check=check)
 
 
 def check_conversation(messages: Sequence[Message]) -> None:

@@ -13,6 +13,10 @@ class LoadError(MeLocalError):
     """A member that cannot be loaded: names the member and its file."""
 
 
+class CrashError(LoadError):
+    """A member with which llama.cpp ends its process."""
+
+
 class InputError(MeLocalError):
     """A prompt, a message or an input file that cannot be used: names the place in it."""
 

@@ -4,15 +4,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 from me_local.config import Config, MemberConfig
 from me_local.errors import ConfigError
 from me_local.member import Member
 from me_local.templates import PLAIN_STOPS, PromptWriter, choose_render
+from me_local.trial import is_wanted, try_members
 from me_local.vocabulary import UnifiedVocabulary
 from me_local.weights import Shelf, Weights, supports_gpu
 
-OnLoad = Callable[[MemberConfig], None]
+Doing = Literal["checking", "loading"]
+OnLoad = Callable[[MemberConfig, Doing], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +32,24 @@ class Loaded:
     notices: list[str]
 
 
-def load_members(config: Config, shelf: Shelf, stack: ExitStack, on_load: OnLoad, batch: int) -> Loaded:
+def load_members(
+    config: Config, shelf: Shelf, stack: ExitStack, on_load: OnLoad, batch: int, *, check: bool | None
+) -> Loaded:
     """Load all members for `batch` replies at once; `stack` closes them. Raises ConfigError and LoadError.
 
-    Contexts are made in a thread beside this one, which reads the next file and the vocabularies meanwhile.
+    Files that are used for the first time are tried before (`trial`), as `check` has it. Contexts are made in a thread
+    beside this one, which reads the next file and the vocabularies meanwhile.
     """
 
     def make(member: MemberConfig, weights: Weights) -> Member:
         return stack.enter_context(Member(member, weights, sequences=batch))
 
+    found = try_members(config.members, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
     making: list[Future[Member]] = []
     try:
         with ThreadPoolExecutor(1) as beside:
             for member in config.members:
-                on_load(member)
+                on_load(member, "loading")
                 making.append(beside.submit(make, member, shelf.weights(member)))
             weights = [shelf.weights(member) for member in config.members]
             writers = [_writer(config, *pair) for pair in zip(config.members, weights, strict=True)]
@@ -51,7 +58,7 @@ def load_members(config: Config, shelf: Shelf, stack: ExitStack, on_load: OnLoad
         wait(making)  # also where Ctrl-C ended the wait for them: weights must not go before their contexts
     members = tuple(future.result() for future in making)
     plain = tuple(is_plain for _, is_plain in writers)
-    notices = [notice for pair in zip(members, plain, strict=True) for notice in _notices(*pair)]
+    notices = found + [notice for pair in zip(members, plain, strict=True) for notice in _notices(*pair)]
     return Loaded(members, tuple(writer for writer, _ in writers), unified, plain, notices)
 
 
@@ -66,6 +73,8 @@ def _writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[Pro
 
 def _notices(member: Member, plain: bool) -> Iterator[str]:
     config = member.config
+    if member.weights.warnings:
+        yield f"{member.name}: llama.cpp warns of its vocabulary: {'; '.join(member.weights.warnings)}"
     if member.n_ctx < config.n_ctx:
         yield f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained"
     if config.n_gpu_layers > 0 and not supports_gpu():

@@ -346,14 +346,41 @@ def _make_context(
     if config.type_v:
         settings.type_v = _cache_type(config.type_v)
     settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
-    native_log.first_errors.clear()
-    native_log.last_lines.clear()
-    context = llama_cpp.llama_init_from_model(weights.pointer, settings)
+    if config.type_k not in (None, "f32", "f16", "bf16") and not config.flash_attn:
+        _require_heads_of_whole_blocks(config, weights, settings.type_k)
+    context = _init_context(weights, settings)
     if not context:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
         raise LoadError(f'member "{config.name}": {weights.path} cannot be loaded: {reason}{hint}')
     return context
+
+
+def _init_context(weights: Weights, settings: llama_cpp.llama_context_params) -> llama_cpp.llama_context_p:
+    """A context, or nothing where llama.cpp refuses; what it says of it is in its log."""
+    native_log.first_errors.clear()
+    native_log.last_lines.clear()
+    return llama_cpp.llama_init_from_model(weights.pointer, settings)
+
+
+def _require_heads_of_whole_blocks(config: MemberConfig, weights: Weights, cache_type: int) -> None:
+    """Raise LoadError where a quantised type does not fit the heads of the keys.
+
+    llama.cpp looks at that with flash attention alone; without it, it ends the process or computes something else.
+    """
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = 256, 1, 1
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    settings.type_k = cache_type
+    context = _init_context(weights, settings)
+    if context:
+        llama_cpp.llama_free(context)
+    for error in native_log.first_errors:
+        if found := re.search(r"with block size (\d+) does not divide n_embd_head_k=(\d+)", error):
+            raise LoadError(
+                f'member "{config.name}": {weights.path}: type_k = "{config.type_k}" goes with heads that are a '
+                f"multiple of {found[1]} wide, and this model's are {found[2]}: leave type_k out"
+            )
 
 
 def _working_bytes() -> int | None:

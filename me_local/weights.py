@@ -6,9 +6,10 @@ Members of one file have contexts of their own on one copy of the weights. Knows
 import ctypes
 import logging
 import os
+import re
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ class Weights:
     """One GGUF model in memory. `close` frees it, after the contexts of all its members.
 
     `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
-    of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0.
-    Raises LoadError when the file cannot be loaded.
+    of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0; `warnings` are what
+    llama.cpp finds wrong with its vocabulary, a line each. Without `extra_buffers` no weights are packed anew for the
+    processor. Raises LoadError when the file cannot be loaded.
     """
 
-    def __init__(self, config: MemberConfig) -> None:
+    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True) -> None:
         self.path = checked_file(config)
-        self.pointer = _load(config, self.path)
+        self.pointer = _load(config, self.path, extra_buffers=extra_buffers)
+        self.warnings = _vocabulary_warnings(native_log.warnings)
         try:
             self._read(config.tokenizer)
         except MeLocalError as error:
@@ -49,6 +52,8 @@ class Weights:
         self.metadata = _metadata(model)
         if self.metadata.get(f"{self.metadata.get('general.architecture')}.attention.causal") == "false":
             raise LoadError("it does not generate text (an embedding model?)")
+        if llama_cpp.llama_model_has_encoder(model):
+            raise LoadError("it has an encoder, as T5 does, and only models that are decoders alone can be members")
         self.vocabulary = Vocabulary(model, tokenizer)
         self.trained_context: int = llama_cpp.llama_model_n_ctx_train(model)
         self.description = _text(llama_cpp.llama_model_desc, model)
@@ -72,6 +77,11 @@ class Shelf:
 
     def __init__(self) -> None:
         self._weights: dict[tuple[object, ...], Weights] = {}
+        self._without_extra_buffers: set[Path] = set()
+
+    def avoid_extra_buffers(self, path: Path) -> None:
+        """Load this file, from now on, without packing its weights anew for the processor."""
+        self._without_extra_buffers.add(path)
 
     def weights(self, config: MemberConfig) -> Weights:
         """The weights of a member. Raises LoadError."""
@@ -80,7 +90,7 @@ class Shelf:
         layers = config.n_gpu_layers if supports_gpu() else 0
         key = (status.st_dev, status.st_ino, config.tokenizer, layers, config.main_gpu, config.tensor_split)
         if key not in self._weights:
-            self._weights[key] = Weights(config)
+            self._weights[key] = Weights(config, extra_buffers=path not in self._without_extra_buffers)
         return self._weights[key]
 
     def close(self) -> None:
@@ -92,6 +102,13 @@ class Shelf:
 def supports_gpu() -> bool:
     """Whether this build of llama.cpp can offload layers to a GPU."""
     return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+def build_identity() -> str:
+    """Equal for builds of llama.cpp that compute alike."""
+    folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
+    libraries = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*"))
+    return f"{llama_cpp.__version__} {llama_cpp.llama_print_system_info().decode()} {folder} {libraries}"
 
 
 def render_built_in(template: str, messages: Sequence[tuple[str, str]]) -> str:
@@ -144,14 +161,16 @@ def _from_hub(config: MemberConfig) -> Path:
         raise LoadError(f'member "{config.name}": hf = "{config.hf}" cannot be fetched: {reason}') from None
 
 
-def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
+def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp.llama_model_p:
     send_log()
     native_log.first_errors.clear()
+    native_log.warnings.clear()
     llama_cpp.llama_backend_init()
     settings = llama_cpp.llama_model_default_params()
     layers = config.n_gpu_layers if supports_gpu() else 0
     settings.n_gpu_layers = _ALL_LAYERS if layers < 0 else layers
     settings.main_gpu = config.main_gpu
+    settings.use_extra_bufts = extra_buffers
     if config.tensor_split:
         # llama.cpp reads as many numbers as it knows devices
         split = (ctypes.c_float * llama_cpp.llama_max_devices())(*config.tensor_split)
@@ -161,6 +180,21 @@ def _load(config: MemberConfig, path: Path) -> llama_cpp.llama_model_p:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
     return model
+
+
+def _vocabulary_warnings(lines: Iterable[str]) -> tuple[str, ...]:
+    """The warnings of `llama_vocab::impl::load` that its user should know, each once.
+
+    Not those on what it puts right by itself, nor the frame of stars around what follows from a warning.
+    """
+    said = (line.removeprefix("load: ").strip() for line in lines if line.startswith("load: "))
+    return tuple(dict.fromkeys(text for text in said if text.strip("* ") and not _PUT_RIGHT.search(text)))
+
+
+_PUT_RIGHT = re.compile(
+    "control-looking token|dummy tokens|^setting token|^override|is a normal token here|removing '<\\|end\\|>'"
+    "|special_pad_id|disabling|using default id"
+)
 
 
 def _metadata(model: llama_cpp.llama_model_p) -> dict[str, str]:
@@ -204,13 +238,14 @@ class _LineLogger(threading.local):
     """Logs whole lines of what llama.cpp writes in parts; its level 5 continues the part before.
 
     Each thread has its own, with what llama.cpp wrote in it: `first_errors` are two lines that are errors (the first is
-    the cause, and later ones say less and less), `last_lines` the last of all.
+    the cause, and later ones say less and less), `warnings` the last lines that are warnings, `last_lines` of all.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._level, self._line = logging.DEBUG, ""
         self.first_errors: list[str] = []
+        self.warnings: deque[str] = deque(maxlen=64)
         self.last_lines: deque[str] = deque(maxlen=64)
 
     def write(self, level: int, text: str) -> None:
@@ -219,6 +254,8 @@ class _LineLogger(threading.local):
         for line in filter(str.strip, lines):
             log.log(self._level, "%s", line.rstrip())
             self.last_lines.append(line)
+            if self._level == logging.WARNING:
+                self.warnings.append(line.strip())
             says_why = self._level == logging.ERROR and not line.endswith(": failed to load model")
             if says_why and len(self.first_errors) < 2:
                 self.first_errors.append(line.strip())

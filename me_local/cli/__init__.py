@@ -21,7 +21,7 @@ from me_local.cli.inspect import inspect
 from me_local.cli.score import score
 from me_local.cli.serve import serve
 from me_local.cli.verify import verify
-from me_local.errors import MeLocalError, RunError
+from me_local.errors import CrashError, MeLocalError, RunError
 
 
 class Failure(click.ClickException):
@@ -47,7 +47,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MeLocalError as error:
-            raise (RunFailure if isinstance(error, RunError) else Failure)(error) from None
+            raise (RunFailure if isinstance(error, RunError | CrashError) else Failure)(error) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of stdout has gone; click knows what to do
                 raise

@@ -14,6 +14,7 @@ from me_local.config import Config, MemberConfig, Overrides, load_config, overri
 from me_local.cost import Way, choose_batch
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError, LoadError
+from me_local.loading import Doing
 from me_local.member import MOST_SEQUENCES
 from me_local.routing import Stretch
 from me_local.weights import Shelf
@@ -67,9 +68,26 @@ _PARALLEL = named(
 )
 
 
+_NO_CHECK = "me_local.no_check"
+
+
+def _note_no_check(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_NO_CHECK] = value
+
+
+_CHECK = named(
+    "--no-check",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_note_no_check,
+    help="Do not try files that are used for the first time in a process of their own.",
+)
+
+
 def models_option(command: Command) -> Command:
-    """Add --models."""
-    return _MODELS(command)
+    """Add --models, and what holds wherever models are loaded."""
+    return _MODELS(_CHECK(command))
 
 
 def weights_option(command: Command) -> Command:
@@ -180,13 +198,16 @@ def load(config: Config, *, no_color: bool = False, batch: int = 1, shelf: Shelf
         leaves_at_once(console),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        count = len(config.members)
         tasks: list[Any] = []
 
-        def announce(member: MemberConfig) -> None:
+        def announce(member: MemberConfig, doing: Doing) -> None:
             if tasks:
                 progress.stop_task(tasks[-1])
             source = member.path.name if member.path else member.hf
-            tasks.append(progress.add_task(f"loading {member.name} ({len(tasks) + 1} of {count}): {source}"))
+            number = config.members.index(member) + 1
+            first = ", used for the first time" if doing == "checking" else ""
+            of_all = f"({number} of {len(config.members)})"
+            tasks.append(progress.add_task(f"{doing} {member.name} {of_all}: {source}{first}"))
 
-        return Ensemble(config, announce, batch=batch, shelf=shelf)
+        check = not click.get_current_context().meta.get(_NO_CHECK)
+        return Ensemble(config, announce, batch=batch, shelf=shelf, check=check)
