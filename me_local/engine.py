@@ -23,10 +23,11 @@ import numpy as np
 from me_local.alignment import Alignment, Distribution, FloatArray, argmax, mix, pick, sample, sufficient, top_k
 from me_local.config import Sampling, Strategy, Unit
 from me_local.errors import RunError
+from me_local.losses import Loss, measure
 from me_local.member import Evaluated
 from me_local.routing import Router, route
 from me_local.schedule import Schedule
-from me_local.shortlist import Row, split
+from me_local.shortlist import Row, Shortlist, split
 from me_local.text import Text
 from me_local.union import Union
 from me_local.vocabulary import END, IntArray, SampledText, TokenizedText, UnifiedVocabulary, Vocabulary
@@ -128,7 +129,7 @@ class Engine:
     """Members, their unified vocabulary, a router and an alignment: what all replies have in common.
 
     `unified` is their vocabulary, where it has been made already; `whole_shares[member]` are the shares of a piece that
-    this member wrote.
+    this member wrote; `losses[member]` is what was lost of its first prediction, once there was one.
     """
 
     def __init__(
@@ -148,7 +149,13 @@ class Engine:
                 identities.append(model.vocabulary.identity)
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
         self.schedule = Schedule(self.models)
+        self.losses: dict[int, Loss] = {}
         self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
+
+    def note_loss(self, member: int, row: Row) -> None:
+        """Measure what is lost of a member's first prediction, from all its logits."""
+        if member not in self.losses and not isinstance(row, Shortlist):
+            self.losses[member] = measure(row, self.models[member].vocabulary)
 
     @cached_property
     def openings(self) -> Openings:
@@ -165,8 +172,7 @@ class Generation:
     """One reply in the making; each `step` samples one piece and appends it.
 
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
-    counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
-    all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
+    counts what the member did. `route` gives the random numbers by which members are drawn, in [0, 1); where there is
     none they follow from the seed.
     """
 
@@ -192,13 +198,17 @@ class Generation:
             model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)
         )
         truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
-        self.sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
+        self._sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_uniform = route or _uniforms(route_seed)
         self._piece_uniform = _uniforms(piece_seed)
         self._writer: int | None = None  # by words: the member that wrote the last piece
+
+    def sufficient(self, member: int) -> int:
+        """So many of a member's largest logits are enough for its distribution; 0: none but all of them."""
+        return self._sufficient[member] if member in self._engine.losses else 0
 
     @property
     def text(self) -> bytes:
@@ -349,6 +359,7 @@ class Generation:
 
     def _align(self, member: int, row: Row, numbers: IntArray) -> Distribution:
         """The distribution over the pieces of these numbers that a member's logits stand for."""
+        self._engine.note_loss(member, row)
         try:
             return self._engine.alignment(*split(row, numbers), self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
@@ -362,7 +373,7 @@ class Generation:
         contexts = {i: self.context(i) for i in members}
         for i in members:
             self._prepare(i)
-            models[i].shorten(self.sufficient[i], self._engine.unified.numbers[i])
+            models[i].shorten(self.sufficient(i), self._engine.unified.numbers[i])
         evaluate = {
             i: partial(models[i].sync, ids, self._interrupted, final=final) for i, (ids, final) in contexts.items()
         }

@@ -58,10 +58,9 @@ class Finished:
 class Ensemble:
     """Several GGUF models that write one reply together. Use as a context manager, or call `close`.
 
-    `config` is what it was loaded from; `notices` are one-line remarks for its user; `batch` is the number of replies
-    that it can make at once. Weights come from `shelf`, if one is given, and stay there. With `check`, files that are
-    used for the first time are tried in a child process before; None: unless ME_LOCAL_NO_CHECK is set. Raises
-    ConfigError and LoadError.
+    `config` is what it was loaded from; `batch` is the number of replies that it can make at once. Weights come from
+    `shelf`, if one is given, and stay there. With `check`, files that are used for the first time are tried in a child
+    process before; None: unless ME_LOCAL_NO_CHECK is set. Raises ConfigError and LoadError.
     """
 
     def __init__(
@@ -84,8 +83,8 @@ class Ensemble:
             if shelf is None:
                 stack.callback(self.shelf.close)
             loaded = load_members(config, self.shelf, stack, on_load, batch, check=check)
-            self.members, self.writers, self.notices = loaded.members, loaded.writers, loaded.notices
-            self._plain = loaded.plain
+            self.members, self.writers = loaded.members, loaded.writers
+            self._plain, self._notices = loaded.plain, loaded.notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
             self._stack = stack.pop_all()
 
@@ -93,6 +92,12 @@ class Ensemble:
     def names(self) -> tuple[str, ...]:
         """The members' names, in the order of all weights and shares."""
         return tuple(member.name for member in self.members)
+
+    @property
+    def notices(self) -> list[str]:
+        """One-line remarks for its user; the first replies may add some."""
+        losses = [(self.names[i], loss) for i, loss in sorted(self.engine.losses.items())]
+        return self._notices + [loss.notice(name) for name, loss in losses if loss.matters]
 
     @property
     def unit(self) -> str:

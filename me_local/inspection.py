@@ -1,6 +1,6 @@
 """Reports on a loaded ensemble: what each member is and takes up, and how well two vocabularies go together.
 
-Reads what members know about themselves and tokenises a sample text; evaluates nothing. Sizes are in bytes, contexts
+Reads what members know about themselves and tokenises a sample text. Sizes are in bytes, contexts
 in tokens, shares between 0 and 1.
 """
 
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from me_local.footprint import allocated_context, kv_cache_bytes
+from me_local.losses import Loss, measure
 from me_local.member import Member
+from me_local.shortlist import Shortlist
+from me_local.templates import Message, PromptWriter
 from me_local.vocabulary import Vocabulary
 
 RISKY_AGREEMENT = 0.6
@@ -88,6 +91,7 @@ class MemberReport:
     kv_cache_bytes: int | None
     working_bytes: int | None  # llama.cpp's buffers for a batch
     total_bytes: int | None
+    lost: Loss | None  # of its first prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,8 @@ class PairReport:
     risky: bool
 
 
-def inspect_member(member: Member) -> MemberReport:
-    """Report on a loaded member."""
+def inspect_member(member: Member, lost: Loss | None = None) -> MemberReport:
+    """Report on a loaded member; `lost` is what `first_loss` gives of it."""
     weights = member.weights
     cells = allocated_context(member.config.n_ctx, weights.trained_context)
     kv_cache = kv_cache_bytes(weights.metadata, weights.memory, member.config, cells)
@@ -128,7 +132,15 @@ def inspect_member(member: Member) -> MemberReport:
         kv_cache_bytes=kv_cache,
         working_bytes=member.working_bytes,
         total_bytes=None if None in sizes else sum(size or 0 for size in sizes),
+        lost=lost,
     )
+
+
+def first_loss(member: Member, writer: PromptWriter) -> Loss:
+    """What is lost of a member's first prediction in the reply to a short message, which is evaluated."""
+    member.sync(writer.prompt([Message("user", "Hello")])[-member.n_ctx :])
+    row = member.logits()
+    return Loss() if isinstance(row, Shortlist) else measure(row, member.vocabulary)
 
 
 def compare(a: Member, b: Member) -> PairReport:

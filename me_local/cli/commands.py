@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from me_local.chat import Chat, Turn
-from me_local.cli.display import Painter, printable, stats_line
+from me_local.cli.display import Notices, Painter, printable, stats_line
 from me_local.cli.interrupt import cancels
 from me_local.config import Overrides, parse_setting, parse_weights
 from me_local.errors import InputError
@@ -36,14 +36,18 @@ class Session:
     notes: Console
     last: Reply | None = None
     interrupted: threading.Event = field(default_factory=threading.Event)
+    _notices: Notices = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing told."""
+        self._notices = Notices(self.chat.ensemble, lambda text: self.note(f"Note: {text}"))
 
     def greet(self) -> None:
         """Show the members and what their user should know about them."""
         self.notes.print(self.painter.legend(self._weights()))
         config = self.chat.config
         self.note(f"{_STRATEGIES[config.strategy, config.unit]}. /help lists the commands.")
-        for notice in self.chat.ensemble.notices:
-            self.note(f"Note: {notice}")
+        self._notices.tell()
 
     def note(self, text: str) -> None:
         """Write a line that is not part of a reply."""
@@ -63,6 +67,7 @@ class Session:
             self.painter.end()
             self.last = turn.reply
             self.note(stats_line(self.last))
+            self._notices.tell()
 
     def _weights(self) -> list[float]:
         return [member.weight for member in self.chat.config.members]

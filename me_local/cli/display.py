@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import click
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from me_local.ensemble import Ensemble
 from me_local.reply import Reply
 
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
@@ -39,6 +40,22 @@ def print_table(table: Table) -> None:
 def printable(text: str) -> str:
     """The text without what would move a terminal's cursor or change its state."""
     return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
+class Notices:
+    """Tells the user each of an ensemble's remarks once; `write` takes a line."""
+
+    def __init__(self, ensemble: Ensemble, write: Callable[[str], None]) -> None:
+        self._ensemble = ensemble
+        self._write = write
+        self._told: set[str] = set()
+
+    def tell(self) -> None:
+        """Write those that have come since the last time."""
+        for notice in self._ensemble.notices:
+            if notice not in self._told:
+                self._told.add(notice)
+                self._write(notice)
 
 
 class Painter:

@@ -9,6 +9,7 @@ from typing import IO, Any
 import click
 
 from me_local.batch import Job, finished_jobs, read_jobs, run
+from me_local.cli.display import Notices
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import (
     batch_option,
@@ -89,8 +90,8 @@ def _prompt(argument: str | None) -> str:
 
 
 def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: bool) -> None:
-    for notice in ensemble.notices if not raw else ():
-        click.echo(notice, err=True)
+    notices = Notices(ensemble, lambda text: click.echo(text, err=True))
+    notices.tell()
     for i in range(count):
         seed = ensemble.config.seed
         stream = ensemble.stream(text, Overrides(seed=None if seed is None else seed + i), raw=raw)
@@ -99,14 +100,15 @@ def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: b
                 click.echo(json.dumps(stream.finish().as_dict(), ensure_ascii=False))
             else:
                 _print(stream)
+        notices.tell()
         if stream.reply.finish_reason == "cancelled":
             click.get_current_context().exit(130)
 
 
 def _replies_at_once(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: bool) -> None:
     """The replies in their order, each as soon as it and those before it are finished."""
-    for notice in ensemble.notices if not raw else ():
-        click.echo(notice, err=True)
+    notices = Notices(ensemble, lambda text: click.echo(text, err=True))
+    notices.tell()
     shown, errors = 0, []
     finished: dict[int, Finished] = {}
     try:
@@ -119,6 +121,7 @@ def _replies_at_once(ensemble: Ensemble, text: str, count: int, *, raw: bool, as
     finally:  # also those that wait for an earlier one
         for index in sorted(finished):
             _show(finished[index].reply, as_json=as_json)
+    notices.tell()
     if errors:
         raise errors[0]
 
@@ -156,11 +159,14 @@ def _batch(
     ensemble: Ensemble, jobs: list[Job], done: dict[str | int, Stretch | None], records: IO[bytes], *, raw: bool
 ) -> None:
     failed = 0
+    notices = Notices(ensemble, lambda text: click.echo(text, err=True))
+    notices.tell()
     with progress("prompts", len(jobs), len(done)) as advance:
         for record in run(ensemble, jobs, done, raw=raw):
             write_record(records, record)
             failed += "error" in record
             advance()
+    notices.tell()
     if failed:
         click.echo(f"{failed} of {len(jobs) - len(done)} prompts failed; their records say why", err=True)
         click.get_current_context().exit(1)

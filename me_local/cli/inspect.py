@@ -15,7 +15,8 @@ from rich.text import Text
 from me_local.cli.display import make_console, printable
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
-from me_local.inspection import MemberReport, PairReport, compare, inspect_member
+from me_local.inspection import MemberReport, PairReport, compare, first_loss, inspect_member
+from me_local.losses import Loss
 
 _UNFOLDED = 10_000  # columns; a table takes no more of them than it needs
 
@@ -31,7 +32,8 @@ same cuts  places in a sample text where both cut it, of those where either does
 def inspect(models: Path, as_json: bool) -> None:
     """Show what the members are and take up, and how well their vocabularies go together."""
     with load(load_config(models)) as ensemble:
-        members = [inspect_member(member) for member in ensemble.members]
+        losses = [first_loss(*pair) for pair in zip(ensemble.members, ensemble.writers, strict=True)]
+        members = [inspect_member(*pair) for pair in zip(ensemble.members, losses, strict=True)]
         pairs = [compare(a, b) for a, b in combinations(ensemble.members, 2)]
     if as_json:
         report = {"members": [asdict(m) for m in members], "pairs": [asdict(p) for p in pairs]}
@@ -81,11 +83,18 @@ def _rows(member: MemberReport) -> list[tuple[str, str]]:
         ("vocabulary", f"{member.vocabulary}, {member.vocabulary_size:,} tokens"),
         ("template", Path(member.template).name),
         ("ends a reply", "  ".join(member.end_tokens) or "-"),
+        ("cannot write", _lost(member.lost)),
         ("attention", member.memory),
         ("KV cache", _size(member.kv_cache_bytes)),
         ("batch buffer", _size(member.working_bytes)),
         ("memory", _size(member.total_bytes)),
     ]
+
+
+def _lost(loss: Loss | None) -> str:
+    if loss is None or not loss.token:
+        return "-"
+    return f"{loss.share:.1%} of its first prediction: control tokens, first of all {loss.token}"
 
 
 def _pair_table(pairs: Sequence[PairReport]) -> Table:
