@@ -8,6 +8,13 @@
 says how probable a text is.
 """
 
+import os
+
+# libgomp's threads spin while they wait for each other: beside another busy process that takes the cores from those
+# that work. The number of turns is read when llama_cpp is imported; what the user has set stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from me_local.chat import Chat, Turn
 from me_local.config import Config, MemberConfig, Overrides, Sampling, load_config
 from me_local.ensemble import Ensemble, load

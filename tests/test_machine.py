@@ -3,6 +3,8 @@
 import os
 import platform
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,15 @@ def test_what_linux_says_of_the_processor(tmp_path: Path, monkeypatch: pytest.Mo
     assert processor_features() == {"fpu", "avx2", "amx_tile"}
     write_system(tmp_path, {"/proc/cpuinfo": "processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2\n"})
     assert processor_identity() != before
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_do_not_spin_for_long_where_nobody_said_so(given: dict[str, str], found: str) -> None:
+    ours = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
+    program = "import os, me_local; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{found}\n"
