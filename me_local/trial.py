@@ -186,7 +186,7 @@ def _read(path: Path) -> dict[str, str]:
 def _key(member: MemberConfig) -> str:
     """Equal for what would be tried again: files, settings, build and processor."""
     files = [_stamp(path) for path in (member.path, member.lora, member.tokenizer)]
-    settings = _CONFIG.dump_python(replace(member, name="-", weight=1.0, system=None, chat_template=None), mode="json")
+    settings = _CONFIG.dump_python(replace(member, name="-", weight=1.0, system=None), mode="json")
     del settings["sampling"]
     told = json.dumps([files, settings, build_identity(), processor_identity()], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
