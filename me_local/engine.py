@@ -194,9 +194,10 @@ class Generation:
             len(prompt) + len(context.ids(request.head))
             for prompt, context in zip(request.prompts, self._contexts, strict=True)
         )
-        self._room = min(
+        self._rooms = tuple(
             model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)
         )
+        self._fits_below = min(self._rooms)  # bytes
         truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
         self._sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
         self.work = tuple(Work() for _ in engine.models)
@@ -249,7 +250,7 @@ class Generation:
         """The same for whoever brings the members up to date: see `Course`. Raises RunError."""
         weights = self._weights()
         # A token has a byte at least, but for a space that the tokenizer may put in front.
-        if len(self.text) >= self._room and not self._fits(weights):
+        if len(self.text) >= self._fits_below and not self._fits(weights):
             return None
         draw = yield from self._draw(weights)
         if draw.number != END:
@@ -266,8 +267,10 @@ class Generation:
         possible = set(np.flatnonzero(weights).tolist())
         if self._writer is not None and self.can_write(self._writer):
             possible.add(self._writer)
-        rooms = {i: self._engine.models[i].n_ctx - len(self._request.prompts[i]) for i in possible}
-        return all(len(self._contexts[i].ids(self.text)) <= room for i, room in rooms.items())
+        fits = all(len(self._contexts[i].ids(self.text)) <= self._rooms[i] for i in possible)
+        # To tokenise the text for all members takes long: not again before it has grown by what is surely left.
+        self._fits_below = min(room + context.saved for room, context in zip(self._rooms, self._contexts, strict=True))
+        return fits
 
     def _run(self, course: Course[Result]) -> Result:
         """Take a course to its end with what this reply alone needs of the members."""

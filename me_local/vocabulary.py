@@ -251,6 +251,11 @@ class TokenizedText:
         """How many ids, from the first, no longer change when the text grows."""
         return self._final
 
+    @property
+    def saved(self) -> int:
+        """By how many the ids of this text, and of all it may grow into, will at least be fewer than its bytes."""
+        return self._seam - self._final
+
     def ids(self, text: bytes) -> IntArray:
         """Ids of `text`, which starts with the text of the call before: int32 view, shape (tokens,)."""
         if len(text) != self._seen:
@@ -292,6 +297,11 @@ class SampledText:
     def final(self) -> int:
         """How many ids no longer change when the text grows: all of them."""
         return self._length
+
+    @property
+    def saved(self) -> int:
+        """As in `TokenizedText`; nothing is known of the bytes."""
+        return 0
 
     def append(self, token: int) -> None:
         """Add one sampled id."""

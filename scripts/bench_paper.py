@@ -104,7 +104,7 @@ def measure(case: Case, given: Given) -> dict[str, Any] | str:
         str(models),
         "--json",
     ]
-    report = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    report = subprocess.check_output(command, text=True)
     result.with_suffix(".part").write_text(report)
     result.with_suffix(".part").replace(result)
     return json.loads(report)

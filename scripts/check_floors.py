@@ -13,26 +13,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Literal
+from unittest.mock import patch
 
 import llama_cpp
+import numpy as np
 from bench_step import WARM_UP, aligning, inside, outside
 
 import me_local
 from me_local import bench_batch
-from me_local.bench import endless, make_generation, sample_text
+from me_local.bench import CONTEXTS, endless, make_generation, sample_text
 from me_local.bench_batch import bench_batches
 from me_local.cli.bench import repeated
 from me_local.config import Config, Sampling, load_config
+from me_local.engine import Generation
 from me_local.ensemble import Ensemble
 from me_local.inspection import inspect_member
 from me_local.machine import usable_cores
+from me_local.member import Member
 from me_local.vocabulary import UnifiedVocabulary
 from me_local.weights import Shelf
 
@@ -149,52 +154,119 @@ def _theirs(llama: llama_cpp.Llama, sampling: Sampling) -> Iterator[int]:
 def flat(given: Given) -> Iterator[Check]:
     """What a step costs outside decode depends neither on the length of the text nor on members that are not drawn."""
     config = load_config(given.models)
-    lengths = (100, 1000) if given.short else (100, 8000)
     roomy = replace(config, members=tuple(replace(member, n_ctx=9728) for member in config.members))
-    with Ensemble(roomy) as ensemble:
-        room = min(member.n_ctx for member in ensemble.members)
-        lengths = tuple(min(length, room - 1000) for length in lengths)
-        costs = [_outside(ensemble, length, given) for length in lengths]
-    print(f"  {', '.join(f'{1e6 * c:.0f} µs at {n} pieces' for n, c in zip(lengths, costs, strict=True))}")
-    yield Check(f"outside decode at {lengths[1]} pieces to {lengths[0]}", costs[1] / costs[0], 1.2, False)
-    costs = []
-    for count in (1, 4):
-        members = repeated(config, count).members
-        drawn = tuple(replace(member, weight=float(i == 0)) for i, member in enumerate(members))
-        with Ensemble(replace(config, members=drawn)) as ensemble:
-            costs.append(_outside(ensemble, 100, given))
-    print(f"  {1e6 * costs[0]:.0f} µs with one member, {1e6 * costs[1]:.0f} µs with three more that are not drawn")
-    yield Check("outside decode with members that are not drawn", costs[1] / costs[0], 1.2, False)
+    with _ensembles(roomy, roomy) as (first, second):
+        room = min(member.n_ctx for member in first.members)
+        lengths = 100, min(1000 if given.short else 8000, room - 1000)
+        generations = [_prepared(first, length=lengths[0]), _prepared(second, length=lengths[1])]
+        yield from _no_dearer(f"at {lengths[1]} pieces to {lengths[0]}", generations, given)
+    few, many = (
+        replace(given_, members=tuple(replace(member, weight=float(i == 0)) for i, member in enumerate(given_.members)))
+        for given_ in (repeated(config, 1), repeated(config, 4))
+    )
+    with _ensembles(few, many) as ensembles:
+        yield from _no_dearer("with three members that are not drawn", list(map(_prepared, ensembles)), given)
 
 
-def _outside(ensemble: Ensemble, length: int, given: Given) -> float:
-    generation = make_generation(endless(ensemble.engine), ensemble, length=length, seed=1)
+def _no_dearer(what: str, generations: Sequence[Generation], given: Given) -> Iterator[Check]:
+    """Steps of both in turn, outside decode: cold, behind a decode that streams the weights, and warm, without any."""
+    cold = _outside_in_turn(generations, given.steps)
+    with patch.object(Member, "_decode", lambda *_: 0):
+        warm = _outside_in_turn(generations, 3 * given.steps)
+    for name, costs, floor in (("cold", cold, 1.2), ("warm", warm, 1.1)):
+        print(f"  {name}: {1e6 * costs[0]:.0f} and {1e6 * costs[1]:.0f} µs")
+        yield Check(f"outside decode {what}, {name}", costs[1] / costs[0], floor, False)
+
+
+def _outside_in_turn(generations: Sequence[Generation], times: int) -> list[float]:
+    """Median seconds outside decode of a step of each, taken in turn."""
+    found: list[list[float]] = [[] for _ in generations]
+    for _ in range(WARM_UP + times):
+        for generation, seconds in zip(generations, found, strict=True):
+            seconds += outside(generation, 1)
+    return [median(seconds[WARM_UP:]) for seconds in found]
+
+
+@contextmanager
+def _ensembles(*configs: Config) -> Iterator[list[Ensemble]]:
+    """Ensembles that share their weights, each with caches of its own."""
+    with ExitStack() as stack:
+        shelf = stack.enter_context(closing(Shelf()))
+        yield [stack.enter_context(Ensemble(config, shelf=shelf)) for config in configs]
+
+
+def _prepared(ensemble: Ensemble, strategy: Literal["me", "ce"] = "me", length: int = 100) -> Generation:
+    generation = make_generation(endless(ensemble.engine), ensemble, strategy=strategy, length=length, seed=1)
     generation.prepare()
-    outside(generation, 20)
-    return median(outside(generation, given.steps))
+    return generation
+
+
+class _Copies:
+    """Copies of one member: steps of ME and CE, and beside each of them the evaluations that it cannot do without.
+
+    `me` evaluates as many tokens as the member that is drawn lacks, and `call` so many of another copy; `ce` evaluates
+    a token of each copy, and `one` one of one copy.
+    """
+
+    def __init__(self, me: Ensemble, ce: Ensemble, others: Ensemble) -> None:
+        self._me, self._ce, self._members = _prepared(me), _prepared(ce, "ce"), cycle(others.members)
+        self._ids = others.members[0].vocabulary.encode(sample_text(1000).encode(), at_start=True)
+        self._tokens = 1
+        self.count = len(others.members)
+        self.steps = (self.me, self.call, self.ce, self.one)
+
+    def me(self) -> None:
+        before = self._evaluated()
+        self._me.step()
+        self._tokens = self._evaluated() - before
+
+    def call(self) -> None:
+        self._evaluate(self._tokens)
+
+    def ce(self) -> None:
+        self._ce.step()
+
+    def one(self) -> None:
+        self._evaluate(1)
+
+    def _evaluated(self) -> int:
+        return sum(work.prompt_tokens + work.text_tokens for work in self._me.work)
+
+    def _evaluate(self, tokens: int) -> None:
+        member, ids = next(self._members), np.array(self._ids[: CONTEXTS[0] + tokens], dtype=np.int32)
+        if member.caches[0].length < CONTEXTS[0]:
+            member.prepare(ids[: CONTEXTS[0]])
+        member.caches[0].cut(CONTEXTS[0])
+        member.sync(ids)
 
 
 def growth(given: Given) -> Iterator[Check]:
     """CE's time grows with the number of members, ME's as its limit says; copies share the weights."""
-    counts = (2, 4) if given.short else (2, 4, 8)
-    seconds = []
-    for count in counts:
-        report = bench(given, "--members", str(count))
-        print(f"  {count} copies: speed-up {report['speed_up']:.2f}, limit {report['limit']:.2f}")
-        yield Check(f"ME's speed-up over its limit, {count} copies", report["measured_over_limit"], 0.9, True)
-        seconds.append(1 / next(speed["pieces"] for speed in report["speeds"] if speed["kind"] == "ce"))
-    grown = counts[-1] / counts[0]
-    name = f"CE's time for a piece, {counts[-1]} copies to {counts[0]}"
-    yield Check(name, seconds[-1] / seconds[0], 0.75 * grown, True)
     config = load_config(given.models)
-    one, many = (_resident(repeated(config, count)) for count in (1, counts[-1]))
+    counts = (2, 4) if given.short else (2, 4, 8)
+    many = [repeated(config, count) for count in counts]
+    short = [replace(copies, members=tuple(replace(m, n_ctx=1024) for m in copies.members)) for copies in many]
+    with _ensembles(*(config for config in short for _ in range(3))) as ensembles:
+        copies = [_Copies(*ensembles[3 * i : 3 * i + 3]) for i in range(len(counts))]
+        seconds = _in_turn([step for each in copies for step in each.steps], given.steps)
+    for i, count in enumerate(counts):
+        me, call, ce, one = seconds[4 * i : 4 * i + 4]
+        for_me = median(c / m for c, m in zip(call, me, strict=True))
+        for_ce = median(count * o / c for o, c in zip(one, ce, strict=True))
+        print(f"  {count} copies: speed-up {sum(ce) / sum(me):.2f}, limit {count * sum(one) / sum(call):.2f}")
+        print(f"  {count} copies: evaluations take {for_me:.3f} of ME's steps, {for_ce:.3f} of CE's")
+        yield Check(f"ME's speed-up over its limit, {count} copies", for_me / for_ce, 0.9, True)
+    grown = median(many / few for few, many in zip(seconds[2], seconds[-2], strict=True))
+    name = f"CE's time for a piece, {counts[-1]} copies to {counts[0]}"
+    yield Check(name, grown, 0.75 * counts[-1] / counts[0], True)
+    one, most = (_resident(repeated(config, count)) for count in (1, counts[-1]))
     with Ensemble(repeated(config, 1)) as ensemble:
         member = ensemble.members[0]
         context = inspect_member(member)
         each = (context.kv_cache_bytes or 0) + (context.working_bytes or 0)
     allowed = one + (counts[-1] - 1) * each
     yield Check(
-        f"resident memory of {counts[-1]} copies to one model and {counts[-1]} contexts", many / allowed, 1.05, False
+        f"resident memory of {counts[-1]} copies to one model and {counts[-1]} contexts", most / allowed, 1.05, False
     )
 
 

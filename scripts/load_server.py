@@ -15,12 +15,12 @@ import asyncio
 import json
 import os
 import random
-import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,6 +28,7 @@ from typing import Any
 
 import httpx
 import make_tiny_models
+import processes
 
 from me_local import Ensemble, Message, Overrides, load
 
@@ -96,29 +97,24 @@ def make_jobs(ensemble: Ensemble) -> list[Job]:
     return jobs
 
 
-def start_server(models: Path, parallel: int) -> tuple["subprocess.Popen[str]", str]:
+@contextmanager
+def serving(models: Path, parallel: int) -> Iterator[tuple[processes.Running, str]]:
     """`me-local serve` as a process, and its address."""
     command = [sys.executable, "-c", "from me_local.cli import main; main()", "serve", "--models", str(models)]
     options = ["--port", "0", "--queue", str(QUEUE), "--cache-mb", "4", "--parallel", str(parallel)]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    assert process.stderr
-    for line in process.stderr:
-        if match := re.search(r" at (http://\S+)", line):
-            return process, match[1]
-    raise SystemExit("the server did not start")
+    with processes.running([*command, *options]) as server:
+        yield server, server.expect(r" at (http://\S+)")[1]
 
 
 def run(models: Path, clients: int, seconds: float, parallel: int = 1) -> Result:
     """Ask for so long by so many clients a server that makes so many replies at once."""
     with load(models) as ensemble:
         jobs = make_jobs(ensemble)
-    process, url = start_server(models, parallel)
-    try:
-        result = asyncio.run(_ask_all(url, jobs, clients, seconds, process.pid))
-    finally:
-        process.terminate()
-    if process.wait(60) != 0:
-        result.outcomes[f"ended with status {process.returncode}"] += 1
+    with serving(models, parallel) as (server, url):
+        result = asyncio.run(_ask_all(url, jobs, clients, seconds, server.process.pid))
+        server.process.terminate()
+        if (status := server.finish()) != 0:
+            result.outcomes[f"ended with status {status}"] += 1
     return result
 
 

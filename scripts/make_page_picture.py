@@ -3,12 +3,11 @@
 python scripts/make_page_picture.py SEED QUESTION    (needs Debian's chromium, and `pip install -e '.[test]'`)
 """
 
-import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
@@ -18,19 +17,14 @@ SIZE = {"width": 1120, "height": 720}
 def main(seed: int, question: str) -> None:
     """Ask the question on the page, point at a piece, and save what there is to see."""
     command = [sys.executable, "-c", "from me_local.cli import main; main()", "serve", "--models", "models.toml"]
-    server = subprocess.Popen([*command, "--port", "0"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    try:
-        url = next(found[0] for line in server.stderr or () if (found := re.search(r"http://\S+", line)))
-        with sync_playwright() as playwright:
-            chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = chromium.new_page(viewport=SIZE, color_scheme="light")  # type: ignore[arg-type]
-            page.goto(url)
-            ask(page, seed, question)
-            page.screenshot(path=ROOT / "docs" / "page.png")
-            chromium.close()
-    finally:
-        server.terminate()
-        server.wait()
+    with processes.running([*command, "--port", "0"], cwd=ROOT) as server, sync_playwright() as playwright:
+        url = server.expect(r"http://\S+")[0]
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = chromium.new_page(viewport=SIZE, color_scheme="light")  # type: ignore[arg-type]
+        page.goto(url)
+        ask(page, seed, question)
+        page.screenshot(path=ROOT / "docs" / "page.png")
+        chromium.close()
 
 
 def ask(page: Page, seed: int, question: str) -> None:

@@ -1,7 +1,7 @@
 """What the tests share: the tiny models, ensembles of them, and the demo ensemble where it is there."""
 
+import locale
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -9,6 +9,12 @@ from pathlib import Path
 import fetch_vocabularies
 import make_tiny_models
 import pytest
+from selection import (  # noqa: F401  (pytest finds them here)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 
 from me_local import Ensemble, load
 from me_local.config import MemberConfig
@@ -17,28 +23,37 @@ from me_local.vocabulary import IntArray
 from me_local.weights import Weights
 
 ROOT = Path(__file__).parents[1]
-DEMO_FILES = [ROOT / "models" / name for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")]
 
 WriteModels = Callable[..., Path]
 OpenEnsemble = Callable[..., Ensemble]
 OpenMember = Callable[..., Member]
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Tests of what a script fetches, or the system has to have, are skipped where it is missing, but never in CI."""
-    if os.environ.get("CI"):
-        return
-    missing = {}
-    if not all(path.exists() for path in DEMO_FILES):
-        missing["demo"] = "no demo models: run scripts/fetch_demo_models.py"
-    if not fetch_vocabularies.kept(fetch_vocabularies.folder()):
-        missing["vocabularies"] = "no real vocabularies: run scripts/fetch_vocabularies.py"
-    if not shutil.which("chromium"):
-        missing["browser"] = "no browser: apt-get install chromium"
-    for item in items:
-        for marker, reason in missing.items():
-            if item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+@pytest.fixture(scope="session", autouse=True)
+def _an_environment_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests see nothing of the user's files, settings and language, and write to none of their folders.
+
+    The vocabularies that a script fetched are read where they are. Nothing is checked in a process of its own before
+    it is loaded: the tests of that check ask for it.
+    """
+    home, vocabularies = tmp_path_factory.mktemp("home"), fetch_vocabularies.folder().parent
+    cache = home / "cache" / "me-local"
+    cache.mkdir(parents=True)
+    (cache / vocabularies.name).symlink_to(vocabularies)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [n for n in os.environ if n.startswith(("ME_LOCAL_", "XDG_", "LC_", "HF_"))]:
+            patch.delenv(name)
+        for name in ("LANG", "LANGUAGE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
+            patch.delenv(name, raising=False)
+        patch.setenv("HOME", str(home))
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.setenv("XDG_STATE_HOME", str(home / "state"))
+        patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+        patch.setenv("XDG_DATA_HOME", str(home / "data"))
+        patch.setenv("LC_ALL", "C.UTF-8")
+        patch.setenv("ME_LOCAL_NO_CHECK", "1")
+        locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        yield
 
 
 @pytest.fixture(scope="session")

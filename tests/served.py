@@ -57,16 +57,17 @@ def served(
     with load(models, batch=parallel) as ensemble, bind("127.0.0.1", 0, guarded=False) as listener:
         url = address_of(listener)
         server = Server(ensemble, access or Access(), limits or Limits(), ready.set)
-        thread = threading.Thread(target=server.serve_on, args=(listener,))
+        thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
         thread.start()
         try:
-            assert ready.wait(10)
+            assert ready.wait(60)
             running = Served(ensemble, url, server)
             with running.http, running.openai:
                 yield running
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(60)
+            assert not thread.is_alive(), "the server does not end"
 
 
 class Tap:

@@ -6,12 +6,12 @@ in each run of the tests, so that these always see the same numbers.
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from click.testing import CliRunner
 
@@ -86,7 +86,7 @@ def test_a_thousand_prompts_that_are_killed_and_resumed(write_models: WriteModel
     assert {record["route"] is None for record in undisturbed.values() if not record["error"]} == {route == "own"}
     for kill_at, status in ((420, -signal.SIGKILL), (300, -signal.SIGKILL), (0, 1)):
         driven = [sys.executable, "-c", DRIVER, str(kill_at), *command, str(output)]
-        ended = subprocess.run(driven, capture_output=True, text=True, check=False)
+        ended = processes.run(driven, seconds=300)
         assert ended.returncode == status, ended.stderr
         assert output.read_bytes().endswith(b"\n") == (status == 1)
     assert records(output) == undisturbed

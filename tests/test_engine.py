@@ -10,6 +10,7 @@ from conftest import logits_of
 from scipy import stats
 
 from me_local.alignment import FloatArray, LogitArray, top_k
+from me_local.bench import endless
 from me_local.config import Sampling
 from me_local.engine import Draw, Engine, Generation, Request
 from me_local.errors import RunError
@@ -285,3 +286,25 @@ def test_a_reply_ends_where_any_members_context_does(open_member: OpenMember, st
         ended = running.step() is None
         assert ended == (length > 20)
         assert count < 60
+
+
+def test_whether_a_long_text_fits_is_seldom_asked(open_member: OpenMember) -> None:
+    """A member that is not drawn tokenises a text of many more bytes than its context has tokens a few times only."""
+    drawn, other = open_member("bpe_c", n_ctx=2048), open_member("spm")
+    encode, calls = other.vocabulary.encode, []
+
+    def counting(text: bytes, *, at_start: bool = False) -> list[int]:
+        calls.append(text)
+        return encode(text, at_start=at_start)
+
+    other.vocabulary.encode = counting  # type: ignore[method-assign]
+    head, weights = b"the cat sat on the mat " * 40, np.array([1 - 1e-12, 1e-12])
+    lengths = [len(encode(head, at_start=True))]
+    room = lengths[0] + 100
+    other.n_ctx = 1 + room
+    running = generation([drawn, other], endless(Engine([drawn, other], constant, top_k)), weights=weights, head=head)
+    before = len(calls)
+    while running.step():
+        lengths.append(len(encode(running.text, at_start=True)))
+    assert max(lengths[:-1]) <= room < lengths[-1]
+    assert len(calls) - before < len(lengths) / 3

@@ -3,12 +3,12 @@
 import json
 import math
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 from click.testing import CliRunner, Result
 from test_cli import one_line
@@ -167,7 +167,7 @@ def test_a_run_that_was_killed_goes_on(run: Run, data: Path, tmp_path: Path) -> 
         "e.evaluate(sys.argv[1:])\n"
     )
     arguments = ["--models", str(tmp_path / "models.toml"), "--data", str(data), *options, "--output", str(cut)]
-    killed = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, timeout=100, check=False)
+    killed = processes.run([sys.executable, "-c", script, *arguments])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert cut.read_bytes().endswith(b'\n{"id": "mm')
     one_line(run(*options, "--output", cut), 2, "cut.jsonl: it exists already; continue it with --resume")

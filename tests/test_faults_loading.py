@@ -6,13 +6,13 @@ would end that process, and so fail its test.
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from conftest import ROOT, logits_of
 from gguf import GGUFValueType, GGUFWriter, TokenType
@@ -261,9 +261,7 @@ def test_a_member_that_cannot_be_loaded(
         faulty.append(folder / f"models{i}.toml")
         bad = f'\n[[members]]\nname = "broken"\npath = "{path}"\nn_threads = 1\n{setting}\n'
         faulty[-1].write_text(good.read_text() + bad)
-    done = subprocess.run(
-        [sys.executable, "-c", LOADER, good, str(row.limit), *faulty], cwd=ROOT, capture_output=True, text=True
-    )
+    done = processes.run([sys.executable, "-c", LOADER, good, str(row.limit), *faulty], cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     *errors, reply = map(json.loads, done.stdout.splitlines())
     assert len(errors) == len(faulty)

@@ -2,17 +2,17 @@
 
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
+import processes
 import pytest
 from click.testing import CliRunner
 from served import MESSAGES, Served, Tap, served
@@ -228,7 +228,7 @@ def test_a_client_that_goes_away_ends_its_reply_within_a_piece(two_models: Path,
     with served(two_models) as server:
         tap = Tap(server.ensemble)
         body = json.dumps({**ASK, "max_tokens": 400, "stream": stream}).encode()
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
             server.wait_for("running", 1)
@@ -299,10 +299,10 @@ def test_a_key_is_asked_for(two_models: Path) -> None:
                 assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
                 assert "right" not in response.text
         assert server.http.get("/health").status_code == server.http.get("/").status_code == 200
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right", max_retries=0)
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="right", max_retries=0, timeout=60)
         assert client.chat.completions.create(**ASK).choices[0].message.content is not None
         with pytest.raises(openai.AuthenticationError):
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0).models.list()
+            client.with_options(api_key="wrong").models.list()
 
 
 def test_other_sites_are_answered_where_they_are_allowed(two_models: Path) -> None:
@@ -334,41 +334,33 @@ def test_the_metrics_know_no_text(server: Served) -> None:
     assert "xyzzy" not in text
 
 
-def start(models: Path, *options: str) -> tuple["subprocess.Popen[str]", str]:
-    """`me-local serve` as a process, once it listens, and its address."""
+@contextmanager
+def started(models: Path, *options: str) -> Iterator[tuple[processes.Running, openai.OpenAI]]:
+    """`me-local serve` as a process, once it listens, and a client of it."""
     command = [sys.executable, "-c", "from me_local.cli import main; main()", "-v", "serve", "--models", str(models)]
-    process = subprocess.Popen(
-        [*command, "--port", "0", *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"ME_LOCAL_API_KEY": "sesame"},
-    )
-    assert process.stderr
-    for line in process.stderr:
-        if match := re.search(r"serving bpe_a \+ spm at (\S+)", line):
-            return process, match[1]
-    raise AssertionError("it did not start")
+    with processes.running(
+        [*command, "--port", "0", *options], env=os.environ | {"ME_LOCAL_API_KEY": "sesame"}
+    ) as process:
+        url = process.expect(r"serving bpe_a \+ spm at (\S+)")[1]
+        yield process, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0, timeout=60)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_lets_running_replies_finish(two_models: Path, number: int, status: int) -> None:
-    process, url = start(two_models, "--grace", "20")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0)
-    ask = {"model": "me-local", "messages": MESSAGES, "max_tokens": 400, "seed": 3, "stop": None}
-    stream = client.chat.completions.create(**ASK | ask, stream=True, n=3)
-    next(stream)
-    process.send_signal(number)
-    ends = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason]
-    assert len(ends) >= 1
-    with pytest.raises(openai.APIConnectionError):
-        list(
-            iter(client.models.list, None)
-        )  # it looks for signals ten times a second: the replies may have ended before
-    log = process.stderr.read()  # type: ignore[union-attr]
-    assert process.wait(20) == status
-    assert "Traceback" not in log
-    assert "sesame" not in log
-    assert "the cat sat" not in log
+    with started(two_models, "--grace", "20") as (process, client):
+        ask = {"model": "me-local", "messages": MESSAGES, "max_tokens": 400, "seed": 3, "stop": None}
+        stream = client.chat.completions.create(**ASK | ask, stream=True, n=3)
+        next(stream)
+        process.process.send_signal(number)
+        ends = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason]
+        assert len(ends) >= 1
+        # It looks for signals ten times a second: the replies may have ended before.
+        with pytest.raises(openai.APIConnectionError):
+            list(iter(client.models.list, None))
+        assert process.finish() == status
+    assert "Traceback" not in process.log
+    assert "sesame" not in process.log
+    assert "the cat sat" not in process.log
 
 
 def test_the_end_of_the_grace_time(two_models: Path) -> None:
@@ -405,5 +397,5 @@ def test_what_serve_refuses(two_models: Path) -> None:
 def test_serve_without_its_extra(two_models: Path) -> None:
     program = "import sys; sys.modules['uvicorn'] = None; from me_local.cli import main; main()"
     command = [sys.executable, "-c", program, "serve", "--models", str(two_models)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = processes.run(command)
     assert (result.returncode, result.stderr) == (2, 'Error: serve needs uvicorn: pip install "me-local[server]"\n')

@@ -307,7 +307,7 @@ def test_a_request_that_is_never_finished_is_given_up(
 @pytest.mark.parametrize("data", [b"POST /v1/chat", post(1000, b'{"model": "me-'), post(10, b"")])
 def test_a_client_that_leaves_in_mid_request(server: Served, data: bytes) -> None:
     for _ in range(20):
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             connection.sendall(data)
     is_alive(server)
 
@@ -318,7 +318,7 @@ def test_a_thousand_idle_connections(server: Served) -> None:
     idle = []
     try:
         for _ in range(1000):
-            idle.append(socket.create_connection(("127.0.0.1", server.port)))
+            idle.append(socket.create_connection(("127.0.0.1", server.port), timeout=60))
         httpx.post(f"{server.url}{CHAT}", json=ALIVE, timeout=60).raise_for_status()
         assert len(server.server.server_state.connections) <= connections.MOST_CONNECTIONS
     finally:
@@ -332,6 +332,7 @@ def test_a_reader_that_stops_is_given_up(server: Served, monkeypatch: pytest.Mon
     monkeypatch.setattr(connections, "_WRITE_SECONDS", 0.1)
     body = json.dumps(ALIVE | {"max_tokens": 300, "n": 100, "stream": True, "logprobs": True, "top_logprobs": 20})
     with socket.socket() as connection:
+        connection.settimeout(60)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(post(len(body), body.encode()))

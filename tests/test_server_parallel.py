@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from click.testing import CliRunner
 from served import Served, Tap, served
-from test_server import start
+from test_server import started
 
 from me_local import Ensemble, Message, Overrides, load
 from me_local.cli import main
@@ -304,15 +303,14 @@ async def _ask(http: httpx.AsyncClient, asked: dict[str, Any], progress: Any) ->
 
 
 def test_a_signal_lets_all_that_run_finish(two_models: Path) -> None:
-    process, url = start(two_models, "--grace", "20", "--parallel", "3")
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0)
-    stream = client.chat.completions.create(**body(3, max_tokens=400, n=3), stream=True)
-    next(stream)
-    process.send_signal(signal.SIGTERM)
-    ends = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason]
-    assert len(ends) == 3
-    assert process.wait(20) == 0
-    assert "Traceback" not in process.stderr.read()  # type: ignore[union-attr]
+    with started(two_models, "--grace", "20", "--parallel", "3") as (process, client):
+        stream = client.chat.completions.create(**body(3, max_tokens=400, n=3), stream=True)
+        next(stream)
+        process.process.send_signal(signal.SIGTERM)
+        ends = [chunk.choices[0].finish_reason for chunk in stream if chunk.choices[0].finish_reason]
+        assert len(ends) == 3
+        assert process.finish() == 0
+    assert "Traceback" not in process.log
 
 
 def test_what_serve_refuses(two_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,15 +20,15 @@ COLOUR = re.compile(r"\x1b\[3[0-7]m")
 
 def spawn(arguments: list[str], home: Path, **env: str) -> pexpect.spawn:
     """The command on a pseudo-terminal of its own, with a home of its own."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "XDG_STATE_HOME") and "ME_LOCAL" not in k}
-    environment = clean | {"TERM": "xterm-256color", "HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1"} | env
+    others = {name: value for name, value in os.environ.items() if name != "XDG_STATE_HOME"}
+    environment = others | {"TERM": "xterm-256color", "HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1"} | env
     return pexpect.spawn(
         str(ME_LOCAL),
         arguments,
         env=environment,
         encoding="utf-8",
         codec_errors="replace",
-        timeout=120,
+        timeout=60,
         dimensions=(40, 200),
     )
 

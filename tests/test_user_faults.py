@@ -4,12 +4,13 @@ import json
 import os
 import random
 import resource
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
+import processes
 import pytest
 from click.testing import CliRunner
 from test_cli import jsonl, one_line, records
@@ -66,7 +67,7 @@ def test_nul_bytes_reach_the_models_from_everywhere(models: Path, tmp_path: Path
 def test_an_argument_that_is_not_utf_8(models: Path, raw: list[str]) -> None:
     done = _run([b"generate", b"--models", bytes(models), *(o.encode() for o in raw), b"ab\xff"])
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == b"Error: PROMPT: not UTF-8 at byte 3"
+    assert done.stderr.splitlines()[-1] == "Error: PROMPT: not UTF-8 at byte 3"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_a_full_disk_keeps_what_was_written(models: Path, tmp_path: Path) -> Non
     done = _run(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)))
     assert done.returncode == 1
     message = f"Error: {output}: cannot be written: File too large; what is there stays, and --resume continues it"
-    assert done.stderr.decode().splitlines()[-1] == message
+    assert done.stderr.splitlines()[-1] == message
     assert output.stat().st_size == 8192
     written = output.read_bytes()
     assert _run([*command, b"--resume"]).returncode == 0
@@ -149,11 +150,12 @@ def test_a_batch_that_is_killed_again_and_again(models: Path, tmp_path: Path) ->
     for _ in range(5):
         size = output.stat().st_size if output.exists() else 0
         wanted = size + chance.randint(1, 9000)  # some 1,000 bytes each
-        with subprocess.Popen([bytes(ME_LOCAL), *command, b"--resume"], stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (not output.exists() or output.stat().st_size < wanted):
+        end = time.monotonic() + processes.LIMIT
+        with processes.running([bytes(ME_LOCAL), *command, b"--resume"]) as started:
+            while started.process.poll() is None and (not output.exists() or output.stat().st_size < wanted):
+                assert time.monotonic() < end, started.log
                 os.sched_yield()
-            process.kill()
-        assert process.returncode == -9
+        assert started.process.returncode == -9
     before = output.read_bytes()
     assert 0 < before.count(b"\n") < 120
     assert _run([*command, b"--resume"]).returncode == 0
@@ -170,8 +172,8 @@ def _command(models: Path, source: Path, output: Path) -> list[bytes]:
     return [b"generate", b"--models", bytes(models), b"--input", bytes(source), b"--output", bytes(output)]
 
 
-def _run(arguments: list[bytes], **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([bytes(ME_LOCAL), *arguments], capture_output=True, timeout=60, check=False, **kwargs)
+def _run(arguments: list[bytes], **options: Any) -> CompletedProcess[str]:
+    return processes.run([bytes(ME_LOCAL), *arguments], **options)
 
 
 def _whole(models: Path, source: Path, folder: Path) -> Path:

@@ -118,10 +118,13 @@ def test_a_growing_text_has_the_ids_of_the_whole(
 ) -> None:
     vocabulary = _cached(open_member, name)
     growing = TokenizedText(vocabulary, at_start=at_start)
-    text = b""
+    text, saved = b"", 0
     for piece in pieces:
         text += piece
         assert growing.ids(text).tolist() == vocabulary.encode(text, at_start=at_start)
+        assert len(growing.ids(text)) <= len(text) - saved + 1  # a space may stand in front
+        assert growing.saved >= saved - 1
+        saved = growing.saved
 
 
 _members: dict[str, Vocabulary] = {}
