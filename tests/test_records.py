@@ -104,7 +104,10 @@ def test_one_run_at_a_time(run: Run, tmp_path: Path, content: bytes) -> None:
         )
         assert output.read_bytes() == content
     with open_records(output, RECORDS, resume=True) as (file, _):
-        with pytest.raises(InputError, match="another run is writing to it"), open_records(output, RECORDS, resume=True):
+        with (
+            pytest.raises(InputError, match="another run is writing to it"),
+            open_records(output, RECORDS, resume=True),
+        ):
             pass
         write_record(file, MADE[0])
     assert earlier(output)[-1] == MADE[0]

@@ -20,7 +20,7 @@ from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
 from me_local.cli.score import score
 from me_local.cli.serve import serve
-from me_local.cli.streams import safe_streams
+from me_local.cli.streams import printable, safe_streams
 from me_local.cli.verify import verify
 from me_local.errors import MeLocalError, RunError
 
@@ -33,7 +33,7 @@ class Failure(click.ClickException):
     exit_code = 2
 
     def __init__(self, error: MeLocalError) -> None:
-        super().__init__(" ".join(str(error).split()))
+        super().__init__(printable(" ".join(str(error).split())))
 
 
 class RunFailure(Failure):
