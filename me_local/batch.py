@@ -6,9 +6,8 @@ record, and the run goes on.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from me_local.chat import parse_messages
@@ -16,11 +15,14 @@ from me_local.config import Overrides
 from me_local.ensemble import Ask, Ensemble
 from me_local.errors import InputError
 from me_local.jsonl import parse_object
-from me_local.records import finished_records, route_record, stretch_of
+from me_local.records import Kind, route_record, stretch_of
 from me_local.routing import Stretch
 from me_local.templates import Message
 
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
+
+RECORDS = Kind((("text", "finish_reason"), ("error",)))
+"""What `run` makes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,9 @@ def run(
     yield from ({"id": job.id, "error": job.error} for job in jobs if job.error and job.id not in done)
 
 
-def finished_jobs(path: Path) -> dict[str | int, Stretch | None]:
-    """The ids in an output file of an earlier run, with the part of its route that the replies took.
-
-    Raises what `finished_records` raises.
-    """
-    records = finished_records(path)
-    return {r["id"] if isinstance(r["id"], int) else str(r["id"]): stretch_of(r) for r in records}
+def finished_jobs(records: Iterable[dict[str, Any]]) -> dict[str | int, Stretch | None]:
+    """The ids of the records of an earlier run, with the part of its route that the replies took."""
+    return {record["id"]: stretch_of(record) for record in records}
 
 
 def _parse(line: bytes, number: int, where: str) -> Job:

@@ -1,11 +1,22 @@
-"""JSON Lines: an object on each line, read with errors that name the file and the line."""
+"""JSON Lines: an object on each line, written so that all readers see one line; errors name the file and the line."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from me_local.errors import InputError
+
+# Python and many clients end a line at U+0085, U+2028 and U+2029 too, a terminal may obey the other controls here, and
+# half a surrogate pair is no UTF-8. JSON itself escapes the controls below U+0020.
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def json_text(value: object, *, indent: int | None = None, compact: bool = False) -> str:
+    """A value as JSON: text that UTF-8 can hold, in which no line ends and no control character stands raw."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=(",", ":") if compact else None)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def parse_object(line: bytes, where: str) -> dict[str, Any]:

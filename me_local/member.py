@@ -394,4 +394,6 @@ def _working_bytes() -> int | None:
 
 
 def _cache_type(name: str) -> int:
+    if name == "bf16":
+        return 30  # GGML_TYPE_BF16 of ggml.h, which llama-cpp-python does not name
     return int(getattr(llama_cpp, f"GGML_TYPE_{name.upper()}"))

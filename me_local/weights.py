@@ -23,6 +23,7 @@ log = logging.getLogger("me_local.llama_cpp")
 log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing of it
 
 _ALL_LAYERS = 0x7FFFFFFF
+_SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
 class Weights:
@@ -155,10 +156,22 @@ def _from_hub(config: MemberConfig) -> Path:
     except ImportError:
         raise LoadError(f'member "{config.name}": hf needs huggingface_hub: pip install "me-local[hub]"') from None
     try:
-        return Path(hf_hub_download(repository, file))
+        paths = {part: Path(hf_hub_download(repository, part)) for part in _parts(file)}
     except Exception as error:  # network, authorisation, missing file: the library has a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadError(f'member "{config.name}": hf = "{config.hf}" cannot be fetched: {reason}') from None
+    return paths[file]
+
+
+def _parts(file: str) -> list[str]:
+    """The names of all files of a model that is split as llama.cpp does it; llama.cpp finds them beside the first."""
+    split = _SPLIT.fullmatch(file)
+    if not split:
+        return [file]
+    start, number, count = split["start"], int(split["number"]), int(split["count"])
+    if not 1 <= number <= count:
+        return [file]
+    return [f"{start}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
 
 
 def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp.llama_model_p:
@@ -173,7 +186,13 @@ def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp
     settings.use_extra_bufts = extra_buffers
     if config.tensor_split:
         # llama.cpp reads as many numbers as it knows devices
-        split = (ctypes.c_float * llama_cpp.llama_max_devices())(*config.tensor_split)
+        devices = llama_cpp.llama_max_devices()
+        if len(config.tensor_split) > devices:
+            raise ConfigError(
+                f'member "{config.name}": tensor_split: has {len(config.tensor_split)} numbers, and llama.cpp knows '
+                f"{devices} devices at most"
+            )
+        split = (ctypes.c_float * devices)(*config.tensor_split)
         settings.tensor_split = split
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:

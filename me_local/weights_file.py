@@ -1,13 +1,12 @@
 """Writing weights into a models.toml, with its comments and its layout left as they are."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import tomlkit
 
 from me_local.errors import ConfigError
+from me_local.files import replace_file
 
 
 def write_weights(path: Path, weights: Mapping[str, float]) -> None:
@@ -19,12 +18,7 @@ def write_weights(path: Path, weights: Mapping[str, float]) -> None:
     for member in document["members"]:
         if member["name"] in weights:
             member["weight"] = float(f"{weights[member['name']]:.4g}")
-    target = path.resolve()
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        beside.write_bytes(tomlkit.dumps(document).encode())
-        shutil.copymode(target, beside)
-        beside.replace(target)
+        replace_file(path, tomlkit.dumps(document).encode())
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written: {(error.strerror or str(error)).lower()}") from None

@@ -346,7 +346,8 @@ def test_a_saved_chat_that_cannot_be(run: Run, tmp_path: Path) -> None:
 
 
 def test_replies_reach_a_pipe_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    from me_local.cli.display import Painter, make_console, printable
+    from me_local.cli.display import Painter, make_console
+    from me_local.cli.streams import printable
 
     Painter(make_console(), ["a"]).write("a\tb\r\nc\x07", "a")
     assert capsys.readouterr().out == "a\tb\r\nc\x07"

@@ -1,10 +1,12 @@
 """One member: its mirror against fresh evaluations, its failures, and what it refuses to load."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import huggingface_hub
+import llama_cpp
 import numpy as np
 import pytest
 from conftest import logits_of, lone_member
@@ -12,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from me_local.config import MemberConfig
-from me_local.errors import LoadError, RunError
+from me_local.errors import ConfigError, LoadError, RunError
 from me_local.member import EvaluationInterruptedError, Member
 from me_local.vocabulary import IntArray
-from me_local.weights import Weights, render_built_in
+from me_local.weights import Weights, checked_file, render_built_in
 
 OpenMember = Callable[..., Member]
 F32 = {"type_k": "f32", "type_v": "f32"}  # an f16 cache rounds batches of different sizes apart by up to 1e-3
@@ -142,6 +144,50 @@ def test_a_model_on_the_hub(tiny: dict[str, Path], monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(LoadError, match=r'hf = "owner/repo:model\.gguf" cannot be fetched: no connection$'):
         Weights(MemberConfig(name="hub", hf="owner/repo:model.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ("big-00001-of-00003.gguf", [f"big-0000{i}-of-00003.gguf" for i in (1, 2, 3)]),
+        ("q4/big-00002-of-00002.gguf", ["q4/big-00001-of-00002.gguf", "q4/big-00002-of-00002.gguf"]),
+        ("big-00001-of-00001.gguf", ["big-00001-of-00001.gguf"]),
+        ("big-00004-of-00003.gguf", ["big-00004-of-00003.gguf"]),
+        ("big-1-of-3.gguf", ["big-1-of-3.gguf"]),
+    ],
+)
+def test_all_parts_of_a_model_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str, parts: list[str]
+) -> None:
+    asked = []
+
+    def download(repository: str, part: str) -> str:
+        asked.append(part)
+        (tmp_path / Path(part).name).write_bytes(b"GGUF")
+        return str(tmp_path / Path(part).name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert checked_file(MemberConfig(name="hub", hf=f"owner/repo:{file}")) == tmp_path / Path(file).name
+    assert asked == parts
+
+
+@pytest.mark.parametrize("key", ["type_k", "type_v"])
+def test_a_cache_of_bf16(open_member: OpenMember, key: str) -> None:
+    """It keeps 8 bits of each number, so that logits are near those of f32, but not equal."""
+    context = ids(5, 6, 7, 8, 9)
+    precise = logits_of(open_member("bpe_a", **F32), context)
+    rounded = logits_of(open_member("bpe_a", **F32 | {key: "bf16"}), context)
+    assert not np.array_equal(rounded, precise)
+    np.testing.assert_allclose(rounded, precise, atol=0.2)
+
+
+def test_a_split_among_more_devices_than_llama_cpp_knows(tiny: dict[str, Path]) -> None:
+    most = llama_cpp.llama_max_devices()
+    many = (1.0,) * (most + 1)
+    message = f'member "a": tensor_split: has {most + 1} numbers, and llama.cpp knows {most} devices at most'
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Weights(MemberConfig(name="a", path=tiny["bpe_a"], tensor_split=many))
+    Weights(MemberConfig(name="a", path=tiny["bpe_a"], tensor_split=many[1:])).close()
 
 
 def test_built_in_templates() -> None:

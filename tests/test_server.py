@@ -386,8 +386,7 @@ def test_what_serve_refuses(two_models: Path) -> None:
     assert "--host ::" in refused("--host", "::")
     assert "--host no.such.invalid" in refused("--host", "no.such.invalid")
     assert "--api-key: must be printable ASCII, and not empty" in refused("--api-key", "")
-    with bind("127.0.0.1", 0, guarded=False) as taken:
-        taken.listen()
+    with bind("127.0.0.1", 0, guarded=False) as taken:  # it listens at once: a second one fails before it loads models
         assert "in use" in refused("--port", str(taken.getsockname()[1]))
     with bind("0.0.0.0", 0, guarded=True) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,12 +19,12 @@ PROMPT = r">\x08\x1b\[2C"  # as prompt_toolkit draws "> "
 COLOUR = re.compile(r"\x1b\[3[0-7]m")
 
 
-def spawn(arguments: list[str], home: Path, **env: str) -> pexpect.spawn:
+def spawn(arguments: list[str], home: Path, program: str = str(ME_LOCAL), **env: str) -> pexpect.spawn:
     """The command on a pseudo-terminal of its own, with a home of its own."""
     others = {name: value for name, value in os.environ.items() if name != "XDG_STATE_HOME"}
     environment = others | {"TERM": "xterm-256color", "HOME": str(home), "PROMPT_TOOLKIT_NO_CPR": "1"} | env
     return pexpect.spawn(
-        str(ME_LOCAL),
+        program,
         arguments,
         env=environment,
         encoding="utf-8",
@@ -131,6 +132,42 @@ def test_the_history_lasts_from_one_run_to_the_next(terminal: Terminal) -> None:
     child.expect(PROMPT)
     child.send("\x1b[A")
     child.expect("remember me")
+
+
+def test_the_history_is_for_its_user_alone(terminal: Terminal, tmp_path: Path) -> None:
+    folder = tmp_path / ".local" / "state" / "me-local"
+    child = terminal()
+    child.expect(PROMPT)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
+    child.sendeof()
+    child.expect(pexpect.EOF)
+    (folder / "history").chmod(0o644)  # as an earlier version left it
+    child = terminal()
+    child.expect(PROMPT)
+    assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
+
+
+def test_ctrl_z_suspends_and_the_chat_goes_on(terminal: Terminal, tmp_path: Path) -> None:
+    """In a shell with job control: elsewhere the system leaves out the signal, because nobody could go on with it."""
+    shell = spawn(
+        ["--norc", "--noprofile", "-i"], tmp_path, program="bash", PS1="shell: ", BASH_SILENCE_DEPRECATION_WARNING="1"
+    )
+    try:
+        shell.sendline(f"{ME_LOCAL} chat --models {tmp_path}/models.toml")
+        shell.expect("lists the commands")
+        shell.expect(PROMPT)
+        shell.send("\x1a")
+        shell.expect("Stopped")
+        shell.sendline("echo $((6 * 7)) in the shell")
+        shell.expect("42 in the shell")
+        shell.sendline("fg")
+        ask(shell, "Hello")
+        shell.expect("8 pieces")
+        ask(shell, "/exit")
+        shell.expect("shell: ")
+    finally:
+        shell.close(force=True)
 
 
 def test_ctrl_c_ends_generate_with_what_there_is(write_models: WriteModels, tmp_path: Path) -> None:

@@ -87,6 +87,30 @@ def test_a_file_that_is_no_saved_chat_keeps_the_chat(models: Path, tmp_path: Pat
     assert len(result.stdout) > 1
 
 
+def test_saving_keeps_mode_and_links_and_other_files(models: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "chat.json.new").write_text("mine")
+    (folder / "real.json").write_text("{}")
+    (folder / "real.json").chmod(0o600)
+    (folder / "chat.json").symlink_to("real.json")
+    script = f"Hello\n/save {folder}/chat.json\n/clear\n/load {folder}/real.json\n"
+    result = CliRunner().invoke(main, ["chat", "--models", str(models)], input=script)
+    assert result.exit_code == 0, result.stderr
+    assert "Loaded 2 messages" in result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["chat.json", "chat.json.new", "real.json"]
+    assert (folder / "chat.json.new").read_text() == "mine"
+    assert (folder / "chat.json").is_symlink()
+    assert (folder / "real.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_saved_chat_with_a_byte_order_mark(models: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    path.write_bytes(b'\xef\xbb\xbf{"system": null, "messages": [{"role": "user", "content": "Hi"}]}')
+    result = CliRunner().invoke(main, ["chat", "--models", str(models)], input=f"/load {path}\n")
+    assert "Loaded 1 messages" in result.stderr
+
+
 def test_saving_and_loading_leave_devices_alone(models: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

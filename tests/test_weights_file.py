@@ -1,5 +1,6 @@
 """Weights go into models.toml, and everything else stays as it is."""
 
+import os
 import stat
 from pathlib import Path
 
@@ -69,10 +70,10 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "models.toml"
     path.write_text(BEFORE)
 
-    def refuse(self: Path, data: bytes) -> int:
+    def refuse(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(ConfigError, match=r"models.toml: cannot be written: no space left on device"):
         write_weights(path, {"a": 0.5})
     assert path.read_text() == BEFORE

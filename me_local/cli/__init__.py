@@ -1,12 +1,12 @@
 """The commands: parse, call the library, print; nothing else.
 
 Replies and records go to stdout, everything else to stderr. Bad input ends with one line and status 2, a run that
-failed with status 1, an interrupted one with 130.
+failed with status 1, an interrupted one with 130. A fault of the program itself is one line and status 1, too; where it
+came from is shown at -v.
 """
 
 import errno
 import logging
-import os
 import sys
 from typing import Any
 
@@ -20,8 +20,11 @@ from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
 from me_local.cli.score import score
 from me_local.cli.serve import serve
+from me_local.cli.streams import printable, safe_streams
 from me_local.cli.verify import verify
 from me_local.errors import CrashError, MeLocalError, RunError
+
+log = logging.getLogger(__name__)
 
 
 class Failure(click.ClickException):
@@ -30,7 +33,7 @@ class Failure(click.ClickException):
     exit_code = 2
 
     def __init__(self, error: MeLocalError) -> None:
-        super().__init__(" ".join(str(error).split()))
+        super().__init__(printable(" ".join(str(error).split())))
 
 
 class RunFailure(Failure):
@@ -40,10 +43,15 @@ class RunFailure(Failure):
 
 
 class Commands(click.Group):
-    """The one place where me-local's errors become lines for the user."""
+    """The one place where errors become lines for the user."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line, on streams that take every text."""
+        with safe_streams():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; its MeLocalError becomes a Failure."""
+        """Run the command; an error becomes a Failure, or passes where click knows what to do."""
         try:
             return super().invoke(ctx)
         except MeLocalError as error:
@@ -55,6 +63,12 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(130)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:  # of the program itself, or of a library
+            log.info("the error in full", exc_info=error)
+            what = f"an error of the program: {type(error).__name__}: {error}"
+            raise RunFailure(MeLocalError(f"{what}; me-local -v shows where, please report it")) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,20 +77,12 @@ class Commands(click.Group):
 def main(verbose: int) -> None:
     """One better answer from several local language models.
 
-    Every option can also be set by an environment variable, shown with it; options go before the environment, the
-    environment before models.toml.
+    The environment variable that an option shows sets it, too; options go before the environment, the environment
+    before models.toml.
     """
     level = [logging.CRITICAL, logging.INFO, logging.DEBUG][min(verbose, 2)]
-    _open_missing_streams()
     # The stream as it is now: what llama-cpp-python prints to stderr while it loads is caught on the way there.
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
-
-
-def _open_missing_streams() -> None:
-    """Put nothing in the place of standard streams that were closed before the start (`<&-`)."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 main.add_command(bench)

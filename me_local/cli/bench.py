@@ -1,6 +1,5 @@
 """`me-local bench`: how fast the ensemble is on this machine, and how fast it could be."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +14,8 @@ from rich.table import Table
 from me_local.bench import BatchSpeed, Report, Speed, work
 from me_local.bench import bench as run_bench
 from me_local.bench_batch import batch_work, bench_batches
-from me_local.cli.display import make_console
-from me_local.cli.options import load, models_option, weights_option
+from me_local.cli.display import make_console, print_json
+from me_local.cli.options import FilePath, load, models_option, weights_option
 from me_local.config import Config, Overrides, load_config, override, parse_weights
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError
@@ -29,7 +28,7 @@ from me_local.member import MOST_SEQUENCES
 @click.option("--members", "count", type=click.IntRange(1, 64), help="The first member so many times, equal weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; times are in seconds, sizes in bytes.")
 @click.option("--batch", metavar="N,N,...", help="Measure so many replies at once, too, such as 1,2,4,8.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Write bars and curves, as PNG.")
+@click.option("--plot", type=FilePath(), help="Write bars and curves, as PNG.")
 def bench(
     models: Path, weights: str | None, count: int | None, as_json: bool, batch: str | None, plot: Path | None
 ) -> None:
@@ -54,7 +53,7 @@ def bench(
     if plot:
         _plot(report, plot)
     if as_json:
-        click.echo(json.dumps(report.as_dict()))
+        print_json(report.as_dict())
     else:
         _print(make_console(), report)
     if failure:

@@ -11,9 +11,10 @@ import click
 from me_local.chat import Chat
 from me_local.cli.commands import COMMANDS, Session, run_command
 from me_local.cli.display import Painter, make_console
+from me_local.cli.input import read_lines
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
-from me_local.errors import InputError, MeLocalError
+from me_local.errors import MeLocalError
 
 
 @click.command()
@@ -36,7 +37,7 @@ def chat(models: Path, no_color: bool, **given: Any) -> None:
             with cancels(session.interrupted.set):
                 _converse(session, _typed(session))
         else:
-            _converse(session, _piped())
+            _converse(session, read_lines())
 
 
 def _converse(session: Session, lines: Iterator[str]) -> None:
@@ -48,10 +49,10 @@ def _converse(session: Session, lines: Iterator[str]) -> None:
 def _turn(session: Session, line: str) -> bool:
     """Answer a line or run the command in it; false when it ends the chat."""
     try:
-        if line.startswith("/"):
+        if line.startswith("/") and not line.startswith("//"):
             return run_command(session, line)
         if line.strip():
-            session.show(session.chat.say(line))
+            session.show(session.chat.say(line[1:] if line.startswith("//") else line))
             if session.last and session.last.finish_reason == "cancelled" and not sys.stdin.isatty():
                 click.get_current_context().exit(130)  # a script is stopped as a whole
     except MeLocalError as error:
@@ -59,14 +60,6 @@ def _turn(session: Session, line: str) -> bool:
             raise
         session.note(f"Error: {error}")
     return True
-
-
-def _piped() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, start=1):
-        try:
-            yield line.decode().rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input, line {number}: not UTF-8 at byte {error.start + 1}") from None
 
 
 def _typed(session: Session) -> Iterator[str]:
@@ -100,6 +93,10 @@ def _prompt_session() -> Any:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")
 
+    @keys.add("c-z")
+    def _(event: KeyPressEvent) -> None:
+        event.app.suspend_to_background()
+
     session: PromptSession[str] = PromptSession(
         history=FileHistory(_history_file()),
         key_bindings=keys,
@@ -116,8 +113,11 @@ def _prompt_session() -> Any:
 def _history_file() -> str:
     try:
         state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "me-local"
-        state.mkdir(parents=True, exist_ok=True)
-        (state / "history").touch()
+        history = state / "history"
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        history.touch(mode=0o600)
+        if history.is_file():  # one of an earlier version; some link it to /dev/null
+            history.chmod(0o600)
     except (OSError, RuntimeError):  # read-only, or a user without a home
         return os.devnull
-    return str(state / "history")
+    return str(history)

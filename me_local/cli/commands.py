@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from me_local.chat import Chat, Turn
-from me_local.cli.display import Notices, Painter, printable, stats_line
+from me_local.cli.display import Notices, Painter, stats_line
 from me_local.cli.interrupt import cancels
 from me_local.config import Overrides, parse_setting, parse_weights
 from me_local.errors import InputError
+from me_local.files import replace_file
+from me_local.jsonl import json_text
 from me_local.reply import Reply
 
 _STRATEGIES = {
@@ -79,14 +81,15 @@ def run_command(session: Session, line: str) -> bool:
     if name in ("exit", "quit"):
         return False
     if name not in COMMANDS:
-        raise InputError(f'there is no command "/{name}"; /help lists them')
+        raise InputError(f'there is no command "/{name}"; /help lists them; begin a message with // to send a slash')
     COMMANDS[name][1](session, argument.strip())
     return True
 
 
 def _help(session: Session, _: str) -> None:
     session.note("\n".join(f"/{name:<9} {text}" for name, (text, _) in COMMANDS.items()))
-    session.note("Alt-Enter starts a new line, Ctrl-C stops a reply, Ctrl-D leaves.")
+    session.note("A message that begins with a slash is written with two: //etc/hosts.")
+    session.note("Alt-Enter starts a new line, Ctrl-C stops a reply, Ctrl-Z suspends, Ctrl-D leaves.")
 
 
 def _clear(session: Session, _: str) -> None:
@@ -131,7 +134,7 @@ def _members(session: Session, _: str) -> None:
     table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
     for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
         template = settings.chat_template or ("GGUF" if member.weights.chat_template else "plain")
-        model = printable(f"{member.weights.description}, {member.weights.parameters / 1e6:,.0f} M parameters")
+        model = f"{member.weights.description}, {member.weights.parameters / 1e6:,.0f} M parameters"
         table.add_row(member.name, f"{settings.weight:.3f}", model, str(member.n_ctx), template)
     session.notes.print(table)
 
@@ -152,11 +155,9 @@ def _stats(session: Session, _: str) -> None:
 
 def _save(session: Session, name: str) -> None:
     path = _file(name, "/save")
-    text = json.dumps(session.chat.as_dict(), ensure_ascii=False, indent=1) + "\n"
     try:
-        path.with_name(f"{path.name}.new").write_text(text, "utf-8")
-        path.with_name(f"{path.name}.new").replace(path)  # a failure leaves the old file as it was
-    except (OSError, ValueError) as error:
+        replace_file(path, f"{json_text(session.chat.as_dict(), indent=1)}\n".encode())
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"/save: {path}: {_reason(error)}") from None
     session.note(f"Saved {len(session.chat.messages)} messages to {path}.")
 
@@ -164,7 +165,7 @@ def _save(session: Session, name: str) -> None:
 def _load(session: Session, name: str) -> None:
     path = _file(name, "/load")
     try:
-        session.chat.restore(json.loads(path.read_text("utf-8")))
+        session.chat.restore(json.loads(path.read_text("utf-8-sig")))
     except UnicodeDecodeError as error:
         raise InputError(f"/load: {path}: not UTF-8 at byte {error.start + 1}") from None
     except (json.JSONDecodeError, RecursionError) as error:

@@ -1,23 +1,32 @@
 """How replies look: a colour for each member, a legend, and the line of figures after a reply."""
 
+import codecs
+import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from me_local.cli.streams import printable, raw
 from me_local.ensemble import Ensemble
+from me_local.jsonl import json_text
 from me_local.reply import Reply
 
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
 
-# Models may write any character; these would move the cursor or change the terminal.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+class _PrintableConsole(Console):
+    """A console whose only escape sequences are its own."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def make_console(*, no_color: bool = False, stderr: bool = False) -> Console:
@@ -26,7 +35,7 @@ def make_console(*, no_color: bool = False, stderr: bool = False) -> Console:
     plain = no_color or bool(os.environ.get("NO_COLOR")) or not stream.isatty()
     colours: Literal["auto"] | None = None if plain else "auto"
     # Bound to the stream as it is now: while a model loads, sys.stderr is another one.
-    return Console(file=stream, highlight=False, markup=False, emoji=False, color_system=colours)
+    return _PrintableConsole(file=raw(stream), highlight=False, markup=False, emoji=False, color_system=colours)
 
 
 def print_table(table: Table) -> None:
@@ -37,9 +46,16 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-def printable(text: str) -> str:
-    """The text without what would move a terminal's cursor or change its state."""
-    return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n"))
+def print_json(value: object) -> None:
+    """Print a value as a line of JSON, which is UTF-8 in every locale."""
+    is_utf8 = codecs.lookup(sys.stdout.encoding or "utf-8").name == "utf-8"
+    print_reply((json_text(value) if is_utf8 else json.dumps(value)) + "\n")
+
+
+def print_reply(text: str) -> None:
+    """Print a part of a reply at once and, off a terminal, byte for byte; click.echo would take escapes out there."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class Notices:

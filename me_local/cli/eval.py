@@ -2,21 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
-from me_local.cli.options import batch_option, load_many, models_option, weights_option, with_weights
+from me_local.cli.display import print_json
+from me_local.cli.options import FilePath, batch_option, load_many, models_option, weights_option, with_weights
 from me_local.cli.progress import progress
 from me_local.config import Config, load_config
 from me_local.errors import InputError
 from me_local.evaluation import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
-from me_local.records import finished_records, open_records, require_new, stretch_of, write_record
+from me_local.records import Kind, open_records, stretch_of, write_record
 from me_local.tasks import TASKS, find_tasks, read_questions
 
+_RECORDS = Kind((("task", "question", "settings", "correct"),))
 _STRATEGIES = ("members", "me", "ce", "union")
 _DEFAULT = "members,me,ce"
 _NAMES = ", ".join([*TASKS, "arc"])
@@ -26,7 +28,7 @@ _NAMES = ", ".join([*TASKS, "arc"])
 @models_option
 @weights_option
 @click.option("--task", "tasks", required=True, help=f"A list with commas of {_NAMES} (both sets of ARC).")
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="The folder of the questions.")
+@click.option("--data", type=FilePath(dir_okay=True), required=True, help="The folder of the questions.")
 @click.option(
     "--method",
     type=click.Choice(["sampling", "likelihood"]),
@@ -44,7 +46,7 @@ _NAMES = ", ".join([*TASKS, "arc"])
     help="Who replies: members (each alone), me, ce, union (ce as UniTE does it; me cannot have its distribution).",
 )
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="For replies, as in generate.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where a record per answer goes.")
+@click.option("--output", type=FilePath(), help="Where a record per answer goes.")
 @click.option("--resume", is_flag=True, help="Go on after the records that --output already has.")
 @batch_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
@@ -76,12 +78,13 @@ def evaluate(
     config = with_weights(load_config(models), weights)
     chosen = _method(config, method, _listed(strategies), runs, top_k, few_shot)
     jobs = _jobs(chosen, tasks, data, few_shot, limit)
-    done = _done(output, resume, chosen.settings) if output else {}
-    records = _run(config, chosen, jobs, done, output, batch or ("auto" if method == "sampling" else "1"))
+    with open_records(output, _RECORDS, resume=resume) if output else nullcontext((None, ())) as (file, earlier):
+        done = _done(earlier, chosen.settings, output)
+        records = _run(config, chosen, jobs, done, file, batch or ("auto" if method == "sampling" else "1"))
     names = [member.name for member in config.members]
     rows = tabulate(records, chosen.arms, [arm for arm in chosen.arms if arm in names])
     if as_json:
-        click.echo(json.dumps({"settings": chosen.settings, "rows": [asdict(row) for row in rows]}))
+        print_json({"settings": chosen.settings, "rows": [asdict(row) for row in rows]})
     else:
         click.echo(markdown(rows, chosen.arms))
         if "UNION" in chosen.arms:
@@ -115,10 +118,8 @@ def _jobs(method: Method, tasks: str, data: Path, few_shot: bool, limit: int | N
     ]
 
 
-def _done(output: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Record]:
+def _done(records: Sequence[Record], settings: dict[str, Any], output: Path | None) -> dict[str, Record]:
     """The records that there are already, by their ids. Raises InputError for those of another run."""
-    require_new(output, resume=resume)
-    records = finished_records(output)
     for number, record in enumerate(records, start=1):
         if record.get("settings") != settings:
             was, now = json.dumps(record.get("settings")), json.dumps(settings)
@@ -127,14 +128,13 @@ def _done(output: Path, resume: bool, settings: dict[str, Any]) -> dict[str, Rec
 
 
 def _run(
-    config: Config, method: Method, jobs: Sequence[Job], done: dict[str, Record], output: Path | None, batch: str
+    config: Config, method: Method, jobs: Sequence[Job], done: dict[str, Record], file: IO[bytes] | None, batch: str
 ) -> list[Record]:
     """The records of all jobs; models are loaded only where some is missing."""
     missing = [job for job in jobs if job.id not in done]
     made: dict[str, Record] = {}
     if missing:
         with ExitStack() as stack:
-            file = stack.enter_context(open_records(output)) if output else None
             ensemble = stack.enter_context(load_many(config, batch, len(jobs), map(stretch_of, done.values())))
             advance = stack.enter_context(progress("answers", len(jobs), len(jobs) - len(missing)))
             for record in method.records(ensemble, jobs, done):

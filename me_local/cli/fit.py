@@ -1,14 +1,13 @@
 """`me-local fit`: the weights under which the ensemble predicts a text best."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
-from me_local.cli.display import print_table
-from me_local.cli.options import load, models_option, raw_option
+from me_local.cli.display import print_json, print_table
+from me_local.cli.options import FilePath, load, models_option, raw_option
 from me_local.cli.progress import progress
 from me_local.config import load_config
 from me_local.corpus import read_blocks
@@ -25,7 +24,7 @@ _PARTS = ("fitted_part", "held_out_part")
 @models_option
 @click.option(
     "--data",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(),
     required=True,
     help='A text, or JSON Lines of {"prompt": "...", "continuation": "..."}.',
 )
@@ -49,7 +48,7 @@ def fit(models: Path, data: Path, raw: bool, write: bool, as_json: bool) -> None
         result = fit_to(ensemble.names, scores)
         report = _report(ensemble, result)
     if as_json:
-        click.echo(json.dumps(report))
+        print_json(report)
     else:
         _print(report)
     if write:

@@ -1,17 +1,20 @@
 """`me-local generate`: one prompt, or a file of them, without a conversation."""
 
-import json
-import os
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
 import click
 
-from me_local.batch import Job, finished_jobs, read_jobs, run
-from me_local.cli.display import Notices
+from me_local.batch import RECORDS, Job, finished_jobs, read_jobs, run
+from me_local.cli.display import Notices, print_json, print_reply
+from me_local.cli.input import argument_text, read_text
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import (
+    STANDARD,
+    FilePath,
     batch_option,
     configured,
     load_many,
@@ -23,7 +26,7 @@ from me_local.cli.progress import progress
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble, Finished
 from me_local.errors import InputError
-from me_local.records import open_records, require_new, write_record
+from me_local.records import open_records, standard_output, write_record
 from me_local.reply import Reply, ReplyStream
 from me_local.routing import Stretch
 
@@ -35,9 +38,9 @@ from me_local.routing import Stretch
 @click.option("-n", "count", type=click.IntRange(1), default=1, help="Replies; the i-th has the seed + i.")
 @click.option("--json", "as_json", is_flag=True, help="Print each reply as a line of JSON, with all its pieces.")
 @click.option(
-    "--input", "source", type=click.Path(path_type=Path, dir_okay=False), help="Prompts, a JSON object per line."
+    "--input", "source", type=FilePath(allow_dash=True), help="Prompts, a JSON object per line; -: standard input."
 )
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="Where --input's records go.")
+@click.option("--output", type=FilePath(allow_dash=True), help="Where --input's records go; -: standard output.")
 @click.option("--resume", is_flag=True, help="Skip ids that --output already has.")
 @batch_option
 @route_option
@@ -71,19 +74,18 @@ def generate(
         return
     if prompt is not None or output is None or count > 1:
         raise click.UsageError("--input goes with --output, and not with a PROMPT or -n")
-    jobs, done = _open_jobs(source, output, resume)
-    with open_records(output) as records, load_many(config, batch, len(jobs), done.values()) as ensemble:
-        _batch(ensemble, jobs, done, records, raw=raw)
+    if output is STANDARD and resume:
+        raise click.UsageError("--resume goes with an --output that is a file")
+    jobs = _jobs(source, output)
+    opened = standard_output() if output is STANDARD else open_records(output, RECORDS, resume=resume)
+    with opened as (records, earlier):
+        done = _done(jobs, earlier)
+        with load_many(config, batch, len(jobs), done.values()) as ensemble:
+            _batch(ensemble, jobs, done, records, raw=raw)
 
 
 def _prompt(argument: str | None) -> str:
-    given = argument is not None and argument != "-"
-    data = os.fsencode(str(argument)) if given else sys.stdin.buffer.read().removesuffix(b"\n")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        where = "PROMPT" if given else "standard input"
-        raise InputError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
+    text = read_text() if argument is None or argument == "-" else argument_text(argument, "PROMPT")
     if not text.strip():
         raise InputError("the prompt is empty; give it as an argument or on standard input")
     return text
@@ -97,7 +99,7 @@ def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: b
         stream = ensemble.stream(text, Overrides(seed=None if seed is None else seed + i), raw=raw)
         with cancels(stream.cancel):
             if as_json:
-                click.echo(json.dumps(stream.finish().as_dict(), ensure_ascii=False))
+                print_json(stream.finish().as_dict())
             else:
                 _print(stream)
         notices.tell()
@@ -127,32 +129,38 @@ def _replies_at_once(ensemble: Ensemble, text: str, count: int, *, raw: bool, as
 
 
 def _show(reply: Reply | None, *, as_json: bool) -> None:
-    if reply:
-        click.echo(json.dumps(reply.as_dict(), ensure_ascii=False) if as_json else reply.text.removesuffix("\n"))
+    if reply and as_json:
+        print_json(reply.as_dict())
+    elif reply:
+        print_reply(reply.text.removesuffix("\n") + "\n")
 
 
 def _print(stream: ReplyStream) -> None:
     try:
         for step in stream:
-            click.echo(step.text, nl=False)
+            print_reply(step.text)
     finally:
-        click.echo("" if stream.reply.text.endswith("\n") else "\n", nl=False)
+        print_reply("" if stream.reply.text.endswith("\n") else "\n")
 
 
-def _open_jobs(source: Path, output: Path, resume: bool) -> tuple[list[Job], dict[str | int, Stretch | None]]:
-    """All jobs, and those that are done."""
+def _jobs(source: Path, output: Path) -> list[Job]:
+    name = "standard input" if source is STANDARD else str(source)
     try:
-        with source.open("rb") as file:
-            jobs = list(read_jobs(file, str(source)))
+        with nullcontext(sys.stdin.buffer) if source is STANDARD else source.open("rb") as file:
+            jobs = list(read_jobs(file, name))
     except OSError as error:
-        raise InputError(f"{source}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
     if not jobs:
-        raise InputError(f"{source}: it has no line with a prompt")
-    if output.exists() and output.samefile(source):
+        raise InputError(f"{name}: it has no line with a prompt")
+    if source is not STANDARD and output is not STANDARD and output.exists() and output.samefile(source):
         raise InputError(f"{output}: --output is the same file as --input")
-    require_new(output, resume=resume)
-    done = finished_jobs(output)
-    return jobs, {job.id: done[job.id] for job in jobs if job.id in done}
+    return jobs
+
+
+def _done(jobs: Sequence[Job], records: Sequence[dict[str, Any]]) -> dict[str | int, Stretch | None]:
+    """Those of the jobs that are in the records of an earlier run."""
+    done = finished_jobs(records)
+    return {job.id: done[job.id] for job in jobs if job.id in done}
 
 
 def _batch(
@@ -161,7 +169,8 @@ def _batch(
     failed = 0
     notices = Notices(ensemble, lambda text: click.echo(text, err=True))
     notices.tell()
-    with progress("prompts", len(jobs), len(done)) as advance:
+    on_screen = records is sys.stdout.buffer and sys.stdout.isatty()
+    with progress("prompts", len(jobs), len(done), hidden=on_screen) as advance:
         for record in run(ensemble, jobs, done, raw=raw):
             write_record(records, record)
             failed += "error" in record

@@ -1,6 +1,5 @@
 """`me-local inspect`: what the members are and take up, and how well their vocabularies go together."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
@@ -12,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from me_local.cli.display import make_console, printable
+from me_local.cli.display import make_console, print_json
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
 from me_local.inspection import MemberReport, PairReport, compare, first_loss, inspect_member
@@ -37,7 +36,7 @@ def inspect(models: Path, as_json: bool) -> None:
         pairs = [compare(a, b) for a, b in combinations(ensemble.members, 2)]
     if as_json:
         report = {"members": [asdict(m) for m in members], "pairs": [asdict(p) for p in pairs]}
-        click.echo(json.dumps(report, ensure_ascii=False))
+        print_json(report)
     else:
         _print(members, pairs)
     for note in (*ensemble.notices, *(_warning(pair) for pair in pairs if pair.risky)):
@@ -69,7 +68,7 @@ def _member_table(member: MemberReport) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for label, value in _rows(member):
-        table.add_row(f"  {label}", printable(value))
+        table.add_row(f"  {label}", value)
     return table
 
 

@@ -1,5 +1,6 @@
 """Options that several commands have, and what they make of them."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,16 +23,48 @@ from me_local.weights import Shelf
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
 
+STANDARD = Path("-")
+"""What a FilePath gives for "-": told by identity from a file of this name, which is given as ./-."""
+
+
+class FilePath(click.Path):
+    """The path of a file; ~ is the home also where no shell replaces it: behind "=" and in the environment."""
+
+    def __init__(self, *, allow_dash: bool = False, dir_okay: bool = False) -> None:
+        super().__init__(path_type=Path, allow_dash=allow_dash, dir_okay=dir_okay)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value as a Path."""
+        if value == "-" and self.allow_dash:
+            return STANDARD
+        return super().convert(os.path.expanduser(value), parameter, context)
+
+
+class _Texts(click.types.StringParamType):
+    """Texts, of which an environment variable holds one: white space belongs to it."""
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        """The values of an environment variable."""
+        return [rv]
+
 
 def named(name: str, **attributes: Any) -> Decorator:
-    """An option that an environment variable of its name sets, too."""
-    variable = "ME_LOCAL_" + name.split("/")[0].strip("-").replace("-", "_").upper()
-    return click.option(name, envvar=variable, show_envvar=True, **attributes)
+    """An option that an environment variable of its name sets, too.
+
+    So is each that describes models, replies or the server: what one would want to hold for many runs. What a single
+    run reads, writes and prints is said on its command line.
+    """
+    return click.option(name, envvar=variable_of(name), show_envvar=True, **attributes)
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of an option such as "--top-k" or "--parallel/--no-parallel"."""
+    return "ME_LOCAL_" + name.split("/")[0].strip("-").replace("-", "_").upper()
 
 
 _MODELS = named(
     "--models",
-    type=click.Path(path_type=Path),
+    type=FilePath(dir_okay=True),
     default=Path("models.toml"),
     show_default=True,
     help="The file that describes the ensemble.",
@@ -59,7 +92,7 @@ _SAMPLING: list[Decorator] = [
     named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
-    click.option("--stop", multiple=True, help="End the reply before this text; may be given several times."),
+    named("--stop", type=_Texts(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
 ]
 
@@ -193,7 +226,7 @@ def _tell(ensemble: Ensemble) -> None:
 def load(config: Config, *, no_color: bool = False, batch: int = 1, shelf: Shelf | None = None) -> Ensemble:
     """Load an ensemble while stderr, if it is a terminal, shows which member is being loaded."""
     console = make_console(no_color=no_color, stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with (
         leaves_at_once(console),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,

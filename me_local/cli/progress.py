@@ -9,9 +9,9 @@ from me_local.cli.display import make_console
 
 
 @contextmanager
-def progress(what: str, total: int, completed: int = 0) -> Iterator[Callable[[], None]]:
+def progress(what: str, total: int, completed: int = 0, *, hidden: bool = False) -> Iterator[Callable[[], None]]:
     """A bar on stderr for `total` of `what`; calling what it gives counts one."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=make_console(stderr=True)) as bar:
+    with Progress(*columns, console=make_console(stderr=True), disable=hidden) as bar:
         task = bar.add_task(what, total=total, completed=completed)
         yield lambda: bar.advance(task)

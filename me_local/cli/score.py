@@ -1,6 +1,5 @@
 """`me-local score`: how well the members and the ensemble predict a text."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ import click
 import numpy as np
 from rich.table import Table
 
-from me_local.cli.display import print_table
-from me_local.cli.options import load, models_option, raw_option, weights_option, with_weights
+from me_local.cli.display import print_json, print_table
+from me_local.cli.options import FilePath, load, models_option, raw_option, weights_option, with_weights
 from me_local.cli.progress import progress
 from me_local.config import load_config
 from me_local.corpus import Block, read_blocks
@@ -19,7 +18,7 @@ from me_local.scoring import bits, mixed, unit_weights
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("file", type=FilePath())
 @models_option
 @weights_option
 @raw_option
@@ -35,7 +34,7 @@ def score(file: Path, models: Path, weights: str | None, raw: bool, as_json: boo
         blocks = read_blocks(file, raw=raw, room=min(member.n_ctx for member in ensemble.members))
         report = _score(ensemble, blocks)
     if as_json:
-        click.echo(json.dumps(report))
+        print_json(report)
     else:
         _print(report)
 

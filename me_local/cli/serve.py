@@ -10,16 +10,23 @@ from me_local.errors import ConfigError
 from me_local.member import MOST_SEQUENCES
 
 
+class _Port(click.Option):
+    """--port; beside a service called me-local, Kubernetes sets the variable to an address such as tcp://10.0.0.7:8000."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value of the variable, if it is meant for this option."""
+        value = super().resolve_envvar_value(ctx)
+        return None if value and value.startswith(("tcp://", "udp://", "sctp://")) else value
+
+
 @click.command()
 @models_option
 @named("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
-@named("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@named("--port", cls=_Port, type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @named("--api-key", help="What clients must give as key; better in the environment, where others do not see it.")
-@click.option("--insecure", is_flag=True, help="Listen without a key where other machines reach it.")
-@click.option("--allow-host", multiple=True, metavar="NAME", help="A name by which clients may call this machine.")
-@click.option(
-    "--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org."
-)
+@named("--insecure", is_flag=True, help="Listen without a key where other machines reach it.")
+@named("--allow-host", multiple=True, metavar="NAME", help="A name by which clients may call this machine.")
+@named("--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org.")
 @click.option(
     "--parallel",
     metavar="N",

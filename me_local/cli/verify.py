@@ -1,6 +1,5 @@
 """`me-local verify`: check on the user's own models that ME samples the distribution that CE does."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import click
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from me_local.cli.display import make_console
+from me_local.cli.display import make_console, print_json
 from me_local.cli.interrupt import leaves_at_once
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
@@ -41,7 +40,7 @@ def verify(models: Path, seed: int, as_json: bool) -> None:
             references = [stack.enter_context(Member(member.config, member.weights)) for member in ensemble.members]
         report = _run(ensemble, references, seed)
     if as_json:
-        click.echo(json.dumps(report.as_dict()))
+        print_json(report.as_dict())
     else:
         _print(report)
     if not report.passed:

@@ -1,7 +1,6 @@
 """The routes: from a request to an answer, whole or as server-sent events."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from me_local.ensemble import Ask
 from me_local.errors import MeLocalError
+from me_local.jsonl import json_text
 from me_local.reply import Reply
 from me_local.server.answers import Answer
 from me_local.server.guard import Gate, KeyCheck, read_body, refusal
@@ -251,7 +251,7 @@ async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 def _line(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {json_text(chunk, compact=True)}\n\n"
 
 
 def _unexpected(error: Exception) -> ApiError:

@@ -80,7 +80,10 @@ class Server(uvicorn.Server):
 
 
 def bind(host: str, port: int, *, guarded: bool) -> socket.socket:
-    """A socket at an address, not yet listening; one that other machines reach must be `guarded`.
+    """A socket that listens at an address; one that other machines reach must be `guarded`.
+
+    It listens at once, so that a second server of the port fails before it loads models: two may be bound to one.
+    Clients that come before it serves wait.
 
     Raises ConfigError for an address that others reach, RunError where it cannot be had.
     """
@@ -95,6 +98,7 @@ def bind(host: str, port: int, *, guarded: bool) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(MOST_CONNECTIONS)
     except OSError as error:
         listener.close()
         raise RunError(f"--host {host} --port {port}: {error.strerror}") from None
