@@ -293,13 +293,11 @@ def _shows(text: str, message: Message, *, whole: bool) -> bool:
 
 def _remarks(render: Render, where: str) -> tuple[str, ...]:
     """What a user should know of a template. Raises ConfigError when it leaves out the message to be answered."""
-    refused = ""
     for probe in _PROBES[1:]:
         try:
             text = render(probe)
-        except InputError as error:
-            refused = str(error)
-            continue
+        except InputError:
+            continue  # what it refuses, it refuses in a line when it is asked
         *earlier, last = (_shows(text, m, whole=False) for m in probe)
         if not last:
             raise ConfigError(
@@ -308,7 +306,7 @@ def _remarks(render: Render, where: str) -> tuple[str, ...]:
         names = {"system": "the system message", "user": "earlier messages", "assistant": "earlier replies"}
         lost = [names[m.role] for m, shown in zip(probe, earlier, strict=False) if not shown]
         return (f"its chat template leaves out: {', '.join(lost)}",) if lost else ()
-    return (refused,)
+    return ()
 
 
 def _placed(messages: Sequence[Message], form: _Form) -> list[Message]:
