@@ -9,7 +9,7 @@ from typing import Literal
 from me_local.config import Config, MemberConfig
 from me_local.errors import ConfigError
 from me_local.member import Member
-from me_local.templates import PLAIN_STOPS, PromptWriter, choose_render
+from me_local.templates import PLAIN_STOPS, PromptWriter, Template, choose_template
 from me_local.trial import is_wanted, try_members
 from me_local.vocabulary import UnifiedVocabulary
 from me_local.weights import Shelf, Weights, supports_gpu
@@ -57,21 +57,22 @@ def load_members(
     finally:
         wait(making)  # also where Ctrl-C ended the wait for them: weights must not go before their contexts
     members = tuple(future.result() for future in making)
-    plain = tuple(is_plain for _, is_plain in writers)
-    notices = found + [notice for pair in zip(members, plain, strict=True) for notice in _notices(*pair)]
+    templates = [template for _, template in writers]
+    plain = tuple(template.plain for template in templates)
+    notices = found + [notice for pair in zip(members, templates, strict=True) for notice in _notices(*pair)]
     return Loaded(members, tuple(writer for writer, _ in writers), unified, plain, notices)
 
 
-def _writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[PromptWriter, bool]:
-    """What writes the member's prompts, and whether they are plain transcripts."""
+def _writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[PromptWriter, Template]:
+    """What writes the member's prompts, and the template it does so by."""
     try:
-        render, plain = choose_render(member.chat_template, weights.chat_template, weights.token_texts)
+        template = choose_template(member.chat_template, weights.chat_template, weights.token_texts)
     except ConfigError as error:
         raise ConfigError(f'{config.path}: member "{member.name}": {error}') from None
-    return PromptWriter(weights.vocabulary, render), plain
+    return PromptWriter(weights.vocabulary, template.render), template
 
 
-def _notices(member: Member, plain: bool) -> Iterator[str]:
+def _notices(member: Member, template: Template) -> Iterator[str]:
     config = member.config
     if member.weights.warnings:
         yield f"{member.name}: llama.cpp warns of its vocabulary: {'; '.join(member.weights.warnings)}"
@@ -79,7 +80,8 @@ def _notices(member: Member, plain: bool) -> Iterator[str]:
         yield f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained"
     if config.n_gpu_layers > 0 and not supports_gpu():
         yield f"{member.name}: this build of llama.cpp has no GPU support, so it runs on the CPU"
-    if plain and config.chat_template is None:
+    yield from (f"{member.name}: {remark}" for remark in template.remarks)
+    if template.plain and config.chat_template is None:
         yield (
             f"{member.name}: it has no chat template, so it sees a plain transcript; "
             f'"{PLAIN_STOPS[0].strip()}" at the start of a line ends a reply'

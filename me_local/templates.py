@@ -1,15 +1,16 @@
 """From a conversation to one member's prompt: its chat template, and ids in which user text stays text.
 
 A template is rendered with the real contents, in which every look-alike of a control token is broken up by a mark
-that occurs nowhere else. Control tokens found in the result are therefore the template's own. A second mark stands
-in front of each reply in the history, so that the ids of a reply are the same there as when it was written, and the
-next turn evaluates only what is new.
+that occurs nowhere else. Control tokens found in the result are therefore the template's own, and the text between
+two of them is tokenised whole, as llama.cpp does it. How a template takes a conversation (contents as texts or as
+lists of parts, system messages everywhere or nowhere) is found by trying, when it is read.
 """
 
 import datetime
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,9 @@ _PLAIN_OPENING = "The following is a conversation between a user and a helpful, 
 
 # Code points that Unicode reserves for internal use: no text that is interchanged has them.
 _NONCHARACTERS = [chr(0xFDD0 + i) for i in range(32)]
+
+_SPACE = " \t\n\v\f\r"  # what C's isspace knows, which llama.cpp strips by
+_LONGEST = 300  # characters of a template's own error
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +63,34 @@ class _Marks:
     """Characters that occur nowhere in a conversation, to be put into its messages and found again when rendered.
 
     `gap` breaks up the name of a control token and is taken out again; at a `cut` the two sides are tokenised apart,
-    because tokenizers find user-defined tokens in any text; `reply` stands in front of a reply, `nul` for NUL.
+    because tokenizers find user-defined tokens in any text; `nul` stands for NUL.
     """
 
     gap: str
     cut: str
-    reply: str
     nul: str
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A member's template, whether it is the plain transcript, and one-line remarks on what it does not show."""
+
+    render: Render
+    plain: bool
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a template takes a conversation.
+
+    The roles in `parts` have a list of parts as their content. `system` says where system messages may stand; those
+    that may not go into the user message behind them. `tools` says whether the variable is given, as None.
+    """
+
+    parts: tuple[Role, ...] = ()
+    system: Literal["anywhere", "first", "nowhere"] = "anywhere"
+    tools: bool = True
 
 
 class PromptWriter:
@@ -85,10 +110,7 @@ class PromptWriter:
         """
         marks = _free_marks(messages)
         marked = [Message(m.role, self._protected(m, marks)) for m in messages]
-        ids: list[int] = []
-        for i, part in enumerate(self._render(marked).split(marks.reply)):
-            ids += self._encode(part, marks, at_start=i == 0)
-        return np.array(self._with_bos(ids), dtype=np.int32)
+        return np.array(self._with_bos(self._encode(self._render(marked), marks)), dtype=np.int32)
 
     def raw_prompt(self) -> IntArray:
         """The ids in front of a raw completion: BOS where the vocabulary wants one."""
@@ -107,13 +129,13 @@ class PromptWriter:
         if self._control.may_end(content):
             content = marks.gap + content
         if message.role == "assistant":
-            return marks.reply + content
-        # A reply may have such tokens: models write them.
+            return content  # a reply may have the tokens of the markup: models write them
         return self._markup.replace(content, lambda name: name[0] + marks.cut + name[1:])
 
-    def _encode(self, text: str, marks: "_Marks", *, at_start: bool) -> list[int]:
-        """The ids of a rendered part: control tokens by name, what stands between them tokenised as text."""
+    def _encode(self, text: str, marks: "_Marks") -> list[int]:
+        """The ids of what was rendered: control tokens by name, what stands between them tokenised as text."""
         ids: list[int] = []
+        at_start = True
         for fragment, token in self._fragments(text):
             plain = fragment.replace(marks.gap, "").replace(marks.nul, "\0").encode()
             for piece in plain.split(marks.cut.encode()):
@@ -132,28 +154,30 @@ class PromptWriter:
             token = self._vocabulary.control[text[start:end]]
             left, right = self._vocabulary.stripping.get(token, (False, False))
             fragment = text[position:start]
-            fragment = fragment.lstrip() if strip_right else fragment
-            yield fragment.rstrip() if left else fragment, token
+            fragment = fragment.lstrip(_SPACE) if strip_right else fragment
+            yield fragment.rstrip(_SPACE) if left else fragment, token
             position, strip_right = end, right
-        yield text[position:].lstrip() if strip_right else text[position:], None
+        yield text[position:].lstrip(_SPACE) if strip_right else text[position:], None
 
 
-def choose_render(wanted: str | None, own: str | None, tokens: dict[str, str]) -> tuple[Render, bool]:
-    """The template a member is to use, and whether it is the plain transcript.
+def choose_template(wanted: str | None, own: str | None, tokens: dict[str, str]) -> Template:
+    """The template a member is to use.
 
     `wanted` is the member's `chat_template` setting: None, "plain", an absolute path or one of llama.cpp's names;
     `own` is the template in the GGUF; `tokens` has the texts of `bos_token` and `eos_token`. Raises ConfigError when
-    the template cannot be used.
+    the template cannot be used, or leaves out the message that is to be answered.
     """
     if wanted == "plain" or (wanted is None and own is None):
-        return render_plain, True
+        return Template(render_plain, plain=True)
     if wanted is None:
-        return jinja_render(str(own), tokens, "the chat template in the GGUF"), False
-    if Path(wanted).is_absolute():
-        return jinja_render(_read(Path(wanted)), tokens, wanted), False
-    render = built_in_render(wanted)
-    render([Message("user", "Hello")])  # an unknown name shows here
-    return render, False
+        where, render = _IN_GGUF, jinja_render(str(own), tokens, _IN_GGUF)
+    elif "\0" in wanted:
+        raise ConfigError(f"chat_template = {wanted!r}: has a NUL character")
+    elif Path(wanted).is_absolute():
+        where, render = wanted, jinja_render(_read(Path(wanted)), tokens, wanted)
+    else:
+        where, render = f'chat_template = "{wanted}"', built_in_render(wanted)
+    return Template(render, plain=False, remarks=_remarks(render, where))
 
 
 def render_plain(messages: Sequence[Message]) -> str:
@@ -169,57 +193,159 @@ def render_plain(messages: Sequence[Message]) -> str:
 
 
 def built_in_render(name: str) -> Render:
-    """One of llama.cpp's built-in templates, by its name there."""
-    return lambda messages: render_built_in(name, [(m.role, m.content) for m in messages])
+    """One of llama.cpp's built-in templates, by its name there. Raises ConfigError when there is none of this name."""
+
+    def attempt(messages: Sequence[Message], form: _Form) -> str:
+        return render_built_in(name, [(m.role, m.content) for m in _placed(messages, form)])
+
+    return _in_its_form(attempt, [_Form(system=place) for place in _PLACES])
 
 
 def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
-    """A Jinja chat template, in the dialect of Hugging Face's transformers. `where` names it in errors."""
+    """A Jinja chat template, in the dialect of Hugging Face's transformers. `where` names it in errors.
+
+    Raises ConfigError when Jinja cannot read it.
+    """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=_now, **tokens)
     try:
+        source.encode()
         template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"{where} is not a template that Jinja can read: {error}") from None
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where} is not UTF-8: set chat_template") from None
+    except Exception as error:  # Jinja's own, and Python's of code that is nested too deeply
+        raise ConfigError(f"{where} is not a template that Jinja can read: {_in_a_line(error)}") from None
 
-    def render(messages: Sequence[Message]) -> str:
+    def attempt(messages: Sequence[Message], form: _Form) -> str:
+        listed = [{"role": m.role, "content": _content(m, form)} for m in _placed(messages, form)]
+        given = {"tools": None} if form.tools else {}
         try:
-            return _rendered(template, messages)
+            text = template.render(messages=listed, add_generation_prompt=True, **given)
+            text.encode()
         except Exception as error:  # a template can do anything that an expression of Python can
-            raise InputError(f"{where} refuses the conversation: {str(error) or type(error).__name__}") from None
+            raise InputError(f"{where} refuses the conversation: {_in_a_line(error)}") from None
+        return text
 
-    return render
+    forms = [_Form(parts, place, tools) for tools, place, parts in product((True, False), _PLACES, _PARTS)]
+    return _in_its_form(attempt, forms)
 
 
-def _rendered(template: jinja2.Template, messages: Sequence[Message]) -> str:
-    def attempt(turns: Sequence[Message]) -> str:
-        listed = [{"role": m.role, "content": m.content} for m in turns]
-        return template.render(messages=listed, add_generation_prompt=True, tools=None)
+_IN_GGUF = "the chat template in the GGUF"
+_PLACES: tuple[Literal["anywhere", "first", "nowhere"], ...] = ("anywhere", "first", "nowhere")
+_PARTS: tuple[tuple[Role, ...], ...] = (
+    (),
+    ("system", "user", "assistant"),
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant"),
+    ("system",),
+    ("assistant",),
+    ("system", "assistant"),
+)
 
-    try:
-        return attempt(messages)
-    except Exception:
-        if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
-            raise
-        # Some templates know no system role: its text then opens the first message.
-        first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
-        return attempt([first, *messages[2:]])
+
+def _probe(*roles: Role) -> list[Message]:
+    """A conversation of texts that no template has of its own; Python's and JSON's quoting changes them."""
+    return [Message(role, f"probe{i}text'\"") for i, role in enumerate(roles)]
+
+
+_PROBES = (
+    _probe("system", "user", "assistant", "system", "user"),
+    _probe("system", "user", "assistant", "user"),
+    _probe("system", "user"),
+    _probe("user"),
+)
+"""What templates are tried on, in turn: some refuse whatever is longer."""
+
+
+def _in_its_form(attempt: Callable[[Sequence[Message], _Form], str], forms: Sequence[_Form]) -> Render:
+    """Render in the form in which the template shows most of a conversation; of equals, the first."""
+    best = _best_form(attempt, forms)
+    return lambda messages: attempt(messages, best)
+
+
+def _best_form(attempt: Callable[[Sequence[Message], _Form], str], forms: Sequence[_Form]) -> _Form:
+    for probe in _PROBES:
+        best, most = forms[0], 0
+        for form in forms:
+            try:
+                text = attempt(probe, form)
+            except InputError:
+                continue
+            shown = sum(_shows(text, m, whole=m.role in form.parts) for m in probe)
+            if shown > most:
+                best, most = form, shown
+            if most == len(probe):
+                return best
+        if most:
+            return best
+    return forms[0]
+
+
+def _shows(text: str, message: Message, *, whole: bool) -> bool:
+    """Whether a probe's message is in the text; as a `whole`, not as part of a quoted list."""
+    wanted = message.content if whole else message.content[:-2]
+    return wanted in text if whole else wanted in text.lower()
+
+
+def _remarks(render: Render, where: str) -> tuple[str, ...]:
+    """What a user should know of a template. Raises ConfigError when it leaves out the message to be answered."""
+    for probe in _PROBES[1:]:
+        try:
+            text = render(probe)
+        except InputError:
+            continue  # what it refuses, it refuses in a line when it is asked
+        *earlier, last = (_shows(text, m, whole=False) for m in probe)
+        if not last:
+            raise ConfigError(
+                f'{where} leaves out the message that is to be answered: set chat_template to another, or to "plain"'
+            )
+        names = {"system": "the system message", "user": "earlier messages", "assistant": "earlier replies"}
+        lost = [names[m.role] for m, shown in zip(probe, earlier, strict=False) if not shown]
+        return (f"its chat template leaves out: {', '.join(lost)}",) if lost else ()
+    return ()
+
+
+def _placed(messages: Sequence[Message], form: _Form) -> list[Message]:
+    """The messages, with system messages where the template takes them: the others open the user message behind."""
+    if form.system == "anywhere":
+        return list(messages)
+    placed: list[Message] = []
+    held: list[str] = []
+    for message in messages:
+        if message.role == "system" and (placed or held or form.system == "nowhere"):
+            held.append(message.content)
+        elif message.role == "user":
+            placed.append(replace(message, content="\n\n".join([*held, message.content])))
+            held = []
+        else:
+            placed.append(message)
+    return placed
+
+
+def _content(message: Message, form: _Form) -> str | list[dict[str, str]]:
+    return [{"type": "text", "text": message.content}] if message.role in form.parts else message.content
+
+
+def _in_a_line(error: Exception) -> str:
+    text = " ".join(str(error).encode(errors="backslashreplace").decode().split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 def _free_marks(messages: Sequence[Message]) -> _Marks:
     used = set().union(*(m.content for m in messages))
     free = [mark for mark in _NONCHARACTERS if mark not in used]
-    if len(free) < 4:
+    if len(free) < 3:
         raise InputError("the conversation uses up the code points U+FDD0 to U+FDEF, which are not characters")
-    return _Marks(*free[:4])
+    return _Marks(*free[:3])
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"chat_template = {path}: cannot be read: {reason}") from None
@@ -233,8 +359,15 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers write it: Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class _Generation(jinja2.ext.Extension):

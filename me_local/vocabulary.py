@@ -88,7 +88,8 @@ class Vocabulary:
         self.removed = suppressed(self._pointer)
         self.bos = self._first_id()
         self._read_control_tokens()
-        self.markup = self._find_markup(brackets, (llama_cpp.llama_model_chat_template(model, None) or b"").decode())
+        template = llama_cpp.llama_model_chat_template(model, None) or b""
+        self.markup = self._find_markup(brackets, template.decode("utf-8", "replace"))
         self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
         self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
         # Between two seams stands a word or two, and words come back.

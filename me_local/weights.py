@@ -63,7 +63,7 @@ class Weights:
         self.layers: int = llama_cpp.llama_model_n_layer(model)
         self.window: int = llama_cpp.llama_model_n_swa(model)
         self.memory = _memory_kind(model)
-        self.chat_template = self.metadata.get("tokenizer.chat_template")
+        self.chat_template = _chat_template(model)
         self.token_texts = _token_texts(model, self.vocabulary)
 
     def close(self) -> None:
@@ -222,6 +222,13 @@ def _metadata(model: llama_cpp.llama_model_p) -> dict[str, str]:
 
     names, values = llama_cpp.llama_model_meta_key_by_index, llama_cpp.llama_model_meta_val_str_by_index
     return {read(names, i): read(values, i) for i in range(llama_cpp.llama_model_meta_count(model))}
+
+
+def _chat_template(model: llama_cpp.llama_model_p) -> str | None:
+    """The template in the header, None where it is blank; what is not UTF-8 becomes lone surrogates."""
+    raw = llama_cpp.llama_model_chat_template(model, None) or b""
+    text = str(raw.decode("utf-8", "surrogateescape")).removeprefix("\ufeff")
+    return text if text.strip() else None
 
 
 def _text(function: Callable[..., int], *arguments: Any) -> str:

@@ -9,7 +9,8 @@ import pytest
 from pip_downloads import FetchError, last_error
 
 FILES = {"ggml-vocab-a.gguf": b"GGUF a", "ggml-vocab-b.gguf": b"GGUF b", "ggml-vocab-b.gguf.inp": b"texts"}
-OTHERS = {"vendor/llama.cpp/models/templates/x.jinja": b"x", "vendor/llama.cpp/ggml-vocab-c.gguf": b"c"}
+TEMPLATES = {"templates/a.jinja": b"{{ a }}"}
+OTHERS = {"vendor/llama.cpp/models/templates/README.md": b"x", "vendor/llama.cpp/ggml-vocab-c.gguf": b"c"}
 
 
 class Index:
@@ -43,30 +44,33 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def contents(place: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in place.iterdir() if path.name != "sizes.json"}
+    files = [path for path in place.rglob("*") if path.is_file() and path.name != "sizes.json"]
+    return {str(path.relative_to(place)): path.read_bytes() for path in files}
 
 
 def test_fetches_the_vocabularies_and_prints_their_paths(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = Index(FILES)
+    index = Index(FILES | TEMPLATES)
     assert fetch.main([], download=index.download) == 0
     assert index.asked == ["llama-cpp-python==1.0"]
-    assert contents(place) == FILES
+    assert contents(place) == FILES | TEMPLATES
     assert capsys.readouterr().out.split() == [str(place / name) for name in FILES if name.endswith(".gguf")]
+    assert fetch.kept(place, ".jinja") == [place / "templates" / "a.jinja"]
     assert [path.name for path in place.parent.iterdir()] == ["1.0"]
 
 
 def test_a_second_run_does_nothing_and_a_damaged_folder_is_fetched_again(place: Path) -> None:
-    index = Index(FILES)
+    index = Index(FILES | TEMPLATES)
     assert fetch.main([], download=index.download) == 0
     assert fetch.main([], download=index.download) == 0
     assert len(index.asked) == 1
     (place / "ggml-vocab-b.gguf.inp").write_bytes(b"text")
     assert fetch.kept(place) == []
     assert fetch.main([], download=index.download) == 0
-    (place / "sizes.json").write_text("{")
-    assert fetch.main([], download=index.download) == 0
-    assert len(index.asked) == 3
-    assert contents(place) == FILES
+    for sizes in ("{", '{"ggml-vocab-a.gguf": 6}'):  # a folder from before there were templates in it
+        (place / "sizes.json").write_text(sizes)
+        assert fetch.main([], download=index.download) == 0
+    assert len(index.asked) == 4
+    assert contents(place) == FILES | TEMPLATES
 
 
 @pytest.mark.parametrize(
@@ -80,15 +84,22 @@ def test_a_second_run_does_nothing_and_a_damaged_folder_is_fetched_again(place: 
 def test_a_failed_download_is_one_line_and_leaves_nothing(
     place: Path, capsys: pytest.CaptureFixture[str], failure: BaseException, status: int, message: str
 ) -> None:
-    index = Index(FILES)
+    index = Index(FILES | TEMPLATES)
     index.failure = failure
     assert fetch.main([], download=index.download) == status
     assert capsys.readouterr().err.splitlines()[-1] == message
-    assert list(place.iterdir()) == []
+    assert contents(place) == {}
     assert fetch.kept(place) == []
 
 
-@pytest.mark.parametrize(("files", "cut", "message"), [({}, 0, "has no vocabularies"), (FILES, 30, "is damaged: ")])
+@pytest.mark.parametrize(
+    ("files", "cut", "message"),
+    [
+        ({}, 0, "has no vocabularies (ggml-vocab-*.gguf) and no chat templates (templates/*.jinja) in vendor"),
+        (FILES, 0, "has no chat templates (templates/*.jinja) in vendor"),
+        (FILES | TEMPLATES, 30, "is damaged: "),
+    ],
+)
 def test_a_source_that_is_not_as_expected(
     place: Path, capsys: pytest.CaptureFixture[str], files: dict[str, bytes], cut: int, message: str
 ) -> None:
@@ -96,7 +107,7 @@ def test_a_source_that_is_not_as_expected(
     index.cut = cut
     assert fetch.main([], download=index.download) == 1
     assert f"error: source.tar.gz {message}" in capsys.readouterr().err
-    assert list(place.iterdir()) == []
+    assert contents(place) == {}
 
 
 def test_what_pip_raised_is_the_last_line_of_its_traceback() -> None:

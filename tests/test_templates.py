@@ -12,8 +12,9 @@ from me_local.member import Member
 from me_local.templates import (
     Message,
     PromptWriter,
+    Template,
     built_in_render,
-    choose_render,
+    choose_template,
     jinja_render,
     render_plain,
 )
@@ -134,10 +135,110 @@ def test_a_template_that_knows_no_system_role_gets_it_in_the_first_message() -> 
     assert render([Message("system", "Be brief."), *HI]) == "[user:Be brief.\n\nHi there]"
 
 
-def test_a_template_that_refuses_a_conversation_says_why() -> None:
-    render = jinja_render("{{ raise_exception('roles must alternate') }}", TOKENS, "its template")
-    with pytest.raises(InputError, match="its template refuses the conversation: roles must alternate"):
-        render(HI)
+@pytest.mark.parametrize(
+    ("raised", "why"),
+    [
+        ("'roles must alternate'", "roles must alternate"),
+        ("'two\\nlines\\r\\n and \\u2028 more'", "two lines and more"),
+        ("''", "TemplateError"),
+        ("'x' * 10000", "x" * 300 + " ..."),
+        ("'\\ud800'", "\\ud800"),
+    ],
+)
+def test_a_template_that_refuses_a_conversation_says_why_in_a_line(raised: str, why: str) -> None:
+    source = "{{ raise_exception(" + raised + ") }}"
+    with pytest.raises(InputError) as error:
+        jinja_render(source, TOKENS, "its template")(HI)
+    assert str(error.value) == f"its template refuses the conversation: {why}"
+    assert choose_template(None, source, TOKENS).remarks == ()
+
+
+def test_a_template_that_writes_what_is_no_text_refuses() -> None:
+    with pytest.raises(InputError, match="its template refuses the conversation: 'utf-8' codec can't encode"):
+        jinja_render("{{ '\\ud800' }}" + LAST, TOKENS, "its template")(HI)
+
+
+TALK = [Message("system", "Be brief."), *user("Hi", "Hello", "Bye")]
+EACH = "{% for m in messages %}"
+PART = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (f"{EACH}[{PART}]{{% endfor %}}", "[Be brief.][Hi][Hello][Bye]"),
+        # The replies alone are texts, as in LLaVA's template ...
+        (
+            EACH
+            + "[{% if m.role == 'assistant' %}{{ m.content.strip() }}{% else %}"
+            + PART
+            + "{% endif %}]{% endfor %}",
+            "[Be brief.][Hi][Hello][Bye]",
+        ),
+        # ... and here the system message alone is, and no place for it but the first.
+        (
+            "{% if messages[0].role == 'system' %}{{ messages[0].content + '/' }}"
+            "{% set messages = messages[1:] %}{% endif %}"
+            f"{EACH}{{% if m.role == 'system' %}}{{{{ raise_exception('no') }}}}{{% endif %}}[{PART}]{{% endfor %}}",
+            "Be brief./[Hi][Hello][Bye]",
+        ),
+        # Either is right: texts are what most templates were written for.
+        (
+            f"{EACH}[{{% if m.content is string %}}{{{{ m.content }}}}{{% else %}}({PART}){{% endif %}}]{{% endfor %}}",
+            "[Be brief.][Hi][Hello][Bye]",
+        ),
+        # One that loops over tools which are not there.
+        (
+            f"{{% for t in tools %}}{{% endfor %}}{EACH}[{{{{ m.content }}}}]{{% endfor %}}",
+            "[Be brief.][Hi][Hello][Bye]",
+        ),
+        # One that knows turns in alternation and no system messages.
+        (
+            f"{EACH}{{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}}{{{{ raise_exception('no') }}}}{{% endif %}}"
+            "[{{ m.content }}]{% endfor %}",
+            "[Be brief.\n\nHi][Hello][Bye]",
+        ),
+    ],
+)
+def test_a_template_is_given_what_it_can_show(source: str, expected: str) -> None:
+    chosen = choose_template(None, source, TOKENS)
+    assert chosen.render(TALK) == expected
+    assert chosen.remarks == ()
+
+
+def test_a_template_that_shows_no_system_message_behind_the_first_gets_it_in_the_next_question() -> None:
+    source = (
+        "{% if messages[0].role == 'system' %}<{{ messages[0].content }}>{% endif %}"
+        "{% for m in messages if m.role != 'system' %}[{{ m.content }}]{% endfor %}"
+    )
+    talk = [*TALK[:3], Message("system", "Now in French."), Message("system", "Shout."), TALK[3]]
+    assert (
+        choose_template(None, source, TOKENS).render(talk) == "<Be brief.>[Hi][Hello][Now in French.\n\nShout.\n\nBye]"
+    )
+
+
+def test_llama_cpps_template_that_leaves_out_system_messages_gets_them_in_a_question() -> None:
+    """Yandex's: llama_chat_apply_template writes users and assistants alone."""
+    assert "Be brief.\n\nHi" in choose_template("yandex", None, TOKENS).render(TALK)
+
+
+@pytest.mark.parametrize(
+    ("source", "remark"),
+    [
+        (
+            "{{ messages[-1].content }}",
+            "its chat template leaves out: the system message, earlier messages, earlier replies",
+        ),
+        (
+            f"{EACH}{{% if m.role == 'user' %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}",
+            "its chat template leaves out: earlier replies",
+        ),
+        # Replies without their thoughts are whole replies.
+        (f"{EACH}{{{{ m.content.split('</think>')[-1] | trim }}}}{{% endfor %}}", None),
+    ],
+)
+def test_what_a_template_leaves_out_is_said(source: str, remark: str | None) -> None:
+    assert choose_template(None, source, TOKENS).remarks == ((remark,) if remark else ())
 
 
 def test_templates_run_in_a_sandbox() -> None:
@@ -154,24 +255,61 @@ def test_the_dialect_of_templates() -> None:
     assert jinja_render(source, TOKENS, "test")([Message("user", "ä<")]) == '{"role": "user", "content": "ä<"}01%</s>'
 
 
+LAST = "{{ messages[-1].content }}"
+
+
 def test_choosing_a_template(tmp_path: Path) -> None:
-    own = "own:{{ messages[0].content }}"
-    assert choose_render(None, own, TOKENS)[0](HI) == "own:Hi there"
-    assert choose_render(None, None, TOKENS) == (render_plain, True)
-    assert choose_render("plain", own, TOKENS) == (render_plain, True)
-    assert choose_render("chatml", own, TOKENS)[0](HI).startswith("<|im_start|>user\nHi there")
+    own = f"own:{LAST}"
+    assert choose_template(None, own, TOKENS).render(HI) == "own:Hi there"
+    assert choose_template(None, None, TOKENS) == Template(render_plain, plain=True)
+    assert choose_template("plain", own, TOKENS) == Template(render_plain, plain=True)
+    assert choose_template("chatml", own, TOKENS).render(HI).startswith("<|im_start|>user\nHi there")
     path = tmp_path / "own.jinja"
-    path.write_text("file:{{ messages[0].content }}")
-    assert choose_render(str(path), own, TOKENS)[0](HI) == "file:Hi there"
+    path.write_text(f"file:{LAST}")
+    assert choose_template(str(path), own, TOKENS).render(HI) == "file:Hi there"
 
 
-def test_templates_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path: Path) -> None:
+    path = tmp_path / "windows.jinja"
+    path.write_bytes(b"\xef\xbb\xbf" + LAST.encode())
+    assert choose_template(str(path), None, TOKENS).render(HI) == "Hi there"
+
+
+def deep(depth: int) -> str:
+    return "{% for i in [1] %}" * depth + LAST + "{% endfor %}" * depth
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if %}", "is not a template that Jinja can read: Expected an expression, got 'end of statement block'"),
+        (deep(30), "is not a template that Jinja can read: too many statically nested blocks"),
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is not a template that Jinja can read: "),
+        ("caf\udce9 " + LAST, "is not UTF-8: set chat_template"),
+        ("  \n", "leaves out the message that is to be answered: set chat_template to another"),
+        ("{% for m in messages %}{{ m.text }}{% endfor %}", "leaves out the message that is to be answered"),
+        ("{{ messages[0].content }}", "leaves out the message that is to be answered"),
+    ],
+)
+def test_templates_that_cannot_be_used(template: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        choose_template(None, template, TOKENS)
+    assert str(raised.value).startswith(f"the chat template in the GGUF {message}")
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value)) < 450
+
+
+def test_files_and_names_that_are_no_template(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'"chatmll": llama\.cpp has no built-in template'):
-        choose_render("chatmll", None, TOKENS)
+        choose_template("chatmll", None, TOKENS)
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        choose_render(str(tmp_path / "missing.jinja"), None, TOKENS)
-    with pytest.raises(ConfigError, match="the chat template in the GGUF is not a template that Jinja can read"):
-        choose_render(None, "{% if %}", TOKENS)
+        choose_template(str(tmp_path / "missing.jinja"), None, TOKENS)
+    for name in ("chatml\0", f"{tmp_path}/a\0b.jinja"):
+        with pytest.raises(ConfigError, match="has a NUL character"):
+            choose_template(name, None, TOKENS)
+    (tmp_path / "latin.jinja").write_bytes(b"caf\xe9" + LAST.encode())
+    with pytest.raises(ConfigError, match="cannot be read: it is not UTF-8"):
+        choose_template(str(tmp_path / "latin.jinja"), None, TOKENS)
 
 
 def test_half_a_surrogate_pair_is_no_text() -> None:
