@@ -188,9 +188,11 @@ class Generation:
             len(prompt) + len(context.ids(request.head))
             for prompt, context in zip(request.prompts, self._contexts, strict=True)
         )
-        self._room = min(
-            model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)
-        )
+        self._rooms = [model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)]
+        # A token has a byte at least, but for a space that the tokenizer may put in front. Where characters are changed
+        # before, there may be more tokens than bytes.
+        expands = any(model.vocabulary.expands for model in engine.models)
+        self._room = 0 if expands else min(self._rooms)
         truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
         self.sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
         self.work = tuple(Work() for _ in engine.models)
@@ -238,7 +240,6 @@ class Generation:
     def course(self) -> Course[Draw | None]:
         """The same for whoever brings the members up to date: see `Course`. Raises RunError."""
         weights = self._weights()
-        # A token has a byte at least, but for a space that the tokenizer may put in front.
         if len(self.text) >= self._room and not self._fits(weights):
             return None
         draw = yield from self._draw(weights)
@@ -256,8 +257,7 @@ class Generation:
         possible = set(np.flatnonzero(weights).tolist())
         if self._writer is not None and self.can_write(self._writer):
             possible.add(self._writer)
-        rooms = {i: self._engine.models[i].n_ctx - len(self._request.prompts[i]) for i in possible}
-        return all(len(self._contexts[i].ids(self.text)) <= room for i, room in rooms.items())
+        return all(len(self._contexts[i].ids(self.text)) <= self._rooms[i] for i in possible)
 
     def _run(self, course: Course[Result]) -> Result:
         """Take a course to its end with what this reply alone needs of the members."""

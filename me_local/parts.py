@@ -8,7 +8,6 @@ seam (`seams`); and, for SentencePiece, between two characters that stand side b
 Also how few tokens a text can have. Knows nothing of ids.
 """
 
-import os
 import re
 from bisect import bisect_left
 from collections import defaultdict
@@ -101,7 +100,7 @@ class Parts:
         return 0
 
     def _between(self, text: bytes, start: int, seen: int, end: int) -> int:
-        """A place from byte `seen` on between two characters that stand side by side in no token, the last; 0 if none."""
+        """The last place from byte `seen` on between two characters that stand together in no token; 0 if there is none."""
         first = seen if seen == start else _start_of_character(text, seen - 1)
         chars, pairs = text[first:end].decode(), _pairs(text[first:end])
         near = np.searchsorted(self._together, pairs)
@@ -149,13 +148,19 @@ def _either(ends: list[bytes], depth: int) -> bytes:
     """A regular expression of the longest of these texts; one after the other they would take long to try."""
     if depth == _DEEP or len(ends) == 1:
         return b"(?:%b)" % b"|".join(re.escape(end) for end in sorted(ends, key=len, reverse=True))
-    start = os.path.commonprefix(ends)
+    start = _beginning(min(ends), max(ends))
     following: dict[int, list[bytes]] = defaultdict(list)
     for end in ends:
         if end != start:
             following[end[len(start)]].append(end[len(start) :])
     branches = b"|".join(_either(some, depth + 1) for some in following.values())
     return b"%b(?:%b)%b" % (re.escape(start), branches, b"?" if start in ends else b"")
+
+
+def _beginning(one: bytes, other: bytes) -> bytes:
+    """What both begin with."""
+    same = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(same, min(len(one), len(other)))]
 
 
 def _rivals(tokens: Sequence[bytes]) -> Iterator[bytes]:

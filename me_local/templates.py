@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from me_local.errors import ConfigError, InputError
 from me_local.names import Names
-from me_local.vocabulary import IntArray, Vocabulary
+from me_local.vocabulary import IntArray, Vocabulary, Watch, added
 from me_local.weights import render_built_in
 
 Role = Literal["system", "user", "assistant"]
@@ -78,16 +78,17 @@ class PromptWriter:
         self._control = Names(text for text in vocabulary.control if len(text) > 1)
         self._markup = Names(vocabulary.markup)
 
-    def prompt(self, messages: Sequence[Message]) -> IntArray:
+    def prompt(self, messages: Sequence[Message], watch: Watch = lambda _: None) -> IntArray:
         """The ids of the prompt up to where the reply starts, BOS exactly once: int32 (tokens,).
 
-        Raises InputError when the template refuses the conversation.
+        `watch` hears how many there are at least so far; what it raises ends the work. Raises InputError when the
+        template refuses the conversation.
         """
         marks = _free_marks(messages)
         marked = [Message(m.role, self._protected(m, marks)) for m in messages]
         ids: list[int] = []
         for i, part in enumerate(self._render(marked).split(marks.reply)):
-            ids += self._encode(part, marks, at_start=i == 0)
+            ids += self._encode(part, marks, at_start=i == 0, watch=added(len(ids), watch))
         return np.array(self._with_bos(ids), dtype=np.int32)
 
     def raw_prompt(self) -> IntArray:
@@ -111,14 +112,15 @@ class PromptWriter:
         # A reply may have such tokens: models write them.
         return self._markup.replace(content, lambda name: name[0] + marks.cut + name[1:])
 
-    def _encode(self, text: str, marks: "_Marks", *, at_start: bool) -> list[int]:
+    def _encode(self, text: str, marks: "_Marks", *, at_start: bool, watch: Watch) -> list[int]:
         """The ids of a rendered part: control tokens by name, what stands between them tokenised as text."""
         ids: list[int] = []
         for fragment, token in self._fragments(text):
             plain = fragment.replace(marks.gap, "").replace(marks.nul, "\0").encode()
             for piece in plain.split(marks.cut.encode()):
                 # llama.cpp treats what follows a control token as the start of a text.
-                ids += self._vocabulary.encode(piece, at_start=at_start)
+                watch(len(ids))
+                ids += self._vocabulary.encode(piece, at_start=at_start, watch=added(len(ids), watch))
                 at_start = False
             if token is not None:
                 ids.append(token)

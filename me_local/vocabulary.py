@@ -66,6 +66,11 @@ def utf8_runs(text: bytes) -> Iterator[tuple[bytes, bool]]:
             return
 
 
+def added(count: int, watch: Watch) -> Watch:
+    """Tell the same watch of so many ids more."""
+    return lambda more: watch(count + more)
+
+
 class Vocabulary:
     """The vocabulary of one model, read once when it is loaded.
 
@@ -73,7 +78,8 @@ class Vocabulary:
     are those that end a generation, `removed` those that the model itself says are never to be sampled; `control` maps
     the text of a control token to its id, `stripping` has those that swallow white space around them; `markup` has the
     texts of user-defined tokens that structure a prompt, which any tokenizer finds in any text; `bos` is the id that
-    starts every context, or None. Raises LoadError for a vocabulary that cannot be used.
+    starts every context, or None; `expands` says that a text may have more tokens than bytes. Raises LoadError for a
+    vocabulary that cannot be used.
     """
 
     def __init__(self, model: llama_cpp.llama_model_p, tokenizer: Path | None = None) -> None:
@@ -99,6 +105,7 @@ class Vocabulary:
         self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
         model_kind = header_value(model, b"tokenizer.ggml.model")
         self._plain = tokenizer is None and self.kind in ("SPM", "BPE") and model_kind not in _CHANGING
+        self.expands = tokenizer is not None or self.kind in ("UGM", "WPM")
         self._tokenizer = (header_value(model, b"tokenizer.ggml.pre"), _digest(tokenizer))
         self._byte_ids = self._find_byte_ids(np.flatnonzero(lengths == 1).tolist())
         if self.kind == "SPM" and tokenizer is None:
@@ -122,7 +129,7 @@ class Vocabulary:
         `at_start` says that nothing stands before the text, where some vocabularies put a space of their own.
         Control tokens in the text stay text. A character whose bytes the vocabulary lacks (a control character in
         Falcon's) loses those bytes, as in the model's own tokenizer. Raises KeyError when the vocabulary lacks a byte
-        that is not UTF-8; `can_write` tells so beforehand.
+        that is not UTF-8; `can_write` tells so beforehand; and what `watch` raises.
         """
         if len(text) <= _WORD and not at_start and text.isascii():
             return self._encode_word(self._anchor + text)[self._anchor_length :]
@@ -131,7 +138,7 @@ class Vocabulary:
             if not valid:
                 ids += [self._byte_ids[byte] for byte in run]
             elif len(run) > LONG:
-                ids += self._encode_long(run, at_start=at_start and not ids, watch=_behind(len(ids), watch))
+                ids += self._encode_long(run, at_start=at_start and not ids, watch=added(len(ids), watch))
             elif at_start and not ids:
                 ids += self._encode(run)
             else:
@@ -430,10 +437,6 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 def _digest(path: Path | None) -> bytes | None:
     return hashlib.sha256(path.read_bytes()).digest() if path else None
-
-
-def _behind(count: int, watch: Watch) -> Watch:
-    return lambda more: watch(count + more)
 
 
 def _closed(_: bytes) -> list[int]:
