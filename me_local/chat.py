@@ -6,7 +6,7 @@ from typing import Any
 
 from me_local.config import Config, Overrides, override
 from me_local.ensemble import Ensemble, check_conversation
-from me_local.errors import InputError
+from me_local.errors import InputError, PromptTooLongError
 from me_local.reply import Reply, ReplyStream, Step
 from me_local.templates import Message, Role
 from me_local.vocabulary import IntArray
@@ -90,11 +90,11 @@ class Chat:
         As many as before while that leaves room to answer. Otherwise so many that half of each context is free: what
         is left out changes the beginning of the prompt, which then has to be evaluated again, and not in each turn.
         """
-        prompts = self._prompts(messages, self.dropped)
-        if self._leave_room(prompts, lambda n_ctx: min(self.config.max_tokens, n_ctx // 4)):
+        prompts = self._with_room(messages, self.dropped, lambda n_ctx: min(self.config.max_tokens, n_ctx // 4))
+        if prompts is not None:
             return self.dropped, prompts
         starts = [i for i, m in enumerate(messages) if m.role == "user" and i > self.dropped] or [self.dropped]
-        first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(self._prompts(messages, i)))
+        first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(messages, i))
         prompts = self._prompts(messages, starts[first])
         self.ensemble.check_lengths([len(prompt) for prompt in prompts], self.config)
         return starts[first], prompts
@@ -102,12 +102,20 @@ class Chat:
     def _prompts(self, messages: list[Message], start: int) -> tuple[IntArray, ...]:
         return self.ensemble.prompts(messages[start:], self.config)
 
-    def _half_free(self, prompts: tuple[IntArray, ...]) -> bool:
-        return self._leave_room(prompts, lambda n_ctx: n_ctx // 2)
+    def _half_free(self, messages: list[Message], start: int) -> bool:
+        return self._with_room(messages, start, lambda n_ctx: n_ctx // 2) is not None
 
-    def _leave_room(self, prompts: tuple[IntArray, ...], room: Callable[[int], int]) -> bool:
+    def _with_room(
+        self, messages: list[Message], start: int, room: Callable[[int], int]
+    ) -> tuple[IntArray, ...] | None:
+        """The prompts without the messages in front of `start`; None where they leave too little room."""
+        try:
+            prompts = self._prompts(messages, start)
+        except PromptTooLongError:
+            return None
         members = zip(self.ensemble.members, prompts, self.ensemble.writing(self.config), strict=True)
-        return all(len(prompt) + room(member.n_ctx) <= member.n_ctx for member, prompt, writes in members if writes)
+        fits = all(len(prompt) + room(member.n_ctx) <= member.n_ctx for member, prompt, writes in members if writes)
+        return prompts if fits else None
 
 
 class Turn(Iterator[Step]):

@@ -197,7 +197,10 @@ class Generation:
         self._rooms = tuple(
             model.n_ctx - len(prompt) for model, prompt in zip(engine.models, request.prompts, strict=True)
         )
-        self._fits_below = min(self._rooms)  # bytes
+        # A token has a byte at least, but for a space that the tokenizer may put in front. Where characters are changed
+        # before, there may be more tokens than bytes.
+        self._expands = any(model.vocabulary.expands for model in engine.models)
+        self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
         self._sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
         self.work = tuple(Work() for _ in engine.models)
@@ -249,7 +252,6 @@ class Generation:
     def course(self) -> Course[Draw | None]:
         """The same for whoever brings the members up to date: see `Course`. Raises RunError."""
         weights = self._weights()
-        # A token has a byte at least, but for a space that the tokenizer may put in front.
         if len(self.text) >= self._fits_below and not self._fits(weights):
             return None
         draw = yield from self._draw(weights)
@@ -268,8 +270,10 @@ class Generation:
         if self._writer is not None and self.can_write(self._writer):
             possible.add(self._writer)
         fits = all(len(self._contexts[i].ids(self.text)) <= self._rooms[i] for i in possible)
-        # To tokenise the text for all members takes long: not again before it has grown by what is surely left.
-        self._fits_below = min(room + context.saved for room, context in zip(self._rooms, self._contexts, strict=True))
+        if not self._expands:
+            # To tokenise the text for all members takes long: not again before it has grown by what is surely left.
+            saved = [context.saved for context in self._contexts]
+            self._fits_below = min(room + bytes_ for room, bytes_ in zip(self._rooms, saved, strict=True))
         return fits
 
     def _run(self, course: Course[Result]) -> Result:

@@ -6,10 +6,10 @@ Brings together what the configuration names. One reply is made at a time, unles
 
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,16 +21,19 @@ from me_local.config import Config, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
 from me_local.loading import OnLoad, load_members
-from me_local.member import Member
+from me_local.member import EvaluationInterruptedError, Member
 from me_local.plugins import find
 from me_local.reply import Draft, Reply, ReplyStream
 from me_local.routing import Router, SharedRoute, Stretch
 from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.templates import PLAIN_STOPS, Message
-from me_local.vocabulary import IntArray
+from me_local.vocabulary import IntArray, Watch
 from me_local.weights import Shelf
 
 Prompt: TypeAlias = str | Sequence[Message]
+
+_COUNTED = 1 << 16
+"""The tokens of a prompt are counted up to so many more than the context holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +115,19 @@ class Ensemble:
         raw: bool = False,
         alone: bool = True,
         top: int = 0,
+        cancelled: threading.Event | None = None,
     ) -> ReplyStream:
         """A reply to a prompt or a conversation, as a stream of steps; with `raw`, a completion of the prompt.
 
         `overrides` go before the configuration. The reply to a seed does not depend on what was asked before, unless
         `alone` is false: then what is in the cache is used wherever it can be. Each step names the `top` likeliest
-        pieces. Raises ConfigError for overrides, InputError for a prompt that is empty or too long for a member.
+        pieces. `cancelled`, once it is set, ends the reply as `ReplyStream.cancel` does, and what comes before it by an
+        EvaluationInterruptedError. Raises ConfigError for overrides, InputError for a prompt that is empty or too long
+        for a member.
         """
-        config = override(self.config, overrides or Overrides())
-        head, prompts = self._checked(prompt, config, raw=raw)
-        return self.start(config, prompts, head, alone=alone, top=top)
+        config, cancelled = override(self.config, overrides or Overrides()), cancelled or threading.Event()
+        head, prompts = self._checked(prompt, config, raw=raw, interrupted=cancelled.is_set)
+        return self.start(config, prompts, head, alone=alone, top=top, cancelled=cancelled)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
@@ -173,13 +179,22 @@ class Ensemble:
         wanted = config.route == "shared" or (config.route is None and config.router == "constant")
         return wanted and config.unit == "token"
 
-    def begin(self, batching: Batching, config: Config, ask: Ask, *, raw: bool = False) -> Running:
+    def begin(
+        self,
+        batching: Batching,
+        config: Config,
+        ask: Ask,
+        *,
+        raw: bool = False,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Running:
         """Give the reply to a prompt a place.
 
-        Raises what `stream` raises, and RunError when the router fails.
+        Raises what `stream` raises, EvaluationInterruptedError where it is `interrupted` before it has one, and
+        RunError when the router fails.
         """
         config = override(config, ask.overrides)
-        head, prompts = self._checked(ask.prompt, config, raw=raw)
+        head, prompts = self._checked(ask.prompt, config, raw=raw, interrupted=interrupted)
         request = make_request(config, prompts, head, top=ask.top)
         return batching.begin(request, lambda generation: self._draft(config, request, generation))
 
@@ -222,13 +237,15 @@ class Ensemble:
             for one in running:
                 batching.cancel(one)
 
-    def _checked(self, prompt: Prompt, config: Config, *, raw: bool) -> tuple[bytes, tuple[IntArray, ...]]:
+    def _checked(
+        self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, tuple[IntArray, ...]]:
         """The bytes to complete, and each member's ids in front of them. Raises InputError."""
         if raw:
-            return self.raw_prompts(prompt, config)
+            return self.raw_prompts(prompt, config, interrupted)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
-        prompts = self.prompts(messages, config)
+        prompts = self.prompts(messages, config, interrupted)
         self.check_lengths([len(ids) for ids in prompts], config)
         return b"", prompts
 
@@ -267,18 +284,36 @@ class Ensemble:
         members = [enter(Member(m, shelf.weights(m), outputs=OUTPUTS)) for m in self.config.members]
         return Scorer(members, same=self.engine.unified.same)
 
-    def prompts(self, messages: Sequence[Message], config: Config) -> tuple[IntArray, ...]:
+    def prompts(
+        self, messages: Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[IntArray, ...]:
         """Each member's ids for a conversation.
 
-        One without a system message opens with the member's own, or else with the ensemble's.
+        One without a system message opens with the member's own, or else with the ensemble's. Raises PromptTooLongError
+        only where a prompt is so long that its tokens are not counted; see `check_lengths`.
         """
-        if any(m.role == "system" for m in messages):
-            return tuple(writer.prompt(messages) for writer in self.writers)
-        systems = [member.system or config.system for member in config.members]
-        opened = [[Message("system", system), *messages] if system else messages for system in systems]
-        return tuple(writer.prompt(turns) for writer, turns in zip(self.writers, opened, strict=True))
+        opened = [messages] * len(self.members)
+        if not any(m.role == "system" for m in messages):
+            systems = [member.system or config.system for member in config.members]
+            opened = [[Message("system", system), *messages] if system else messages for system in systems]
+        watches = self._watches(config, interrupted)
+        return tuple(w.prompt(turns, watch) for w, turns, watch in zip(self.writers, opened, watches, strict=True))
 
-    def raw_prompts(self, prompt: str | Sequence[Message], config: Config) -> tuple[bytes, tuple[IntArray, ...]]:
+    def _watches(self, config: Config, interrupted: Callable[[], bool]) -> list[Watch]:
+        """What ends the tokenising of a prompt: that it is `interrupted`, or far too long for a member that writes."""
+
+        def watch(member: Member, writes: bool, count: int) -> None:
+            if interrupted():
+                raise EvaluationInterruptedError("stopped while the prompt was tokenised")
+            if writes and count > member.n_ctx + _COUNTED:
+                raise self._too_long(f"more than {member.n_ctx + _COUNTED}", member, config)
+
+        pairs = zip(self.members, self.writing(config), strict=True)
+        return [partial(watch, member, writes) for member, writes in pairs]
+
+    def raw_prompts(
+        self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, tuple[IntArray, ...]]:
         """The bytes to complete, and each member's ids in front of them."""
         if not isinstance(prompt, str):
             raise InputError("a raw completion takes a text, not a conversation")
@@ -286,7 +321,8 @@ class Ensemble:
             raise InputError("the prompt is empty: there is nothing to complete")
         head = Message("user", prompt).content.encode()
         prompts = tuple(writer.raw_prompt() for writer in self.writers)
-        heads = [member.vocabulary.encode(head, at_start=True) for member in self.members]
+        watched = zip(self.members, self._watches(config, interrupted), strict=True)
+        heads = [member.vocabulary.encode(head, at_start=True, watch=watch) for member, watch in watched]
         self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
         return head, prompts
 
@@ -300,16 +336,26 @@ class Ensemble:
             if writes and length == 0:
                 raise InputError(f'the chat template of member "{member.name}" makes an empty prompt of this')
             if writes and length > member.n_ctx:
-                raise PromptTooLongError(
-                    f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
-                    f"shorten it, or raise n_ctx in {self.config.path.name}"
-                )
+                raise self._too_long(str(length), member, config)
+
+    def _too_long(self, length: str, member: Member, config: Config) -> PromptTooLongError:
+        return PromptTooLongError(
+            f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
+            f"shorten it, or raise n_ctx in {config.path.name}"
+        )
 
     def start(
-        self, config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
+        self,
+        config: Config,
+        prompts: tuple[IntArray, ...],
+        head: bytes = b"",
+        *,
+        alone: bool = False,
+        top: int = 0,
+        cancelled: threading.Event | None = None,
     ) -> ReplyStream:
         """A reply after these prompts; `head` is the beginning of a raw completion, the rest as in `Request`."""
-        cancelled = threading.Event()
+        cancelled = cancelled or threading.Event()
         request = make_request(config, prompts, head, alone=alone, top=top)
         generation = Generation(self.engine, request, cancelled.is_set)
         return ReplyStream(self._draft(config, request, generation), cancelled)

@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from me_local.errors import ConfigError, InputError
 from me_local.names import Names
-from me_local.vocabulary import IntArray, Vocabulary
+from me_local.vocabulary import IntArray, Vocabulary, Watch, added
 from me_local.weights import render_built_in
 
 Role = Literal["system", "user", "assistant"]
@@ -103,14 +103,16 @@ class PromptWriter:
         self._control = Names(text for text in vocabulary.control if len(text) > 1)
         self._markup = Names(vocabulary.markup)
 
-    def prompt(self, messages: Sequence[Message]) -> IntArray:
+    def prompt(self, messages: Sequence[Message], watch: Watch = lambda _: None) -> IntArray:
         """The ids of the prompt up to where the reply starts, BOS exactly once: int32 (tokens,).
 
-        Raises InputError when the template refuses the conversation.
+        `watch` hears how many there are at least so far; what it raises ends the work. Raises InputError when the
+        template refuses the conversation.
         """
         marks = _free_marks(messages)
         marked = [Message(m.role, self._protected(m, marks)) for m in messages]
-        return np.array(self._with_bos(self._encode(self._render(marked), marks)), dtype=np.int32)
+        ids = self._encode(self._render(marked), marks, watch)
+        return np.array(self._with_bos(ids), dtype=np.int32)
 
     def raw_prompt(self) -> IntArray:
         """The ids in front of a raw completion: BOS where the vocabulary wants one."""
@@ -132,7 +134,7 @@ class PromptWriter:
             return content  # a reply may have the tokens of the markup: models write them
         return self._markup.replace(content, lambda name: name[0] + marks.cut + name[1:])
 
-    def _encode(self, text: str, marks: "_Marks") -> list[int]:
+    def _encode(self, text: str, marks: "_Marks", watch: Watch) -> list[int]:
         """The ids of what was rendered: control tokens by name, what stands between them tokenised as text."""
         ids: list[int] = []
         at_start = True
@@ -140,7 +142,8 @@ class PromptWriter:
             plain = fragment.replace(marks.gap, "").replace(marks.nul, "\0").encode()
             for piece in plain.split(marks.cut.encode()):
                 # llama.cpp treats what follows a control token as the start of a text.
-                ids += self._vocabulary.encode(piece, at_start=at_start)
+                watch(len(ids))
+                ids += self._vocabulary.encode(piece, at_start=at_start, watch=added(len(ids), watch))
                 at_start = False
             if token is not None:
                 ids.append(token)

@@ -21,11 +21,14 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from me_local.errors import InputError, LoadError, RunError
+from me_local.parts import LONG, Fewest, Parts
 from me_local.pieces import find_end_ids, header_value, read_pieces, suppressed
 from me_local.seams import Seams
 
 IntArray = npt.NDArray[np.int32]
 Encoder = Callable[[bytes], list[int]]
+Watch = Callable[[int], None]
+"""Hears how many ids a text has at least, between the parts of a long one; what it raises ends the tokenising."""
 
 END = 0
 """The number of the end of generation in every unified vocabulary."""
@@ -38,6 +41,7 @@ _LONG = 8192  # bytes
 _FRAME = 1024  # bytes of stack for each byte of text; llama.cpp takes about 300
 _ANCHORS = (b"\n", b"\x01", "\ufdd0".encode())
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+_CHANGING = (b"hybriddna", b"whitespace")  # tokenizers whose tokens are not the bytes of the text
 _STRIPPING = (b"phi-3", b"phi3")  # in the names of such models (llama_vocab::impl::load)
 _USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
 _MARKUP = re.compile(r"[<\[][|\uff5c].+[>\]]|[<\[].+[|\uff5c][>\]]")  # a bar, or DeepSeek's wide one
@@ -62,6 +66,11 @@ def utf8_runs(text: bytes) -> Iterator[tuple[bytes, bool]]:
             return
 
 
+def added(count: int, watch: Watch) -> Watch:
+    """Tell the same watch of so many ids more."""
+    return lambda more: watch(count + more)
+
+
 class Vocabulary:
     """The vocabulary of one model, read once when it is loaded.
 
@@ -69,7 +78,8 @@ class Vocabulary:
     are those that end a generation, `removed` those that the model itself says are never to be sampled; `control` maps
     the text of a control token to its id, `stripping` has those that swallow white space around them; `markup` has the
     texts of user-defined tokens that structure a prompt, which any tokenizer finds in any text; `bos` is the id that
-    starts every context, or None. Raises LoadError for a vocabulary that cannot be used.
+    starts every context, or None; `expands` says that a text may have more tokens than bytes. Raises LoadError for a
+    vocabulary that cannot be used.
     """
 
     def __init__(self, model: llama_cpp.llama_model_p, tokenizer: Path | None = None) -> None:
@@ -94,6 +104,9 @@ class Vocabulary:
         self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
         # Between two seams stands a word or two, and words come back.
         self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
+        model_kind = header_value(model, b"tokenizer.ggml.model")
+        self._plain = tokenizer is None and self.kind in ("SPM", "BPE") and model_kind not in _CHANGING
+        self.expands = tokenizer is not None or self.kind in ("UGM", "WPM")
         self._tokenizer = (header_value(model, b"tokenizer.ggml.pre"), _digest(tokenizer))
         self._byte_ids = self._find_byte_ids(np.flatnonzero(lengths == 1).tolist())
         if self.kind == "SPM" and tokenizer is None:
@@ -111,13 +124,13 @@ class Vocabulary:
         """The bytes that a sequence of ids stands for."""
         return b"".join([self.pieces[i] for i in ids])
 
-    def encode(self, text: bytes, *, at_start: bool = False) -> list[int]:
+    def encode(self, text: bytes, *, at_start: bool = False, watch: Watch = lambda _: None) -> list[int]:
         """The canonical ids of `text`; bytes that are not UTF-8 become single-byte tokens.
 
         `at_start` says that nothing stands before the text, where some vocabularies put a space of their own.
         Control tokens in the text stay text. A character whose bytes the vocabulary lacks (a control character in
         Falcon's) loses those bytes, as in the model's own tokenizer. Raises KeyError when the vocabulary lacks a byte
-        that is not UTF-8; `can_write` tells so beforehand.
+        that is not UTF-8; `can_write` tells so beforehand; and what `watch` raises.
         """
         if len(text) <= _WORD and not at_start and text.isascii():
             return self._encode_word(self._anchor + text)[self._anchor_length :]
@@ -125,12 +138,42 @@ class Vocabulary:
         for run, valid in utf8_runs(text):
             if not valid:
                 ids += [self._byte_ids[byte] for byte in run]
+            elif len(run) > LONG:
+                ids += self._encode_long(run, at_start=at_start and not ids, watch=added(len(ids), watch))
             elif at_start and not ids:
                 ids += self._encode(run)
             else:
                 encode = self._encode_word if len(run) <= _WORD else self._encode
                 ids += encode(self._anchor + run)[self._anchor_length :]
         return ids
+
+    def _encode_long(self, text: bytes, *, at_start: bool, watch: Watch) -> list[int]:
+        if self._encode is _closed:  # what cuts texts is read from the model when it is first needed
+            _closed(text)
+        watch(self._fewest(text))
+        ids: list[int] = []
+        for part in self._parts.of(text):
+            watch(len(ids) + (self._fewest(part) if len(part) > LONG else 0))
+            ids += self._encode(part) if at_start else self._encode(self._anchor + part)[self._anchor_length :]
+            at_start = False
+        return ids
+
+    @functools.cached_property
+    def _parts(self) -> Parts:
+        if self._tokenizer[1]:
+            return Parts([], [], self.seams, merges=False)
+        tokens, pointer = range(self.size), self._pointer
+        texts = [llama_cpp.llama_vocab_get_text(pointer, token) for token in tokens]
+        attributes = [llama_cpp.llama_vocab_get_attr(pointer, token) for token in tokens]
+        return Parts(texts, attributes, self.seams, merges=self.kind == "SPM")
+
+    @functools.cached_property
+    def _fewest(self) -> Callable[[bytes], int]:
+        """How many tokens a text has at least, as far as that can be said without tokenising it."""
+        if not self._plain or self._parts.strips:
+            return lambda _: 0
+        unseen = (self.text_of(token).encode() for token in self.empty)
+        return Fewest([*self.pieces, *unseen]).of
 
     def can_write(self, strays: frozenset[int]) -> bool:
         """Whether the vocabulary has a token for each of these single bytes."""
@@ -355,11 +398,9 @@ _KINDS = {
 
 
 def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
-    short = (llama_cpp.llama_token * _SHORT)()
-
     def tokenize(text: bytes) -> list[int]:
         size = max(_SHORT, len(text) + 8)
-        buffer = short if size == _SHORT else (llama_cpp.llama_token * size)()
+        buffer = (llama_cpp.llama_token * size)()
         length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, size, False, False)
         if length < 0:
             buffer = (llama_cpp.llama_token * -length)()

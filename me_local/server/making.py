@@ -3,6 +3,7 @@
 Both are used in one thread, to which the members belong. Neither knows of queues, or of who listens.
 """
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class Job:
     """One reply to be made.
 
     `hear` takes what happens to it, in the event loop: its steps, and at the end the reply or an exception. One that is
-    `admitted` belongs to a request that had its turn, and always finds room in the queue. `stop` may be called from any
+    `admitted` belongs to a request that had its turn, and always finds room in the queue. `stopped` may be set from any
     thread: it ends at once what would take long.
     """
 
@@ -30,7 +31,7 @@ class Job:
     hear: Callable[[Event | Exception], None]
     admitted: bool
     came: float = field(default_factory=time.monotonic)
-    stop: Callable[[], None] = lambda: None
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     @property
     def raw(self) -> bool:
@@ -88,8 +89,9 @@ class OneByOne:
         ask = job.ask
         # A seed asks for a reply that can be had again, and that must not depend on what is in the cache.
         alone = ask.overrides.seed is not None
-        stream = self._ensemble.stream(ask.prompt, ask.overrides, raw=job.raw, alone=alone, top=ask.top)
-        job.stop = stream.cancel
+        stream = self._ensemble.stream(
+            ask.prompt, ask.overrides, raw=job.raw, alone=alone, top=ask.top, cancelled=job.stopped
+        )
         self._running = job, stream
 
     def step(self) -> list[Written]:
@@ -109,7 +111,7 @@ class OneByOne:
     def cancel(self, job: Job) -> list[Written]:
         """End a reply; one that is over already stays as it is."""
         written: list[Written] = []
-        job.stop()
+        job.stopped.set()
         while self._running and self._running[0] is job:
             written += self.step()
         return written
@@ -132,7 +134,9 @@ class Together:
 
     def begin(self, job: Job) -> None:
         """Give a reply its place. Raises what `Ensemble.begin` raises."""
-        self._jobs[self._ensemble.begin(self._batching, self._config, job.ask, raw=job.raw)] = job
+        stopped = job.stopped.is_set
+        running = self._ensemble.begin(self._batching, self._config, job.ask, raw=job.raw, interrupted=stopped)
+        self._jobs[running] = job
 
     def step(self) -> list[Written]:
         """Go on with all replies by one evaluation."""

@@ -141,7 +141,7 @@ class Worker:
             self._waiting.remove(job)
         elif job in self._running:
             self._running.remove(job)
-            job.stop()
+            job.stopped.set()
             self._thread.submit(self._cancel, job)  # which comes before whatever takes its place
             self._fill()
 
