@@ -2,8 +2,9 @@
 
 llama.cpp ends its process where an assertion fails, and where its machine code does not suit the processor. So before a
 file is used for the first time with this build of llama.cpp, on this processor and with these settings, a child loads
-it and evaluates 1, 2 and 40 tokens. Where the child dies, another tries it without llama.cpp's extra buffers, in which
-weights are packed anew for some processors. What was found is remembered in the user's cache folder.
+it, writes a prompt by its template, which may have no end, and evaluates 1, 2 and 40 tokens. Where the child dies,
+another tries it without llama.cpp's extra buffers, in which weights are packed anew for some processors. What was found
+is remembered in the user's cache folder.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from me_local.config import MemberConfig
 from me_local.errors import CrashError, MeLocalError
 from me_local.machine import processor_features, processor_identity
 from me_local.member import Member
+from me_local.templates import Message, PromptWriter, choose_template
 from me_local.weights import Shelf, Weights, build_identity, checked_file
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ def _run(member: MemberConfig, *, extra_buffers: bool) -> str | None:
         )
     except subprocess.TimeoutExpired:
         raise CrashError(
-            f'member "{member.name}": {member.path}: its first evaluation did not end within {limit:.0f} s; '
+            f'member "{member.name}": {member.path}: its first prompt and evaluation did not end within {limit:.0f} s; '
             "--no-check takes it as it is"
         ) from None
     except OSError as error:  # no room for another process, or Python inside another program
@@ -200,9 +202,11 @@ def _stamp(path: Path | None) -> list[Any]:
 
 
 def _use(member: MemberConfig, *, extra_buffers: bool) -> None:
-    """Load the member and evaluate what a reply would. Raises MeLocalError, or ends the process."""
+    """Load the member, write it a prompt and evaluate that. Raises MeLocalError, or ends the process, or never ends."""
     with closing(Weights(member, extra_buffers=extra_buffers)) as weights, Member(member, weights) as used:
-        ids = np.resize(np.array(weights.vocabulary.encode(_TEXT.encode()), np.int32), used.n_ctx)
+        template = choose_template(member.chat_template, weights.chat_template, weights.token_texts)
+        prompt = PromptWriter(weights.vocabulary, template.render).prompt([Message("user", _TEXT)])
+        ids = np.resize(prompt, used.n_ctx)
         end = 0
         for count in _TOKENS:
             end = min(end + count, len(ids))

@@ -136,8 +136,21 @@ def test_what_dies_either_way_is_one_line(
 def test_a_child_that_hangs_is_given_up(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path, monkeypatch, "import time; time.sleep(60)")
     monkeypatch.setattr(trial, "_LEAST_SECONDS", 1.0)
-    with pytest.raises(CrashError, match=r"bpe_a.gguf: its first evaluation did not end within 1 s; --no-check"):
+    with pytest.raises(
+        CrashError, match=r"bpe_a.gguf: its first prompt and evaluation did not end within 1 s; --no-check"
+    ):
         load(two_models)
+
+
+def test_a_template_without_end_is_given_up(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "endless.jinja").write_text(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    models = tmp_path / "models.toml"
+    models.write_text(two_models.read_text().replace("n_ctx", 'chat_template = "./endless.jinja"\nn_ctx', 1))
+    monkeypatch.setattr(trial, "_LEAST_SECONDS", 3.0)
+    with pytest.raises(CrashError, match=r"bpe_a.gguf: its first prompt and evaluation did not end within 3 s"):
+        load(models)
 
 
 def test_what_is_wrong_with_a_file_is_said_as_without_a_trial(
