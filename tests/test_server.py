@@ -385,6 +385,8 @@ def test_what_serve_refuses(two_models: Path) -> None:
     assert "--host 0.0.0.0: other machines can reach it; give --api-key, or --insecure" in refused("--host", "0.0.0.0")
     assert "--host ::" in refused("--host", "::")
     assert "--host no.such.invalid" in refused("--host", "no.such.invalid")
+    for host in ("127.0.0..1", "g\udce9", "a" * 300):
+        assert "not an address or the name of a machine" in refused("--host", host)
     assert "--api-key: must be printable ASCII, and not empty" in refused("--api-key", "")
     with bind("127.0.0.1", 0, guarded=False) as taken:  # it listens at once: a second one fails before it loads models
         assert "in use" in refused("--port", str(taken.getsockname()[1]))
