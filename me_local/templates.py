@@ -26,6 +26,7 @@ from me_local.weights import render_built_in
 
 Role = Literal["system", "user", "assistant"]
 Render = Callable[[Sequence["Message"]], str]
+_Attempt = Callable[[Sequence["Message"], "_Form"], str]
 
 PLAIN_STOPS = ("\nUser:", "\n\nUser:")
 """End the reply of an ensemble in which a member sees a plain transcript: the next speaker's label on a new line."""
@@ -37,6 +38,18 @@ _NONCHARACTERS = [chr(0xFDD0 + i) for i in range(32)]
 
 _SPACE = " \t\n\v\f\r"  # what C's isspace knows, which llama.cpp strips by
 _LONGEST = 300  # characters of a template's own error
+_IN_GGUF = "the chat template in the GGUF"
+_PLACES: tuple[Literal["anywhere", "first", "nowhere"], ...] = ("anywhere", "first", "nowhere")
+_PARTS: tuple[tuple[Role, ...], ...] = (
+    (),
+    ("system", "user", "assistant"),
+    ("user",),
+    ("system", "user"),
+    ("user", "assistant"),
+    ("system",),
+    ("assistant",),
+    ("system", "assistant"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,20 +249,6 @@ def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
     return _in_its_form(attempt, forms)
 
 
-_IN_GGUF = "the chat template in the GGUF"
-_PLACES: tuple[Literal["anywhere", "first", "nowhere"], ...] = ("anywhere", "first", "nowhere")
-_PARTS: tuple[tuple[Role, ...], ...] = (
-    (),
-    ("system", "user", "assistant"),
-    ("user",),
-    ("system", "user"),
-    ("user", "assistant"),
-    ("system",),
-    ("assistant",),
-    ("system", "assistant"),
-)
-
-
 def _probe(*roles: Role) -> list[Message]:
     """A conversation of texts that no template has of its own; Python's and JSON's quoting changes them."""
     return [Message(role, f"probe{i}text'\"") for i, role in enumerate(roles)]
@@ -264,13 +263,32 @@ _PROBES = (
 """What templates are tried on, in turn: some refuse whatever is longer."""
 
 
-def _in_its_form(attempt: Callable[[Sequence[Message], _Form], str], forms: Sequence[_Form]) -> Render:
+def _in_its_form(attempt: _Attempt, forms: Sequence[_Form]) -> Render:
     """Render in the form in which the template shows most of a conversation; of equals, the first."""
     best = _best_form(attempt, forms)
-    return lambda messages: attempt(messages, best)
+
+    def render(messages: Sequence[Message]) -> str:
+        try:
+            return attempt(messages, best)
+        except InputError as error:
+            if not _blames_replies(lambda other: attempt(other, best), messages):
+                raise
+            raise InputError(f"{error} (this is about an earlier reply: start a new conversation)") from None
+
+    return render
 
 
-def _best_form(attempt: Callable[[Sequence[Message], _Form], str], forms: Sequence[_Form]) -> _Form:
+def _blames_replies(render: Render, messages: Sequence[Message]) -> bool:
+    """Whether a conversation is refused for what its replies say, such as the marks of channels in a reply."""
+    harmless = [replace(m, content="Yes.") if m.role == "assistant" else m for m in messages]
+    try:
+        render(harmless)
+    except InputError:
+        return False
+    return True
+
+
+def _best_form(attempt: _Attempt, forms: Sequence[_Form]) -> _Form:
     for probe in _PROBES:
         best, most = forms[0], 0
         for form in forms:

@@ -119,6 +119,36 @@ def test_a_prompt_continues_the_one_before_and_its_reply(open_member: OpenMember
         assert after[: len(before) - 1] == before[:-1]
 
 
+@pytest.mark.parametrize("name", ["bpe_a", "bpe_c", "spm"])
+@pytest.mark.parametrize("reply", ["the cat", " the cat", "\n\nthe cat ", "s", " ", ""])
+@pytest.mark.parametrize("trim", ["", "| trim"])
+@pytest.mark.parametrize("behind", ["", " ", "</s>"])
+def test_a_reply_in_the_history_is_tokenised_with_what_stands_around_it(
+    open_member: OpenMember, name: str, reply: str, trim: str, behind: str
+) -> None:
+    """As where a template writes a space in front of it: Llama-2's, Mistral's, Vicuna's and others' do."""
+    member = open_member(name)
+    source = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content TRIM }}BEHIND{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    render = jinja_render(source.replace("TRIM", trim).replace("BEHIND", behind), TOKENS, "test")
+    reply_shown = reply.strip() if trim else reply
+    text = f"user: Hi{behind}assistant: {reply_shown}{behind}user: Bye{behind}assistant:"
+    control = member.vocabulary.control.get(behind)
+    parts = text.split(behind) if control is not None else [text]
+    expected = [] if member.vocabulary.bos is None else [member.vocabulary.bos]
+    for i, part in enumerate(parts):
+        expected += [control] if i and control is not None else []
+        expected += member.vocabulary.encode(part.encode(), at_start=True)
+    ids = PromptWriter(member.vocabulary, render).prompt(user("Hi", reply, "Bye")).tolist()
+    assert ids == expected
+    if trim and reply.startswith(" t"):  # what the model wrote is what stands there: nothing is evaluated again
+        before = PromptWriter(member.vocabulary, render).prompt(user("Hi")).tolist()
+        before += member.vocabulary.encode(reply.encode())
+        assert ids[: len(before) - 1] == before[:-1]
+
+
 def test_the_plain_transcript() -> None:
     opening = "The following is a conversation between a user and a helpful, knowledgeable assistant."
     assert render_plain(user("Hi")) == f"{opening}\n\nUser:\nHi\n\nAssistant:\n"
@@ -151,6 +181,20 @@ def test_a_template_that_refuses_a_conversation_says_why_in_a_line(raised: str, 
         jinja_render(source, TOKENS, "its template")(HI)
     assert str(error.value) == f"its template refuses the conversation: {why}"
     assert choose_template(None, source, TOKENS).remarks == ()
+
+
+def test_a_template_that_refuses_what_a_reply_says_tells_so() -> None:
+    source = (
+        f"{EACH}{{% if m.role == 'assistant' and '<|channel|>' in m.content %}}"
+        "{{ raise_exception('tags of channels') }}{% endif %}[{{ m.content }}]{% endfor %}"
+    )
+    render = jinja_render(source, TOKENS, "its template")
+    reply = "<|channel|>analysis<|message|>They greet.<|end|><|start|>assistant<|channel|>final<|message|>Hello!"
+    with pytest.raises(InputError) as error:
+        render(user("Hi", reply, "And?", reply, "So?"))
+    refused = "its template refuses the conversation: tags of channels"
+    assert str(error.value) == f"{refused} (this is about an earlier reply: start a new conversation)"
+    assert render(user("Hi", "Hello!", "And?")) == "[Hi][Hello!][And?]"
 
 
 def test_a_template_that_writes_what_is_no_text_refuses() -> None:
@@ -256,6 +300,11 @@ def test_the_dialect_of_templates() -> None:
 
 
 LAST = "{{ messages[-1].content }}"
+
+
+def test_json_in_templates_is_written_as_asked() -> None:
+    source = "{{ {'b': 'ä', 'a': 1} | tojson(separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}"
+    assert jinja_render(source, TOKENS, "test")(HI) == '{"a":1,"b":"\\u00e4"}'
 
 
 def test_choosing_a_template(tmp_path: Path) -> None:
