@@ -100,14 +100,14 @@ class Parts:
         return 0
 
     def _between(self, text: bytes, start: int, seen: int, end: int) -> int:
-        """The last place from byte `seen` on between two characters that stand together in no token; 0 if there is none."""
+        """The last place from byte `seen` on between two characters that stand together in no token; 0 if none."""
         first = seen if seen == start else _start_of_character(text, seen - 1)
         chars, pairs = text[first:end].decode(), _pairs(text[first:end])
         near = np.searchsorted(self._together, pairs)
         known = self._together[np.minimum(near, len(self._together) - 1)] == pairs
         for at in islice(np.flatnonzero(~known)[::-1].tolist(), _TRIES):
             cut = first + len(chars[: at + 1].encode())
-            stripped = self.strips and text[cut] in _SPACES
+            stripped = self.strips and (text[cut - 1] in _SPACES or text[cut] in _SPACES)
             # Behind a user-defined token a space may be put.
             if not stripped and not text.endswith(self._user_defined, 0, cut):
                 return cut

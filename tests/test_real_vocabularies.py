@@ -6,6 +6,7 @@ U+2581 take that character for a space, and a vocabulary without a token for som
 
 import functools
 import string
+import time
 from pathlib import Path
 
 import fetch_vocabularies
@@ -20,6 +21,8 @@ from real_vocabularies import EMBEDDING, NAMES, open_model, vocabulary
 from tiny_architectures import llama_model
 from tiny_vocabularies import Token, TokenType, Vocab, chatml_vocab, spm_vocab
 
+from me_local import parts as parts_module
+from me_local import vocabulary as vocabulary_module
 from me_local.config import MemberConfig
 from me_local.templates import Message, PromptWriter, built_in_render, jinja_render
 from me_local.vocabulary import TokenizedText, Vocabulary, utf8_runs
@@ -227,6 +230,54 @@ def test_long_runs_without_a_seam(name: str) -> None:
     for char in ("a", "7", "!", " ", "你"):
         text = char.encode() * 40_000
         assert words.joined(words.encode(text)) == text
+
+
+@functools.cache
+def user_defined(name: str) -> list[str]:
+    return [token.decode() for token in vocabulary(name)._parts._user_defined] or ["a"]
+
+
+@real
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), at_start=st.booleans())
+def test_a_long_text_in_parts_has_the_ids_of_the_whole(name: str, data: st.DataObject, at_start: bool) -> None:
+    words = vocabulary(name)
+    often = ["\n", "\n\n", "  ", "\t", "word", " the", "字", "🙂", "ø", "1"]
+    some = st.sampled_from(user_defined(name)) | st.sampled_from(often)
+    drawn = data.draw(st.lists(st.tuples(some | st.characters(codec="utf-8"), st.integers(1, 5)), max_size=30))
+    text = "".join(part * times for part, times in drawn).encode()
+    anchor, length = (b"", 0) if at_start else (words._anchor, words._anchor_length)
+    whole = words._encode(anchor + text)[length:]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (parts_module, vocabulary_module):
+            patch.setattr(module, "LONG", 16)
+        patch.setattr(parts_module, "_MANY", 3)
+        assert words.encode(text, at_start=at_start) == whole
+    assert words._fewest(text) <= len(whole)
+
+
+PATHOLOGICAL = {
+    "line feeds": "\n\na" * 333_333,
+    "yes": "y\n" * 500_000,
+    "one letter": "a" * 1_000_000,
+    "spaces": " " * 1_000_000,
+    "control": "<|im_end|>" * 100_000,
+    "empty lines": "\n" * 1_000_000,
+}
+
+
+@real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_megabyte_without_seams_takes_no_time_that_grows_with_its_square(name: str) -> None:
+    """Parts of at most a few KB each where llama.cpp's time would grow so; it is linear in the others."""
+    words = vocabulary(name)
+    for kind, text in PATHOLOGICAL.items():
+        began = time.process_time()
+        ids = words.encode(text.encode(), at_start=True)
+        assert time.process_time() - began < 20, kind  # by the square of the length it took minutes
+        assert words.joined(ids).removeprefix(b" " if words.adds_space else b"") == text.encode(), kind
 
 
 @functools.cache
