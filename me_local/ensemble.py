@@ -61,7 +61,8 @@ class Finished:
 class Ensemble:
     """Several GGUF models that write one reply together. Use as a context manager, or call `close`.
 
-    `config` is what it was loaded from; `batch` is the number of replies that it can make at once. Weights come from
+    `config` is what it was loaded from; `template_notices` are those of its `notices` that say how members see a
+    conversation; `batch` is the number of replies that it can make at once. Weights come from
     `shelf`, if one is given, and stay there. With `check`, files that are used for the first time are tried in a child
     process before; None: unless ME_LOCAL_NO_CHECK is set. Raises ConfigError and LoadError.
     """
@@ -88,6 +89,7 @@ class Ensemble:
             loaded = load_members(config, self.shelf, stack, on_load, batch, check=check)
             self.members, self.writers = loaded.members, loaded.writers
             self._plain, self._notices = loaded.plain, loaded.notices
+            self.template_notices = loaded.template_notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
             self._stack = stack.pop_all()
 
@@ -100,7 +102,7 @@ class Ensemble:
     def notices(self) -> list[str]:
         """One-line remarks for its user; the first replies may add some."""
         losses = [(self.names[i], loss) for i, loss in sorted(self.engine.losses.items())]
-        return self._notices + [loss.notice(name) for name, loss in losses if loss.matters]
+        return self._notices + self.template_notices + [loss.notice(name) for name, loss in losses if loss.matters]
 
     @property
     def unit(self) -> str:

@@ -22,7 +22,8 @@ OnLoad = Callable[[MemberConfig, Doing], None]
 class Loaded:
     """The members, the writers of their prompts and their unified vocabulary.
 
-    `plain` says which of them see a plain transcript; `notices` are one-line remarks for the user.
+    `plain` says which of them see a plain transcript; `notices` are one-line remarks for the user, `template_notices`
+    those on how members see a conversation.
     """
 
     members: tuple[Member, ...]
@@ -30,6 +31,7 @@ class Loaded:
     unified: UnifiedVocabulary
     plain: tuple[bool, ...]
     notices: list[str]
+    template_notices: list[str]
 
 
 def load_members(
@@ -59,8 +61,9 @@ def load_members(
     members = tuple(future.result() for future in making)
     templates = [template for _, template in writers]
     plain = tuple(template.plain for template in templates)
-    notices = found + [notice for pair in zip(members, templates, strict=True) for notice in _notices(*pair)]
-    return Loaded(members, tuple(writer for writer, _ in writers), unified, plain, notices)
+    notices = found + [notice for member in members for notice in _notices(member)]
+    of_templates = [notice for pair in zip(members, templates, strict=True) for notice in _template_notices(*pair)]
+    return Loaded(members, tuple(writer for writer, _ in writers), unified, plain, notices, of_templates)
 
 
 def _writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[PromptWriter, Template]:
@@ -72,7 +75,7 @@ def _writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[Pro
     return PromptWriter(weights.vocabulary, template.render), template
 
 
-def _notices(member: Member, template: Template) -> Iterator[str]:
+def _notices(member: Member) -> Iterator[str]:
     config = member.config
     if member.weights.warnings:
         yield f"{member.name}: llama.cpp warns of its vocabulary: {'; '.join(member.weights.warnings)}"
@@ -80,8 +83,11 @@ def _notices(member: Member, template: Template) -> Iterator[str]:
         yield f"{member.name}: its context ends at {member.n_ctx} tokens, as it was trained"
     if config.n_gpu_layers > 0 and not supports_gpu():
         yield f"{member.name}: this build of llama.cpp has no GPU support, so it runs on the CPU"
+
+
+def _template_notices(member: Member, template: Template) -> Iterator[str]:
     yield from (f"{member.name}: {remark}" for remark in template.remarks)
-    if template.plain and config.chat_template is None:
+    if template.plain and member.config.chat_template is None:
         yield (
             f"{member.name}: it has no chat template, so it sees a plain transcript; "
             f'"{PLAIN_STOPS[0].strip()}" at the start of a line ends a reply'

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Literal
 
 import click
@@ -59,12 +60,15 @@ def print_reply(text: str) -> None:
 
 
 class Notices:
-    """Tells the user each of an ensemble's remarks once; `write` takes a line."""
+    """Tells the user each of an ensemble's remarks once; `write` takes a line, without one it goes to stderr.
 
-    def __init__(self, ensemble: Ensemble, write: Callable[[str], None]) -> None:
+    Where prompts are `raw`, no member sees a conversation, and nothing is said of how.
+    """
+
+    def __init__(self, ensemble: Ensemble, write: Callable[[str], None] | None = None, *, raw: bool = False) -> None:
         self._ensemble = ensemble
-        self._write = write
-        self._told: set[str] = set()
+        self._write = write or partial(click.echo, err=True)
+        self._told = set(ensemble.template_notices if raw else ())
 
     def tell(self) -> None:
         """Write those that have come since the last time."""

@@ -92,7 +92,7 @@ def _prompt(argument: str | None) -> str:
 
 
 def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: bool) -> None:
-    notices = Notices(ensemble, lambda text: click.echo(text, err=True))
+    notices = Notices(ensemble, raw=raw)
     notices.tell()
     for i in range(count):
         seed = ensemble.config.seed
@@ -109,7 +109,7 @@ def _replies(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: b
 
 def _replies_at_once(ensemble: Ensemble, text: str, count: int, *, raw: bool, as_json: bool) -> None:
     """The replies in their order, each as soon as it and those before it are finished."""
-    notices = Notices(ensemble, lambda text: click.echo(text, err=True))
+    notices = Notices(ensemble, raw=raw)
     notices.tell()
     shown, errors = 0, []
     finished: dict[int, Finished] = {}
@@ -167,7 +167,7 @@ def _batch(
     ensemble: Ensemble, jobs: list[Job], done: dict[str | int, Stretch | None], records: IO[bytes], *, raw: bool
 ) -> None:
     failed = 0
-    notices = Notices(ensemble, lambda text: click.echo(text, err=True))
+    notices = Notices(ensemble, raw=raw)
     notices.tell()
     on_screen = records is sys.stdout.buffer and sys.stdout.isatty()
     with progress("prompts", len(jobs), len(done), hidden=on_screen) as advance:
