@@ -147,14 +147,13 @@ def test_a_state_that_llama_cpp_refuses_costs_time_and_nothing_else(open_member:
         member.caches[0].save()
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("swa_full", [True, False])
+@pytest.mark.parametrize(("name", "swa_full"), [*((name, True) for name in KINDS), ("swa", False)])
 def test_usable_is_what_can_be_gone_back_to(open_member: OpenMember, name: str, swa_full: bool) -> None:
     """In a cache, and in one that gets the state of another: not what a window has passed."""
     member, other = (open_member(name, n_ctx=1024, n_batch=64, swa_full=swa_full) for _ in range(2))
     random = np.random.default_rng(5)
     cache, whole = member.caches[0], 0
-    for _ in range(60):
+    for _ in range(30):
         history = random.integers(3, 340, random.choice([5, 14, 15, 16, 17, 60, 300, 700]), dtype=np.int32)
         member.prepare(history, final=int(random.integers(len(history) + 1)))
         if random.random() < 0.5:
