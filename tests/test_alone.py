@@ -170,6 +170,7 @@ def ensemble_history(
         if random.random() < 0.2:
             making.step()
             making.cancel(job)
+            assert not making.busy
             continue
         while making.busy:
             written = making.step()

@@ -133,6 +133,24 @@ def test_too_little_memory_keeps_nothing(open_member: OpenMember) -> None:
     assert len(member.states) == 0
 
 
+def test_what_is_kept_is_worth_it_and_has_room(open_member: OpenMember) -> None:
+    """What a state takes follows from the prompt: one that is too large drops none of those that are there."""
+    member = open_member("bpe_a")
+    first, second, large = (np.arange(i, i + n, dtype=np.int32) for i, n in ((10, 40), (60, 40), (110, 200)))
+    member.prepare(first)
+    member.states = States(2 * member.caches[0].save().size)
+    member.prepare(first[: 40 - WORTH + 1])
+    assert len(member.states) == 0
+    member.prepare(first)
+    member.prepare(second)
+    assert len(member.states) == 1
+    member.prepare(large)
+    assert len(member.states) == 2
+    member.prepare(second)
+    assert len(member.states) == 2
+    assert member.prepare(first).tokens == 0
+
+
 def test_a_state_that_llama_cpp_refuses_costs_time_and_nothing_else(open_member: OpenMember) -> None:
     member, reference = open_member("hybrid", **SETTINGS), open_member("hybrid", **SETTINGS)
     member.states = States(10**8)
