@@ -46,8 +46,7 @@ class Checkpoints:
 
     def longest(self, most: int) -> int:
         """The length of the longest of at most `most` tokens; 0 if there is none."""
-        lengths = [checkpoint.length for checkpoint in (*self._prompts, *self._text)]
-        return max((length for length in lengths if length <= most), default=0)
+        return max((length for length in self.lengths if length <= most), default=0)
 
     def copy(self) -> "Checkpoints":
         """Another set of the same checkpoints."""
@@ -61,6 +60,20 @@ class Checkpoints:
         for kind in (self._prompts, self._text):
             while kind and kind[-1].length > length:
                 kind.pop()
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The numbers of tokens after which there is one, in growing order."""
+        return tuple(sorted({checkpoint.length for checkpoint in (*self._prompts, *self._text)}))
+
+    @staticmethod
+    def stops(length: int) -> tuple[int, ...]:
+        """After how many tokens of a prompt of `length`, evaluated by itself, there are to be some.
+
+        They follow from the length alone, as they decide where batches end: one for another reply to the prompt, and
+        one for a text by which the last tokens become others.
+        """
+        return tuple(stop for stop in (length - _SPACING, length) if stop > 0)
 
     def due_in_prompt(self, keep: int, final: int, length: int) -> int | None:
         """How many tokens of a prompt of `length` the next checkpoint covers, if one is missing.

@@ -64,8 +64,12 @@ class Model(Protocol):
     def logits(self) -> Row:
         """The logits after the last `sync`, once they are there; more of them than are enough may come."""
 
+    @property
+    def divisible(self) -> bool:
+        """Whether numbers do not depend on the number of threads; see `schedule`."""
+
     def share_cores(self, parts: int) -> None:
-        """Evaluate with a part of the cores, one of so many, from now on."""
+        """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
 
 
 @dataclass(frozen=True, slots=True)

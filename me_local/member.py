@@ -21,10 +21,12 @@ import numpy.typing as npt
 
 from me_local.batches import Batch, Outputs, Part
 from me_local.cache import Cache
+from me_local.checkpoints import Checkpoints
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, kv_cache_bytes
 from me_local.machine import available_memory, usable_cores
+from me_local.origin import Origin, in_batches
 from me_local.shortlist import Row, Shortlister
 from me_local.states import States
 from me_local.vocabulary import IntArray
@@ -110,9 +112,9 @@ class Member:
         self.n_ctx = min(cells, self.weights.trained_context or cells)
         window = self.weights.window
         evicts = window > 0 and not self.config.swa_full
-        cuttable = not evicts and self.weights.memory not in ("recurrent", "hybrid")
+        recurrent = self.weights.memory in ("recurrent", "hybrid")
         self.caches = tuple(
-            Cache(self._context, i, name=self.name, cells=cells, window=window, cuttable=cuttable)
+            Cache(self._context, i, name=self.name, cells=cells, window=window, evicts=evicts, recurrent=recurrent)
             for i in range(sequences)
         )
         self._batch = Batch(self.n_batch, cells, sequences)
@@ -133,23 +135,36 @@ class Member:
         """Make the cache hold exactly `ids`, int32 (tokens,), at most `n_ctx` of them; there are no logits then.
 
         The first `final` are known to stay as they are; this has no effect on what the cache holds, but a memory that
-        cannot be cut back gets a checkpoint there. With `alone` they are evaluated in one go, or left as they are if
-        that is how they came into the cache: a part of them that another evaluation left there is not used, because
-        numbers depend on how batches were cut. Raises RunError when llama.cpp fails, EvaluationInterruptedError when
-        `interrupted()` becomes true between two batches.
+        cannot be cut back gets a checkpoint there. With `alone` they are evaluated from the first, in batches that
+        follow from their number alone, or left as they are where that is how they came into the cache (`Origin`): what
+        another evaluation left there is not used, and `final` has no effect at all. Raises RunError when llama.cpp
+        fails, EvaluationInterruptedError when `interrupted()` becomes true between two batches.
         """
         self.require_open()
         cache, before = self.caches[0], self.seconds
+        wanted = self._by_itself(len(ids)) if alone else None
         if self.states is not None:
-            cache.exchange(self.states, ids, alone=alone)
-        if alone and not (cache.alone == len(ids) and np.array_equal(cache.ids[: cache.alone], ids)):
-            cache.forget()
-        keep = cache.cut(cache.common(ids, len(ids)))
-        due = cache.checkpoints.due_in_prompt(keep, final, len(ids)) if cache.checkpoints else None
-        self._extend(ids, due, interrupted, prompt=True)
-        if alone or keep == 0:
-            cache.alone = len(ids)
+            cache.exchange(self.states, ids, wanted)
+        if wanted is None:
+            keep = cache.cut(cache.common(ids, len(ids)))
+            due = cache.checkpoints.due_in_prompt(keep, final, len(ids)) if cache.checkpoints else None
+            self._extend(ids, self._in_batches(due, len(ids)), interrupted, prompt=True)
+        else:
+            keep = cache.cut(cache.usable(ids, wanted))
+            if keep == 0 or cache.origin != wanted.upto(keep):
+                keep = 0
+                for each in self.caches:
+                    each.forget()
+            self._extend(ids, wanted.after(keep), interrupted, prompt=True, alone=True)
         return Evaluated(len(ids) - keep, self.seconds - before)
+
+    def _by_itself(self, length: int) -> Origin:
+        """How a prompt of so many tokens is evaluated where there is nothing else."""
+        return in_batches(0, Checkpoints.stops(length) if self.caches[0].checkpoints else (), length, self.n_batch)
+
+    def _in_batches(self, due: int | None, length: int) -> Origin:
+        """How what the cache lacks of so many tokens is evaluated, with a checkpoint after `due` of them."""
+        return in_batches(self.caches[0].length, (due,) if due else (), length, self.n_batch)
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
         """Make the cache hold exactly `ids`, at least one of them; `logits` are then those after them.
@@ -162,7 +177,7 @@ class Member:
         common = cache.common(ids, len(ids) - 1)
         keep = cache.cut(common)
         due = cache.checkpoints.due_in_text(keep, common, final, len(ids)) if cache.checkpoints else None
-        self._extend(ids, due, interrupted, prompt=False)
+        self._extend(ids, self._in_batches(due, len(ids)), interrupted, prompt=False)
         return Evaluated(len(ids) - keep, self.seconds - before)
 
     def shorten(self, count: int, numbers: IntArray) -> None:
@@ -246,9 +261,14 @@ class Member:
         for cache, ids, _ in parts:
             cache.add(ids)
 
+    @property
+    def divisible(self) -> bool:
+        """Whether numbers do not depend on the number of threads; with flash attention they do, so it stays."""
+        return not self.config.flash_attn
+
     def share_cores(self, parts: int) -> None:
-        """Evaluate with a part of the threads, one of so many, from now on."""
-        if parts != self._parts:
+        """Evaluate with a part of the threads, one of so many, from now on, if it is divisible."""
+        if self.divisible and parts != self._parts:
             self._parts = parts
             count = max(1, (self.config.n_threads or usable_cores()) // parts)
             llama_cpp.llama_set_n_threads(self._context, count, count)
@@ -279,19 +299,23 @@ class Member:
         if self._closed:
             raise RunError(f'member "{self.name}": the ensemble is closed')
 
-    def _extend(self, ids: IntArray, due: int | None, interrupted: Callable[[], bool], *, prompt: bool) -> None:
-        """Evaluate what the cache lacks of `ids`, with a checkpoint after `due` of them."""
+    def _extend(
+        self, ids: IntArray, plan: Origin, interrupted: Callable[[], bool], *, prompt: bool, alone: bool = False
+    ) -> None:
+        """Evaluate what the cache lacks of `ids`, in these batches; `alone` as in `prepare`."""
         cache = self.caches[0]
-        if due:
-            self._evaluate_to(due, ids, interrupted)
-            cache.checkpoint(prompt=prompt)
-        self._evaluate_to(len(ids), ids, interrupted)
-
-    def _evaluate_to(self, end: int, ids: IntArray, interrupted: Callable[[], bool]) -> None:
-        for start in range(self.caches[0].length, end, self.n_batch):
-            if interrupted():
-                raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {start} of {len(ids)}')
-            self._evaluate(ids[start : min(end, start + self.n_batch)])
+        # Where there are others, a sequence that becomes empty does not begin with its first cell again.
+        noted = prompt and (alone or len(self.caches) == 1)
+        for end in plan.ends:
+            start = cache.length
+            if end > start:
+                if interrupted():
+                    raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {start} of {len(ids)}')
+                self._evaluate(ids[start:end])
+                if noted:
+                    cache.note(start)
+            if end in plan.checkpoints:
+                cache.checkpoint(prompt=prompt)
 
     def _evaluate(self, ids: IntArray, outputs: Outputs = "last") -> None:
         self.evaluate([Part(self.caches[0], ids, outputs)])

@@ -2,8 +2,10 @@
 
 On a CPU two evaluations at once on all cores get in each other's way, so each has its share of them. Which of both is
 faster depends on the models and the machine, and is measured in the first steps; the numbers that a model computes do
-not depend on the number of its threads. On a GPU an evaluation is queued and returns at once: one after the other is
-parallel there.
+not depend on it. With flash attention they depend on the number of threads, among which llama.cpp divides the keys
+(`ggml_compute_forward_flash_attn_ext`, split KV), so a member with it always has all of its threads. Two evaluations on
+all cores are slower than one after the other, so that an ensemble with such a member goes that way unless it is told
+otherwise. On a GPU an evaluation is queued and returns at once: one after the other is parallel there.
 """
 
 import time
@@ -18,10 +20,14 @@ _TRIALS = 5  # of each way
 
 
 class Shares(Protocol):
-    """What can evaluate with a share of the cores."""
+    """What can evaluate with a share of the cores, where it is `divisible`: numbers do not depend on the threads."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether it takes a part of the cores; one that does not keeps its threads, whatever it is told."""
 
     def share_cores(self, parts: int) -> None:
-        """Evaluate with a part of the cores, one of so many, from now on."""
+        """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
 
 
 class Schedule:
@@ -29,12 +35,15 @@ class Schedule:
 
     def __init__(self, models: Sequence[Shares]) -> None:
         self._models = models
+        self._divisible = all(model.divisible for model in models)
         self._pool: ThreadPoolExecutor | None = None
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
 
     @property
     def parallel(self) -> bool | None:
         """Whether all at once is faster."""
+        if not self._divisible:
+            return False
         if len(self._seconds[True]) < _TRIALS:
             return None
         return median(self._seconds[True]) < median(self._seconds[False])

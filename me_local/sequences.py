@@ -179,8 +179,8 @@ class Sequences:
 
     def _take_over(self, cache: Cache, ids: IntArray) -> int:
         """Cut a cache back to what it has of `ids`, or to what another has, where that is much more; its length."""
-        own = cache.usable(ids, alone=False)
-        others = {other: other.usable(ids, alone=False) for other in self._caches if other is not cache}
+        own = cache.usable(ids)
+        others = {other: other.lendable(ids) for other in self._caches if other is not cache}
         lender = max(others, key=others.__getitem__, default=None)
         if lender is not None and others[lender] >= own + WORTH:
             cache.borrow(lender, others[lender])

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from me_local.checkpoints import Checkpoints
+from me_local.origin import Origin
 from me_local.vocabulary import IntArray
 
 WORTH = 32
@@ -21,12 +22,14 @@ WORTH = 32
 class State:
     """A member's cache: the `ids` in it, int32 (tokens,), and its contents as llama.cpp wrote them, uint8 (bytes,).
 
-    The first `alone` tokens were evaluated in one go. `checkpoints` are those of a memory that cannot be cut back.
+    `origin` says how they came there. `reach` is the least number of tokens that it can be cut back to; below that are
+    only the `checkpoints` of a memory that cannot be cut back, or that loses what a window has passed.
     """
 
     ids: IntArray
     data: npt.NDArray[np.uint8]
-    alone: int
+    origin: Origin
+    reach: int
     checkpoints: Checkpoints | None
 
     @property
@@ -34,14 +37,17 @@ class State:
         """In bytes."""
         return self.data.nbytes + self.ids.nbytes + (self.checkpoints.size if self.checkpoints else 0)
 
-    def usable(self, ids: IntArray, *, alone: bool) -> int:
-        """How many of `ids` need not be evaluated once this state is back; `alone` as in `Member.prepare`."""
+    def usable(self, ids: IntArray, wanted: Origin | None = None) -> int:
+        """How many of `ids` need not be evaluated once this state is back.
+
+        Where an origin is wanted, those count alone that came this way.
+        """
         common = common_length(self.ids, ids)
-        if alone:
-            return common if common == len(ids) == self.alone else 0
-        if self.checkpoints and common < len(self.ids):
-            return self.checkpoints.longest(common)
-        return common
+        if wanted is not None:
+            common = self.origin.shared(wanted, common)
+        if common >= self.reach:
+            return common
+        return self.checkpoints.longest(common) if self.checkpoints else 0
 
 
 class States:
@@ -55,10 +61,13 @@ class States:
     def __len__(self) -> int:
         return len(self._states)
 
-    def best(self, member: str, ids: IntArray, *, alone: bool) -> State | None:
-        """The state of this member with which the least of `ids` is to be evaluated; None if there is none."""
+    def best(self, member: str, ids: IntArray, wanted: Origin | None = None) -> State | None:
+        """The state of this member with which the least of `ids` is to be evaluated; None if there is none.
+
+        `wanted` as in `State.usable`.
+        """
         entries = [entry for entry in self._states if entry[0] == member]
-        best = max(entries, key=lambda entry: entry[1].usable(ids, alone=alone), default=None)
+        best = max(entries, key=lambda entry: entry[1].usable(ids, wanted), default=None)
         if best is None:
             return None
         self._states.remove(best)
@@ -88,4 +97,5 @@ def common_length(a: IntArray, b: IntArray) -> int:
 
 
 def _continues(new: State, old: State) -> bool:
-    return new.alone == old.alone and common_length(new.ids, old.ids) == len(old.ids)
+    ends = old.origin.ends
+    return new.origin.ends[: len(ends)] == ends and common_length(new.ids, old.ids) == len(old.ids)

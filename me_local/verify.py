@@ -120,6 +120,7 @@ class _Witness:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.name, self.n_ctx, self.vocabulary = model.name, model.n_ctx, model.vocabulary
+        self.divisible = model.divisible
         self.ids: IntArray = np.empty(0, dtype=np.int32)
 
     def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:

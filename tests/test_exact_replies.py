@@ -109,6 +109,7 @@ class Remembered:
 
     def __init__(self, member: Member) -> None:
         self.name, self.n_ctx, self.vocabulary = member.name, member.n_ctx, member.vocabulary
+        self.divisible = member.divisible
         self._member = member
         self._known: dict[bytes, LogitArray] = {}
         self._last = b""

@@ -2,16 +2,19 @@
 
 import threading
 import time
+from unittest.mock import patch
 
+import llama_cpp
 import pytest
-from conftest import OpenEnsemble
+from conftest import OpenEnsemble, OpenMember
 
 from me_local import Overrides
 from me_local.schedule import Schedule
 
 
 class Model:
-    def __init__(self) -> None:
+    def __init__(self, *, divisible: bool = True) -> None:
+        self.divisible = divisible
         self.parts = 1
 
     def share_cores(self, parts: int) -> None:
@@ -58,6 +61,27 @@ def test_the_faster_way_is_found(faster: bool) -> None:
     assert ways[:10] == [False, True] * 5
     assert ways[10:] == [faster] * 4
     assert schedule.parallel is faster
+
+
+def test_one_that_keeps_its_threads_goes_in_turn_with_the_others() -> None:
+    schedule, here = Schedule([Model(), Model(divisible=False)]), threading.get_ident()
+    for _ in range(14):
+        assert schedule.run(dict.fromkeys((0, 1), threading.get_ident), parallel=None) == {0: here, 1: here}
+    assert schedule.parallel is False
+    assert here not in schedule.run(dict.fromkeys((0, 1), threading.get_ident), parallel=True).values()
+
+
+@pytest.mark.parametrize(("flash_attn", "counts"), [(True, []), (False, [2, 4])])
+def test_the_threads_of_flash_attention_stay_as_many(
+    open_member: OpenMember, flash_attn: bool, counts: list[int]
+) -> None:
+    """By it numbers depend on them, so that a share of the cores would make replies depend on what was faster."""
+    member = open_member("bpe_a", flash_attn=flash_attn, n_threads=4)
+    asked: list[int] = []
+    with patch.object(llama_cpp, "llama_set_n_threads", lambda _, one, batch: asked.extend({one, batch})):
+        member.share_cores(2)
+        member.share_cores(1)
+    assert asked == counts
 
 
 @pytest.mark.parametrize("names", [("bpe_a", "bpe_b"), ("bpe_c", "spm"), ("hybrid", "recurrent", "swa")])

@@ -417,3 +417,54 @@ def test_a_failure_beside_others_is_tried_without_them(open_many: OpenMember, op
     with failing(member, lambda _, places: 1 in places):
         outcomes = sequences.sync(targets_of({p: longer[p] for p in (0, 2)}), targets_of({1: longer[1]}))
     all_equal_fresh(outcomes, reference, {p: longer[p] for p in (0, 2)})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_lender_has_beyond_its_mirror_is_not_borrowed(
+    open_many: OpenMember, open_member: OpenMember, name: str
+) -> None:
+    """An interrupt after a decode leaves it there."""
+    member, reference = open_many(name), open_member(name, type_k="f32", type_v="f32")
+    sequences = Sequences(member)
+    prompt, decode = random_ids(60, 1), member._decode
+    sequences.prefill(targets_of({0: prompt}, final=60), 100)
+
+    def dying(parts: Sequence[Part]) -> int:
+        decode(parts)
+        raise KeyboardInterrupt
+
+    with patch.object(member, "_decode", dying), pytest.raises(KeyboardInterrupt):
+        sequences.sync(targets_of({0: [*prompt, 7, 8, 9]}))
+    with noted(member) as calls:
+        sequences.prefill(targets_of({1: prompt}, final=60), 100)
+    assert calls == []
+    ids = {1: [*prompt, 11, 12]}
+    all_equal_fresh(sequences.sync(targets_of(ids)), reference, ids)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_what_can_be_borrowed(open_many: OpenMember, name: str, swa_full: bool) -> None:
+    """A memory with checkpoints is copied as a state, which leaves out what the window has passed."""
+    member, random = open_many(name, n_ctx=1024, n_batch=64, swa_full=swa_full), np.random.default_rng(3)
+    lender, borrower, beyond = member.caches[0], member.caches[1], 0
+    for length in (10, 15, 16, 40, 200, 700):
+        member.prepare(random.integers(3, 340, length, dtype=np.int32), final=length // 2)
+        for back in (0, 1, 8, length // 2 + 3):
+            wanted = np.append(lender.ids[: length - back], 399).astype(np.int32)
+            lendable = lender.lendable(wanted)
+            beyond += lender.usable(wanted) > lendable
+            borrower.borrow(lender, lendable)
+            assert borrower.cut(borrower.common(wanted, len(wanted))) == lendable
+    assert (beyond > 0) == (name == "swa" and not swa_full)
+
+
+def test_a_prompt_by_itself_begins_with_the_first_cell(open_many: OpenMember) -> None:
+    """Cells that a window has passed are taken again, and the next one to be taken may be any, in each sequence."""
+    member, reference = (open_many("swa", n_ctx=1024, n_batch=24, swa_full=False) for _ in range(2))
+    Sequences(member).sync(targets_of({place: random_ids(300 + 50 * place, place) for place in range(COUNT)}))
+    member.sync(array(random_ids(600, 5)))
+    prompt = array(random_ids(270, 6))
+    for each in (member, reference):
+        each.prepare(prompt[:-1], alone=True)
+    np.testing.assert_array_equal(logits_of(member, prompt), logits_of(reference, prompt))
