@@ -220,6 +220,7 @@ def test_any_history_equals_fresh_lone_evaluations(open_many: OpenMember, open_m
     )
 
 
+@pytest.mark.slow
 def test_a_cache_that_loses_what_leaves_the_window(open_many: OpenMember, open_member: OpenMember) -> None:
     """What one sequence has behind its window another may take: going back needs a checkpoint then."""
     member = open_many("swa", n_batch=24, n_ctx=1024, swa_full=False)
