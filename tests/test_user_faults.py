@@ -13,6 +13,7 @@ from typing import Any
 import processes
 import pytest
 from click.testing import CliRunner
+from selection import slow_but
 from test_cli import jsonl, one_line, records
 from test_terminal import ME_LOCAL
 
@@ -96,7 +97,7 @@ def test_saving_and_loading_leave_devices_alone(models: Path, tmp_path: Path) ->
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("kind", MEGABYTE)
+@pytest.mark.parametrize("kind", slow_but(MEGABYTE, "one word"))
 @pytest.mark.parametrize("command", [["generate"], ["generate", "--raw"], ["chat"]])
 def test_a_megabyte_is_a_clear_error_within_seconds(models: Path, command: list[str], kind: str) -> None:
     started = time.process_time()
