@@ -151,6 +151,7 @@ def test_three_turns_on_a_terminal_with_ctrl_c_in_the_second(tmp_path: Path) -> 
     child.expect(pexpect.EOF)
 
 
+@pytest.mark.slow
 def test_a_reply_does_not_depend_on_what_was_asked_before(ensemble: Ensemble) -> None:
     """Where batches were cut otherwise, the quantised models' numbers differ enough to change a reply."""
     settings = Overrides(seed=1, max_tokens=40)
