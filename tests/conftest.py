@@ -2,6 +2,7 @@
 
 import locale
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -53,6 +54,7 @@ def _an_environment_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setenv("LC_ALL", "C.UTF-8")
         patch.setenv("ME_LOCAL_NO_CHECK", "1")
         locale.setlocale(locale.LC_ALL, "C.UTF-8")
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background processes ignore it
         yield
 
 

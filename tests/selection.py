@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fetch_vocabularies
 import pytest
@@ -12,6 +13,13 @@ MODELS = Path(__file__).parents[1] / "models"
 DEMO_FILES = [MODELS / name for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")]
 SLOW_LIMIT = 600.0  # seconds
 _LEFT_OUT = pytest.StashKey[int]()
+
+
+def slow_but(values: Iterable[object], *quick: object) -> list[Any]:
+    """The values of a test that is slow for all of them but some."""
+    values = list(values)
+    assert set(quick) < set(values)
+    return [pytest.param(value, marks=[] if value in quick else pytest.mark.slow) for value in values]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -72,6 +72,7 @@ def records(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["shared", "own"])
 def test_a_thousand_prompts_that_are_killed_and_resumed(write_models: WriteModels, tmp_path: Path, route: str) -> None:
     models = write_models("bpe_a", "spm", member='type_k = "f32"\ntype_v = "f32"')

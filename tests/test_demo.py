@@ -26,6 +26,7 @@ def ensemble() -> Iterator[Ensemble]:
         yield loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["me", "ce"])
 def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) -> None:
     arguments = ["generate", "--models", str(MODELS), "--strategy", strategy, "--seed", "1", "--raw", PROMPT]
@@ -78,6 +79,7 @@ COMMON = {
 }
 
 
+@pytest.mark.slow
 def test_the_context_of_each_step_is_canonical(ensemble: Ensemble) -> None:
     stream = ensemble.stream(PROMPT, Overrides(seed=3, max_tokens=80), raw=True)
     for _ in stream:
@@ -128,6 +130,7 @@ def test_a_turn_evaluates_only_what_is_new(ensemble: Ensemble) -> None:
         assert usage.prompt_evaluated < 60
 
 
+@pytest.mark.slow
 def test_three_turns_on_a_terminal_with_ctrl_c_in_the_second(tmp_path: Path) -> None:
     child = spawn(["chat", "--models", str(MODELS), "--seed", "1", "--max-tokens", "80", "--top-k", "3"], tmp_path)
     ask(child, "Tell me about the sea.")
@@ -148,6 +151,7 @@ def test_three_turns_on_a_terminal_with_ctrl_c_in_the_second(tmp_path: Path) -> 
     child.expect(pexpect.EOF)
 
 
+@pytest.mark.slow
 def test_a_reply_does_not_depend_on_what_was_asked_before(ensemble: Ensemble) -> None:
     """Where batches were cut otherwise, the quantised models' numbers differ enough to change a reply."""
     settings = Overrides(seed=1, max_tokens=40)

@@ -22,6 +22,7 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy import stats
+from selection import slow_but
 from test_exact_replies import (
     CASES,
     COUNT,
@@ -141,7 +142,7 @@ def check_places(drawn: Sequence[Counter[Reply]], tree: Tree) -> None:
         assert g_test(counts, cells) > EXACT / PLACES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "BPE and SPM, temperature 1.3"))
 def test_the_replies_of_each_place_by_a_shared_route(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -152,6 +153,7 @@ def test_the_replies_of_each_place_by_a_shared_route(
     check_places(by_place(made, engine, this), Tree(open_all(this), this))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["three members", "router"])
 def test_the_replies_of_each_place_by_own_routes(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     this = CASES[name]
@@ -271,6 +273,7 @@ def test_pairs_by_a_shared_route(open_all: OpenAll, monkeypatch: pytest.MonkeyPa
     assert abs(products.mean() - expected) < 6 * products.std() / math.sqrt(PAIRS)
 
 
+@pytest.mark.slow
 def test_replies_that_share_the_numbers_of_their_pieces_are_found_out(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,6 +288,7 @@ def test_pairs_by_own_routes(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch)
     assert p_of_independence(found, open_all) > EXACT
 
 
+@pytest.mark.slow
 def test_an_ensemble_as_users_run_it(write_models: Callable[..., object], open_all: OpenAll) -> None:
     """The same without `Remembered`: real caches of two sequences, and the way from the file to the reply.
 

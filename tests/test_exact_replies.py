@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 from conftest import logits_of
 from scipy import stats
+from selection import slow_but
 from tiny_architectures import llama_model
 from tiny_vocabularies import chatml_vocab
 
@@ -312,10 +313,16 @@ def open_all(open_member: OpenMember) -> Callable[[Case], list[Member]]:
 OpenAll = Callable[[Case], list[Member]]
 
 
-@pytest.mark.parametrize(("name", "strategy"), [*((name, "me") for name in CASES), ("lacking bytes", "ce")])
-def test_replies_have_the_probabilities_of_the_definition(open_all: OpenAll, name: str, strategy: str) -> None:
+@pytest.mark.parametrize("name", slow_but(CASES, "one vocabulary", "BPE and BPE, temperature 0.5"))
+def test_replies_have_the_probabilities_of_the_definition(open_all: OpenAll, name: str) -> None:
     this = CASES[name]
-    check(draw(remembering(open_all(this), this), this, strategy), Tree(open_all(this), this))
+    check(draw(remembering(open_all(this), this), this, "me"), Tree(open_all(this), this))
+
+
+@pytest.mark.slow
+def test_replies_of_ce_where_members_lack_bytes(open_all: OpenAll) -> None:
+    this = CASES["lacking bytes"]
+    check(draw(remembering(open_all(this), this), this, "ce"), Tree(open_all(this), this))
 
 
 def test_a_member_that_lacks_bytes_often_sits_out(open_all: OpenAll) -> None:
@@ -324,6 +331,7 @@ def test_a_member_that_lacks_bytes_often_sits_out(open_all: OpenAll) -> None:
     assert sum(first[piece] for piece in first if tree.weights(tree.text((piece,))) == [1.0, 0.0]) > 0.1
 
 
+@pytest.mark.slow
 def test_an_ensemble_as_users_run_it(open_ensemble: OpenEnsemble, open_all: OpenAll) -> None:
     """The same without `Remembered`: real caches, and the way from the file and the prompt to the reply."""
     this = case("bpe_c", "spm", weights=(0.6, 0.4), length=2)
@@ -377,6 +385,7 @@ def pieces_tokenised_one_by_one(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
     return BROKEN, "me"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

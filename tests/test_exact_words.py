@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from selection import slow_but
 from test_exact_replies import (
     COUNT,
     EXACT,
@@ -229,7 +230,7 @@ def open_all(open_member: Callable[..., Member]) -> OpenAll:
     return lambda this: [open_member(name, **SETTINGS) for name in this.names]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, "one vocabulary", "BPE and SPM"))
 def test_replies_have_the_probabilities_of_the_definition(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -279,6 +280,7 @@ def space_ends_a_word_behind_space(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(engine, "may_end", lambda text: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [

@@ -213,6 +213,7 @@ def cut_characters(reply: Reply) -> Iterator[str]:
         offset += size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("names", ENSEMBLES)
 def test_a_stop_string_across_pieces_and_inside_a_character(
@@ -263,6 +264,7 @@ def test_a_member_that_always_ends_at_once(names: tuple[str, str], open_ensemble
     assert as_ever(ensemble, open_ensemble(*names))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("names", ENSEMBLES)
 def test_a_member_that_never_ends(names: tuple[str, str], strategy: str, open_ensemble: OpenEnsemble) -> None:

@@ -43,6 +43,7 @@ def test_against_scipy() -> None:
     np.testing.assert_allclose(found, np.exp(result.x) / np.exp(result.x).sum(), atol=2e-3)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     arrays.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 30)), elements=st.floats(-30, 0)),

@@ -80,6 +80,7 @@ def three_replies(child: pexpect.spawn, history: Path) -> list[str]:
     return replies
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_50_moments_of_a_chat(terminal: Terminal, tmp_path: Path) -> None:
     """The replies after them equal those of a fresh process that is given the same history.
 

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 from make_tiny_models import add_vocab
 from numpy.typing import NDArray
 from random_blocks import BLOCK, FORMATS, POOL, Pools
+from selection import slow_but
 from tiny_vocabularies import chatml_vocab, spm_vocab
 from vocabulary_files import VocabularyError, read_metadata, read_vocabulary
 
@@ -122,6 +123,7 @@ def test_a_scaled_shape_keeps_heads_and_vocabulary() -> None:
             assert min(small.n_layer, small.n_head_kv, small.n_ff) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", FORMATS)
 def test_weights_have_the_spread_asked_for(of: str, tmp_path: Path) -> None:
     """The mean of 8.4 million weights is within 7 standard errors of 0 (false alarm: 3e-12), the spread within 1 %."""
@@ -197,8 +199,8 @@ def test_damaged_vocabularies_are_one_line(vocabularies: Path, tmp_path: Path) -
         read_vocabulary(vocabularies / "ggml-vocab-qwen2.gguf", size=399)
 
 
-@pytest.mark.parametrize("of", FORMATS)
-@pytest.mark.parametrize("name", ["qwen2.5-3b", "openchat-3.5", "deepseek-llm-7b"])
+@pytest.mark.parametrize("of", slow_but(FORMATS, "q4_0"))
+@pytest.mark.parametrize("name", slow_but(["qwen2.5-3b", "openchat-3.5", "deepseek-llm-7b"], "qwen2.5-3b"))
 def test_small_models_run(
     name: str, of: str, vocabularies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Running]
 ) -> None:
@@ -228,6 +230,7 @@ def test_the_same_call_writes_the_same_bytes_and_models_differ(
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a", "b", "other"]
 
 
+@pytest.mark.slow
 def test_no_two_tokens_have_the_same_row_and_rare_ones_are_quieter(tmp_path: Path) -> None:
     """The scale of a token's blocks, at 4 bits the first two bytes, is MUTED times as large where it is not common."""
     common = np.random.default_rng(0).random(151_936) < 0.5
@@ -242,6 +245,7 @@ def test_no_two_tokens_have_the_same_row_and_rare_ones_are_quieter(tmp_path: Pat
     assert scales[~common] == pytest.approx(full * shaped.MUTED, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_failed_write_leaves_nothing(
     vocabularies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +283,7 @@ def test_command_line(vocabularies: Path, tmp_path: Path, capsys: pytest.Capture
     assert "--scale" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.vocabularies
 @pytest.mark.parametrize("name", ["qwen2.5-3b", "openchat-3.5", "mistral-7b-instruct-v0.2", "deepseek-llm-7b"])
 def test_with_the_real_vocabularies(name: str, tmp_path: Path, run: Callable[[Path], Running]) -> None:

@@ -229,6 +229,7 @@ def test_partial_characters_come_regularly(sample: Sample) -> None:
     assert letters > len(sample.pieces) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["the water and the other things", "one, two, and the next " * 4])
 def test_logits_depend_on_tokens_far_back(loaded: Loaded, tail: str) -> None:
     rows = []

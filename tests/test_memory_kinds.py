@@ -11,6 +11,7 @@ from conftest import logits_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from selection import slow_but
 
 from me_local.alignment import top_k
 from me_local.checkpoints import Checkpoint, Checkpoints
@@ -155,7 +156,7 @@ class MemoryMachine(RuleBasedStateMachine):
             self.check()
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(KINDS, "recurrent"))
 def test_any_history_equals_a_fresh_evaluation(open_member: OpenMember, name: str) -> None:
     member, reference = open_member(name, n_batch=8, **SETTINGS), open_member(name, **SETTINGS)
     assert member.weights.memory == KINDS[name]
@@ -165,6 +166,7 @@ def test_any_history_equals_a_fresh_evaluation(open_member: OpenMember, name: st
     )
 
 
+@pytest.mark.slow
 def test_a_cache_that_loses_what_leaves_the_window(open_member: OpenMember) -> None:
     """llama.cpp rounds it up to 256 cells, so that it is after as many tokens that cells are lost."""
     member = open_member("swa", n_batch=8, n_ctx=1024, swa_full=False, **SETTINGS)

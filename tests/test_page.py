@@ -432,6 +432,7 @@ def test_a_busy_server(context: BrowserContext, models: Path) -> None:
         expect(last(page).locator(".notice")).to_be_empty()
 
 
+@pytest.mark.slow
 def test_a_reply_that_takes_too_long(context: BrowserContext, models: Path) -> None:
     with served(models, limits=Limits(timeout=2)) as server:
         tap = Tap(server.ensemble)

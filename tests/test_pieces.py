@@ -11,6 +11,7 @@ from gguf import GGUFWriter
 from make_tiny_models import NAMES, write_model
 from real_vocabularies import EMBEDDING, open_model
 from real_vocabularies import NAMES as REAL
+from selection import slow_but
 from tiny_architectures import llama_model
 from tiny_vocabularies import Token, TokenType, Vocab, chatml_vocab, spm_vocab
 
@@ -53,7 +54,7 @@ def check(model: llama_cpp.llama_model_p) -> list[bytes]:
 
 
 @pytest.mark.vocabularies
-@pytest.mark.parametrize("name", [*REAL, *EMBEDDING])
+@pytest.mark.parametrize("name", slow_but([*REAL, *EMBEDDING], "gpt-2", "llama-spm"))
 def test_real_vocabularies(name: str) -> None:
     check(open_model(name))
 

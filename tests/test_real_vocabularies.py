@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from make_tiny_models import write_model
 from real_vocabularies import EMBEDDING, NAMES, open_model, vocabulary
+from selection import slow_but
 from tiny_architectures import llama_model
 from tiny_vocabularies import Token, TokenType, Vocab, chatml_vocab, spm_vocab
 
@@ -196,7 +197,7 @@ def seams() -> st.SearchStrategy[tuple[str, str, str]]:
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "gpt-2", "llama-spm"))
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(left=texts(), right=texts(), seam=seams())
 def test_the_two_sides_of_a_seam_do_not_depend_on_each_other(

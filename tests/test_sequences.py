@@ -12,6 +12,7 @@ from conftest import logits_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from selection import slow_but
 
 from me_local import RunError
 from me_local.batches import Part, level
@@ -210,7 +211,7 @@ class SequencesMachine(RuleBasedStateMachine):
         self.check(self.sequences.sync(self.targets(everyone, 0.0)), everyone)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_but(KINDS, "hybrid"))
 def test_any_history_equals_fresh_lone_evaluations(open_many: OpenMember, open_member: OpenMember, name: str) -> None:
     """Backlogs are larger than a batch of 24 tokens, and copied where they begin alike."""
     member, reference = open_many(name, n_batch=24), open_member(name, type_k="f32", type_v="f32")
@@ -220,6 +221,7 @@ def test_any_history_equals_fresh_lone_evaluations(open_many: OpenMember, open_m
     )
 
 
+@pytest.mark.slow
 def test_a_cache_that_loses_what_leaves_the_window(open_many: OpenMember, open_member: OpenMember) -> None:
     """What one sequence has behind its window another may take: going back needs a checkpoint then."""
     member = open_many("swa", n_batch=24, n_ctx=1024, swa_full=False)

@@ -6,6 +6,7 @@ import load_server
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [1, 4])
 def test_many_clients_are_answered_or_refused(tmp_path: Path, parallel: int) -> None:
     result = load_server.run(load_server.write_models(tmp_path), clients=50, seconds=6, parallel=parallel)

@@ -250,6 +250,7 @@ def test_conversations_in_turn_do_not_pay_for_their_prompts_again(two_models: Pa
     assert min(cached[3:]) > 0.6
 
 
+@pytest.mark.slow
 def test_whoever_stays_gets_what_it_gets_alone(two_models: Path, alone: Ensemble) -> None:
     """50 requests of which every third or so goes away: in the queue, before its first piece, or in the middle."""
     chance = random.Random(7)
@@ -302,6 +303,7 @@ async def _ask(http: httpx.AsyncClient, asked: dict[str, Any], progress: Any) ->
     return text
 
 
+@pytest.mark.slow
 def test_a_signal_lets_all_that_run_finish(two_models: Path) -> None:
     with started(two_models, "--grace", "20", "--parallel", "3") as (process, client):
         stream = client.chat.completions.create(**body(3, max_tokens=400, n=3), stream=True)

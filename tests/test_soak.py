@@ -6,6 +6,7 @@ import pytest
 import soak
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_chat_is_flat(tmp_path: Path) -> None:
     with soak.open_ensemble(tmp_path) as ensemble:
         soak.fill(ensemble)

@@ -65,6 +65,7 @@ def test_pieces_have_the_colour_of_their_member(terminal: Terminal) -> None:
     assert {"\x1b[36m", "\x1b[33m"} <= set(COLOUR.findall(child.before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "env"), [(["--no-color"], {}), ([], {"NO_COLOR": "1"})])
 def test_colours_can_be_turned_off(terminal: Terminal, options: list[str], env: dict[str, str]) -> None:
     child = terminal(*options, **env)
@@ -111,6 +112,7 @@ def test_an_error_keeps_the_chat(terminal: Terminal) -> None:
     child.expect(pexpect.EOF)
 
 
+@pytest.mark.slow
 def test_several_lines_make_one_message(terminal: Terminal, tmp_path: Path) -> None:
     child = terminal()
     child.expect(PROMPT)
@@ -121,6 +123,7 @@ def test_several_lines_make_one_message(terminal: Terminal, tmp_path: Path) -> N
     assert '"first line\\nsecond line"' in (tmp_path / "chat.json").read_text()
 
 
+@pytest.mark.slow
 def test_the_history_lasts_from_one_run_to_the_next(terminal: Terminal) -> None:
     child = terminal()
     ask(child, "remember me")

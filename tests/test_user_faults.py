@@ -13,6 +13,7 @@ from typing import Any
 import processes
 import pytest
 from click.testing import CliRunner
+from selection import slow_but
 from test_cli import jsonl, one_line, records
 from test_terminal import ME_LOCAL
 
@@ -120,7 +121,7 @@ def test_saving_and_loading_leave_devices_alone(models: Path, tmp_path: Path) ->
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("kind", MEGABYTE)
+@pytest.mark.parametrize("kind", slow_but(MEGABYTE, "one word"))
 @pytest.mark.parametrize("command", [["generate"], ["generate", "--raw"], ["chat"]])
 def test_a_megabyte_is_a_clear_error_within_seconds(models: Path, command: list[str], kind: str) -> None:
     started = time.process_time()
@@ -140,6 +141,7 @@ def test_a_megabyte_in_a_file_of_prompts_fails_alone(models: Path, tmp_path: Pat
     assert all("whose context holds 512" in record["error"] for record in records(output)[1:4])
 
 
+@pytest.mark.slow
 def test_a_chat_of_a_megabyte_goes_on_with_its_end(models: Path, tmp_path: Path) -> None:
     messages = [{"role": role, "content": "the cat sat on the mat " * 4} for role in ("user", "assistant") * 5000]
     (tmp_path / "long.json").write_text(json.dumps({"system": None, "messages": messages}))
@@ -151,6 +153,7 @@ def test_a_chat_of_a_megabyte_goes_on_with_its_end(models: Path, tmp_path: Path)
     assert time.process_time() - started < 15
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_was_written(models: Path, tmp_path: Path) -> None:
     """A limit of the kernel's on the size of files stands for the disk: the last write is cut short by it."""
     source, output = _batch(tmp_path, 30), tmp_path / "out.jsonl"
@@ -166,6 +169,7 @@ def test_a_full_disk_keeps_what_was_written(models: Path, tmp_path: Path) -> Non
     assert _texts(output) == _texts(_whole(models, source, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_killed_again_and_again(models: Path, tmp_path: Path) -> None:
     """Killed five times at random places of its output and resumed, it has each record once, as if undisturbed."""
     chance = random.Random(20261123)

@@ -27,11 +27,11 @@ OpenEnsemble = Callable[..., Ensemble]
 TINY = [
     ("bpe_a",),
     ("bpe_a", "bpe_b"),
-    ("bpe_a", "bpe_c"),
+    pytest.param(("bpe_a", "bpe_c"), marks=pytest.mark.slow),
     ("bpe_c", "spm"),
-    ("bpe_b", "bpe_c", "spm"),
-    ("swa", "recurrent"),
-    ("hybrid", "spm"),
+    pytest.param(("bpe_b", "bpe_c", "spm"), marks=pytest.mark.slow),
+    pytest.param(("swa", "recurrent"), marks=pytest.mark.slow),
+    pytest.param(("hybrid", "spm"), marks=pytest.mark.slow),
 ]
 
 
@@ -66,6 +66,7 @@ def faulty(open_ensemble: OpenEnsemble) -> Ensemble:
     return open_ensemble("bpe_c", "spm", top="[sampling]\ntemperature = 0.7")
 
 
+@pytest.mark.slow
 def test_it_finds_a_temperature_after_mixing(
     faulty: Ensemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +87,7 @@ def test_it_finds_a_temperature_after_mixing(
     assert all(fidelity.passed for fidelity in report.fidelity)
 
 
+@pytest.mark.slow
 def test_it_finds_a_backlog_that_is_off_by_one(faulty: Ensemble, check: Callable[[Ensemble], Report]) -> None:
     def decode(self: Member, parts: Sequence[Part]) -> int:
         cache, ids, outputs = parts[0]
@@ -98,6 +100,7 @@ def test_it_finds_a_backlog_that_is_off_by_one(faulty: Ensemble, check: Callable
     assert not all(fidelity.passed for fidelity in report.fidelity)
 
 
+@pytest.mark.slow
 def test_it_finds_a_stale_cell(faulty: Ensemble, check: Callable[[Ensemble], Report]) -> None:
     common = Cache.common
 
@@ -111,6 +114,7 @@ def test_it_finds_a_stale_cell(faulty: Ensemble, check: Callable[[Ensemble], Rep
     assert not all(fidelity.passed for fidelity in report.fidelity)
 
 
+@pytest.mark.slow
 def test_it_finds_one_random_number_for_route_and_piece(
     faulty: Ensemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +130,7 @@ def test_it_finds_one_random_number_for_route_and_piece(
     assert report.canonical.passed
 
 
+@pytest.mark.slow
 def test_it_finds_pieces_that_are_tokenised_one_by_one(
     faulty: Ensemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +161,7 @@ def test_g_is_that_of_a_worked_example() -> None:
     assert (freedom, strangers) == (2, 0)
 
 
+@pytest.mark.slow
 def test_false_alarms_are_as_rare_as_stated() -> None:
     """Simulated runs of five prefixes: p-values below 1 in 100 appear in about 1 of 100 runs (fixed seed)."""
     random = np.random.default_rng(1)
