@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from me_local.config import Config, MemberConfig
 from me_local.errors import ConfigError
+from me_local.inflight import uninterrupted
 from me_local.member import Member
 from me_local.templates import PLAIN_STOPS, PromptWriter, choose_render
 from me_local.vocabulary import UnifiedVocabulary
@@ -48,7 +49,7 @@ def load_members(config: Config, shelf: Shelf, stack: ExitStack, on_load: OnLoad
             writers = [_writer(config, *pair) for pair in zip(config.members, weights, strict=True)]
             unified = UnifiedVocabulary([each.vocabulary for each in weights])
     finally:
-        wait(making)  # also where Ctrl-C ended the wait for them: weights must not go before their contexts
+        uninterrupted(lambda: wait(making))  # also where Ctrl-C ended the wait above: `stack` is about to be unwound
     members = tuple(future.result() for future in making)
     plain = tuple(is_plain for _, is_plain in writers)
     notices = [notice for pair in zip(members, plain, strict=True) for notice in _notices(*pair)]
