@@ -66,4 +66,7 @@ def uninterrupted(work: Callable[[], object]) -> None:
         except BaseException as error:
             interruption = error
     if interruption is not None:
-        raise interruption
+        try:
+            raise interruption
+        finally:
+            del interruption  # else the exception keeps its frame, and the frame the exception
