@@ -360,7 +360,7 @@ with load(sys.argv[1], batch=2) as ensemble:
             lambda: ensemble.generate("Hello", settings),
             lambda: ensemble.stream("never seen before"),
             lambda: next(stream),
-            lambda: next(many),
+            lambda: list(many),
             lambda: list(ensemble.generate_many(["Hello"] * 2)),
             lambda: ensemble.score("Hello", "there"),
             lambda: member.sync(member.caches[0].ids),
