@@ -393,6 +393,8 @@ def test_what_serve_refuses(two_models: Path) -> None:
     assert "--host 0.0.0.0: other machines can reach it; give --api-key, or --insecure" in refused("--host", "0.0.0.0")
     assert "--host ::" in refused("--host", "::")
     assert "--host no.such.invalid" in refused("--host", "no.such.invalid")
+    for name in ("127.0.0..1", "a" * 64, "ä..b"):
+        assert refused("--host", name).endswith(f"--host {name}: no host has such a name\n")
     assert "--api-key: must be printable ASCII, and not empty" in refused("--api-key", "")
     with bind("127.0.0.1", 0, guarded=False) as taken:
         taken.listen()

@@ -88,6 +88,8 @@ def bind(host: str, port: int, *, guarded: bool) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(f"--host {host}: {error.strerror or error}") from None
+    except ValueError:  # of IDNA: a label is empty or too long
+        raise ConfigError(f"--host {host}: no host has such a name") from None
     if not guarded and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise ConfigError(f"--host {host}: other machines can reach it; give --api-key, or --insecure if all may ask")
     # With its protocol named: asyncio turns off Nagle's algorithm, which delays pieces by 40 ms, for TCP alone.
