@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -241,6 +243,34 @@ def test_a_client_that_goes_away_ends_its_reply_within_a_piece(two_models: Path,
         server.wait_for('replies_total{finish_reason="cancelled"}', 1)
         assert 3 <= server.metric("pieces_total") <= 4 if stream else server.metric("pieces_total") <= 4
         tap.let(100)
+        assert server.chat().status_code == 200
+
+
+def test_a_client_that_goes_away_ends_the_evaluation_of_its_prompt(
+    two_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next batch of it: nothing else could be answered until then."""
+    with served(two_models) as server:
+        begun, go_on, evaluated = threading.Event(), threading.Event(), []
+        for member in server.ensemble.members:
+            member.n_batch, decode = 1, member._decode
+
+            def waiting(parts: object, decode: Any = decode) -> int:
+                evaluated.append(1)
+                begun.set()
+                assert go_on.wait(30)
+                return int(decode(parts))
+
+            monkeypatch.setattr(member, "_decode", waiting)
+        body = json.dumps({**ASK, "messages": [{"role": "user", "content": "the cat sat " * 30}]}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            assert begun.wait(30)
+        server.wait_for("running", 0)
+        go_on.set()
+        server.wait_for('replies_total{finish_reason="cancelled"}', 1)
+        assert len(evaluated) == 1
         assert server.chat().status_code == 200
 
 
