@@ -66,7 +66,8 @@ class Ensemble:
     or else for a step, so that they get the replies that they would get one by one. To close it waits for a step.
     Streams may be read in turn, in any threads; each then finds the members where the other left them, and evaluates
     its text again in other batches, so that its numbers differ in their low bits from those of a stream that is read
-    alone. In a process that was forked off after the ensemble was loaded, all that evaluates raises RunError.
+    alone. A process that is forked off has none of llama.cpp's threads: all that evaluates raises RunError there, and
+    so does loading once anything has been evaluated; one that was started by "spawn" can load and evaluate.
     """
 
     def __init__(

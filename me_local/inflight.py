@@ -13,11 +13,38 @@ from collections.abc import Callable
 from me_local.errors import RunError
 
 
+class _Threads:
+    """Whether llama.cpp has worked with threads here, or in the process that this one was forked from.
+
+    A process that is forked off has a copy of the memory but none of the threads, and OpenMP waits there for those that
+    it had, also with an ensemble that is loaded anew.
+    """
+
+    def __init__(self) -> None:
+        self.began = self.lost = False
+
+    def fork(self) -> None:
+        self.lost = self.began
+
+
+_threads = _Threads()
+os.register_at_fork(after_in_child=_threads.fork)
+_FORKED = (
+    "llama.cpp's threads were left behind in the process that this one was forked from: "
+    'start processes by "spawn" (multiprocessing.get_context), and load the ensemble in them'
+)
+
+
+def begin_threads() -> None:
+    """Note that llama.cpp is about to work with threads."""
+    _threads.began = True
+
+
 class InFlight:
     """The uses of one thing, such as a context; `where` stands before its errors.
 
-    Whoever uses it does so within `with in_flight.use():`, and calls `require_open` there. A process that was forked
-    off has a copy of the memory but none of the threads that llama.cpp works with, so nothing is used there.
+    Whoever uses it does so within `with in_flight.use():`, and calls `require_open` there. In a process that was forked
+    off it is not used, and where threads were lost by that nothing new is made. Raises RunError then.
     """
 
     def __init__(self, where: str = "") -> None:
@@ -25,6 +52,8 @@ class InFlight:
         self._lock = threading.RLock()
         self._ended = False
         self._process = os.getpid()
+        if _threads.lost:
+            raise RunError(f"{where}{_FORKED}")
 
     def use(self) -> threading.RLock:
         """What is to be held while it is used: by one thread at a time, which may take it again.
@@ -33,9 +62,7 @@ class InFlight:
         """
         # The lock itself and no context manager of ours: between its parts Ctrl-C could leave it locked.
         if self._process != os.getpid():
-            raise RunError(
-                f"{self._where}the ensemble was loaded in another process, before a fork: load it in this one"
-            )
+            raise RunError(f"{self._where}{_FORKED}")
         return self._lock
 
     def require_open(self) -> None:

@@ -27,7 +27,7 @@ from me_local.cache import Cache
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, available_memory, kv_cache_bytes
-from me_local.inflight import InFlight
+from me_local.inflight import InFlight, begin_threads
 from me_local.shortlist import Row, Shortlister
 from me_local.states import States
 from me_local.vocabulary import IntArray
@@ -264,6 +264,7 @@ class Member:
     @_using
     def evaluate(self, parts: Sequence[Part]) -> None:
         """One call of `llama_decode` for the parts, at most `n_batch` tokens; raises RunError that names them."""
+        begin_threads()
         for part in parts:
             part.cache.expect()
         code = self._decode(parts)

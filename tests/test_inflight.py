@@ -366,15 +366,40 @@ with load(sys.argv[1], batch=2) as ensemble:
             lambda: member.sync(member.caches[0].ids),
             member.logits,
             lambda: Member(member.config, member.weights),
+            lambda: load(sys.argv[1]),
         ]
         for use in uses:
             try:
                 use()
                 print("used")
             except MeLocalError as error:
-                print(str(error).rpartition("the ensemble")[2])
+                print(str(error).rpartition("llama.cpp's")[2])
 print("left")
 """
+
+
+FORKING_FIRST = """
+import os, sys
+from me_local import Overrides, load
+def say():
+    with load(sys.argv[1]) as ensemble:
+        print(ensemble.generate("Hello", Overrides(seed=1, max_tokens=3)).text, flush=True)
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+say()
+"""
+
+
+def test_a_process_that_was_forked_off_before_anything_was_evaluated_replies(write_models: WriteModels) -> None:
+    models = write_models("bpe_a", "spm")
+    models.write_text(models.read_text().replace("n_threads = 1", "n_threads = 2"))
+    environment = os.environ | {"GOMP_SPINCOUNT": "100"}  # quick beside other processes, too
+    command = [sys.executable, "-c", FORKING_FIRST, str(models)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    with load(models) as ensemble:
+        text = ensemble.generate("Hello", Overrides(seed=1, max_tokens=3)).text
+    assert (result.stdout, result.stderr) == (2 * f"{text}\n", "")
 
 
 def test_a_process_that_was_forked_off_says_so_and_ends(write_models: WriteModels) -> None:
@@ -383,5 +408,8 @@ def test_a_process_that_was_forked_off_says_so_and_ends(write_models: WriteModel
     command = [sys.executable, "-c", FORKING, str(models)]
     environment = os.environ | {"GOMP_SPINCOUNT": "100"}  # quick beside other processes, too
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    message = " was loaded in another process, before a fork: load it in this one\n"
-    assert (result.stdout, result.stderr) == (9 * message + "left\n0\nleft\n", "")
+    message = (
+        " threads were left behind in the process that this one was forked from: "
+        'start processes by "spawn" (multiprocessing.get_context), and load the ensemble in them\n'
+    )
+    assert (result.stdout, result.stderr) == (10 * message + "left\n0\nleft\n", "")
