@@ -109,6 +109,10 @@ class Batching:
 
         A reply whose `draft` has a finish_reason is over and has lost its place.
         """
+        with self._engine.turns.use(), self._engine.steps.use():
+            return self._step()
+
+    def _step(self) -> list[Written]:
         written = self._without_pieces() + self._prefill()
         due = self._due()
         written += self._advance(due)
@@ -227,7 +231,8 @@ class Batching:
         return rows, failed
 
     def _count(self, running: Running, member: int, outcome: Outcome, length: int) -> None:
-        running.draft.generation.count(member, Evaluated(outcome.tokens, outcome.seconds), length)
+        evaluated, predicted = Evaluated(outcome.tokens, outcome.seconds), outcome.logits is not None
+        running.draft.generation.count(member, evaluated, length, predicted=predicted)
 
     def _resume(self, running: Running, rows: Mapping[int, Row] | None) -> list[Written]:
         """Take a reply on to where it needs logits again, or to the end of its step."""

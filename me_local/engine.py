@@ -23,6 +23,7 @@ import numpy as np
 from me_local.alignment import Alignment, Distribution, FloatArray, argmax, mix, pick, sample, sufficient, top_k
 from me_local.config import Sampling, Strategy, Unit
 from me_local.errors import RunError
+from me_local.inflight import InFlight
 from me_local.losses import Loss, measure
 from me_local.member import Evaluated
 from me_local.routing import Router, route
@@ -133,7 +134,9 @@ class Engine:
     """Members, their unified vocabulary, a router and an alignment: what all replies have in common.
 
     `unified` is their vocabulary, where it has been made already; `whole_shares[member]` are the shares of a piece that
-    this member wrote; `losses[member]` is what was lost of its first prediction, once there was one.
+    this member wrote; `losses[member]` is what was lost of its first prediction, once there was one. `turns` is held
+    by whoever writes a whole reply or a step of one, `steps` within that by whoever uses the members, until the logits
+    have been read: so they can be closed between two steps.
     """
 
     def __init__(
@@ -154,6 +157,7 @@ class Engine:
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
         self.schedule = Schedule(self.models)
         self.losses: dict[int, Loss] = {}
+        self.turns, self.steps = InFlight(), InFlight()
         self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
 
     def note_loss(self, member: int, row: Row) -> None:
@@ -226,6 +230,11 @@ class Generation:
     def ids(self, member: int) -> IntArray:
         """A member's context: its prompt and the canonical ids of the text, int32 (tokens,)."""
         return np.concatenate([self._request.prompts[member], self._contexts[member].ids(self.text)])
+
+    @property
+    def engine(self) -> Engine:
+        """What it is made by."""
+        return self._engine
 
     def writers(self) -> list[int]:
         """The members that have a weight now. Raises RunError when the router fails."""
@@ -414,11 +423,11 @@ class Generation:
         self.work[member].prompt_seconds += evaluated.seconds
         self._ready[member] = True
 
-    def count(self, member: int, evaluated: Evaluated, length: int) -> None:
-        """Note what a member did for a prediction after `length` tokens."""
+    def count(self, member: int, evaluated: Evaluated, length: int, *, predicted: bool = True) -> None:
+        """Note what a member did to hold `length` tokens, and whether a prediction after them was read."""
         work = self.work[member]
         of_prompt = max(0, self.given[member] - (length - evaluated.tokens))
-        work.calls += 1
+        work.calls += predicted
         work.prompt_tokens += of_prompt
         work.text_tokens += evaluated.tokens - of_prompt
         work.text_seconds += evaluated.seconds

@@ -1,7 +1,7 @@
 """An ensemble that is loaded and ready: members, their prompts, and replies.
 
 Brings together what the configuration names. One reply is made at a time, unless it is loaded for several at once
-(`generate_many`); several streams of one ensemble may be read in turn, in one thread.
+(`generate_many`).
 """
 
 import secrets
@@ -65,6 +65,13 @@ class Ensemble:
     conversation; `batch` is the number of replies that it can make at once. Weights come from
     `shelf`, if one is given, and stay there. With `check`, files that are used for the first time are tried in a child
     process before; None: unless ME_LOCAL_NO_CHECK is set. Raises ConfigError and LoadError.
+
+    Several threads may use one ensemble: one evaluates at a time and the others wait, for a whole reply of `generate`
+    or else for a step, so that they get the replies that they would get one by one. To close it waits for a step.
+    Streams may be read in turn, in any threads; each then finds the members where the other left them, and evaluates
+    its text again in other batches, so that its numbers differ in their low bits from those of a stream that is read
+    alone. A process that is forked off has none of llama.cpp's threads: all that evaluates raises RunError there, and
+    so does loading once anything has been evaluated; one that was started by "spawn" can load and evaluate.
     """
 
     def __init__(
@@ -133,7 +140,8 @@ class Ensemble:
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
-        return self.stream(prompt, overrides, raw=raw).finish()
+        with self.engine.turns.use():
+            return self.stream(prompt, overrides, raw=raw).finish()
 
     def generate_many(
         self,
@@ -204,7 +212,8 @@ class Ensemble:
         try:
             config = override(_seeded(config, index), ask.overrides)
             head, prompts = self._checked(ask.prompt, config, raw=raw)
-            return Finished(index, self.start(config, prompts, head, alone=True, top=ask.top).finish())
+            with self.engine.turns.use():
+                return Finished(index, self.start(config, prompts, head, alone=True, top=ask.top).finish())
         except MeLocalError as error:
             return Finished(index, error=error)
 
@@ -278,7 +287,8 @@ class Ensemble:
 
     def unit_scores(self, passage: Passage) -> UnitScores:
         """What each member finds of each unit of the passage; raises what `Scorer.units` raises."""
-        return self._scorer.units(passage)
+        with self.engine.turns.use(), self.engine.steps.use():
+            return self._scorer.units(passage)
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -367,8 +377,8 @@ class Ensemble:
         return Draft(generation, request, names=self.names, max_tokens=config.max_tokens, stop=stop)
 
     def close(self) -> None:
-        """Free all members."""
-        self._stack.close()
+        """Free all members; what is asked of the ensemble then raises RunError."""
+        self.engine.steps.end(self._stack.close)
 
     def __enter__(self) -> "Ensemble":
         return self

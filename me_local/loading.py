@@ -8,6 +8,7 @@ from typing import Literal
 
 from me_local.config import Config, MemberConfig
 from me_local.errors import ConfigError
+from me_local.inflight import uninterrupted
 from me_local.member import Member
 from me_local.templates import PLAIN_STOPS, PromptWriter, Template, choose_template
 from me_local.trial import is_wanted, try_members
@@ -57,7 +58,7 @@ def load_members(
             writers = [_writer(config, *pair) for pair in zip(config.members, weights, strict=True)]
             unified = UnifiedVocabulary([each.vocabulary for each in weights])
     finally:
-        wait(making)  # also where Ctrl-C ended the wait for them: weights must not go before their contexts
+        uninterrupted(lambda: wait(making))  # also where Ctrl-C ended the wait above: `stack` is about to be unwound
     members = tuple(future.result() for future in making)
     templates = [template for _, template in writers]
     plain = tuple(template.plain for template in templates)

@@ -12,8 +12,10 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import RLock
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import llama_cpp
 import numpy as np
@@ -25,6 +27,7 @@ from me_local.checkpoints import Checkpoints
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, MeLocalError, RunError
 from me_local.footprint import allocated_context, kv_cache_bytes
+from me_local.inflight import InFlight, begin_threads
 from me_local.machine import available_memory, usable_cores
 from me_local.origin import Origin, in_batches
 from me_local.shortlist import Row, Shortlister
@@ -35,6 +38,8 @@ from me_local.weights import Weights, native_log, supports_gpu
 log = logging.getLogger(__name__)
 
 LogitArray = npt.NDArray[np.float32]
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 _LARGEST_BATCH = 512  # tokens that go through a model at once, as llama.cpp has it by default
 MOST_SEQUENCES = 256
@@ -59,6 +64,20 @@ class Evaluated(NamedTuple):
     seconds: float
 
 
+def _using(
+    method: Callable[Concatenate["Member", P], Result],
+) -> Callable[Concatenate["Member", P], Result]:
+    """A method that uses the context: by one thread at a time, and never once it is freed."""
+
+    @wraps(method)
+    def using(self: "Member", /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with self.use():
+            self.require_open()
+            return method(self, *args, **kwargs)
+
+    return using
+
+
 class Member:
     """A context of a model, for one sequence of tokens or several; `weights` are the model's, which members may share.
 
@@ -68,7 +87,8 @@ class Member:
     not tell; `on_gpu` says whether logits come from a GPU that can pick the largest. Where `states` is set, a prompt
     that begins like an earlier one gets that one's cache back. `outputs` is the number of tokens after which one
     evaluation gives logits; each takes the room of the whole vocabulary.
-    Raises LoadError when there can be no such context. Use as a context manager, or call `close`.
+    Raises LoadError when there can be no such context. Use as a context manager, or call `close`; either waits for an
+    evaluation that another thread is in the middle of, and so do the weights.
     """
 
     def __init__(self, config: MemberConfig, weights: Weights, *, outputs: int = 1, sequences: int = 1) -> None:
@@ -79,8 +99,9 @@ class Member:
         self.states: States | None = None
         self.seconds = 0.0
         self.on_gpu = supports_gpu() and not 0 <= config.n_gpu_layers <= weights.layers
+        self._in_flight = InFlight(f'member "{config.name}": ')
         self._shortlister: Shortlister | None = None
-        self._closed = False
+        self._context: Any = None
         self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
@@ -92,13 +113,16 @@ class Member:
             )
         self.n_batch = max(min(cells, config.n_batch), sequences)
         self._outputs = min(max(outputs, sequences), self.n_batch)
-        self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
-        self.working_bytes = _working_bytes()
-        try:
-            self._read_context(sequences)
-        except BaseException:
-            self.close()
-            raise
+        with weights.use():
+            weights.require_open()
+            weights.users.add(self)
+            self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
+            self.working_bytes = _working_bytes()
+            try:
+                self._read_context(sequences)
+            except BaseException:
+                self.close()
+                raise
 
     def _read_context(self, sequences: int) -> None:
         if llama_cpp.llama_get_memory(self._context) is None:
@@ -129,6 +153,7 @@ class Member:
             reason = "; ".join(native_log.first_errors) or "llama.cpp refuses it"
             raise LoadError(f'member "{self.name}": lora = {path} cannot be loaded: {reason}')
 
+    @_using
     def prepare(
         self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0, alone: bool = False
     ) -> Evaluated:
@@ -140,7 +165,6 @@ class Member:
         another evaluation left there is not used, and `final` has no effect at all. Raises RunError when llama.cpp
         fails, EvaluationInterruptedError when `interrupted()` becomes true between two batches.
         """
-        self.require_open()
         cache, before = self.caches[0], self.seconds
         wanted = self._by_itself(len(ids)) if alone else None
         if self.states is not None:
@@ -166,13 +190,13 @@ class Member:
         """How what the cache lacks of so many tokens is evaluated, with a checkpoint after `due` of them."""
         return in_batches(self.caches[0].length, (due,) if due else (), length, self.n_batch)
 
+    @_using
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
         """Make the cache hold exactly `ids`, at least one of them; `logits` are then those after them.
 
         The last id is always evaluated. On a GPU the evaluation may still be under way when this returns. `final` and
         what it raises are as in `prepare`.
         """
-        self.require_open()
         cache, before = self.caches[0], self.seconds
         common = cache.common(ids, len(ids) - 1)
         keep = cache.cut(common)
@@ -180,6 +204,7 @@ class Member:
         self._extend(ids, self._in_batches(due, len(ids)), interrupted, prompt=False)
         return Evaluated(len(ids) - keep, self.seconds - before)
 
+    @_using
     def shorten(self, count: int, numbers: IntArray) -> None:
         """From the next evaluation on, pick the `count` largest logits on the GPU, or none (0), if there is a GPU.
 
@@ -196,6 +221,7 @@ class Member:
         if count:
             self._shortlister = Shortlister(self._context, self.name, len(self.caches), count, numbers)
 
+    @_using
     def picks_logits(self) -> bool:
         """Whether llama.cpp can pick the largest logits where this model runs, which an evaluation tells."""
         numbers = np.zeros(self.vocabulary.size, dtype=np.int32)
@@ -217,12 +243,14 @@ class Member:
         """
         return self.row(-1)
 
+    @_using
     def row(self, index: int) -> Row:
         """The same after one of the tokens of the last evaluation."""
         if self._shortlister:
             return self._shortlister.row(index)
         return self.whole_row(index)
 
+    @_using
     def whole_row(self, index: int) -> LogitArray:
         """All logits after one of the tokens of the last evaluation, float32 (vocabulary,)."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, index)
@@ -248,8 +276,10 @@ class Member:
             for row in range(len(part)):
                 yield self.whole_row(row)
 
+    @_using
     def evaluate(self, parts: Sequence[Part]) -> None:
         """One call of `llama_decode` for the parts, at most `n_batch` tokens; raises RunError that names them."""
+        begin_threads()
         for part in parts:
             part.cache.expect()
         code = self._decode(parts)
@@ -266,6 +296,7 @@ class Member:
         """Whether numbers do not depend on the number of threads; with flash attention they do, so it stays."""
         return not self.config.flash_attn
 
+    @_using
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the threads, one of so many, from now on, if it is divisible."""
         if self.divisible and parts != self._parts:
@@ -273,20 +304,27 @@ class Member:
             count = max(1, (self.config.n_threads or usable_cores()) // parts)
             llama_cpp.llama_set_n_threads(self._context, count, count)
 
+    @_using
     def forget(self) -> None:
         """Empty the cache."""
-        self.require_open()
         self.caches[0].forget()
 
     def close(self) -> None:
         """Free the context; whatever is asked of the member then raises RunError."""
-        if not self._closed:
-            self._closed = True
-            if self._shortlister:
-                self._shortlister.close()
-            llama_cpp.llama_free(self._context)
-            if self._adapter:
-                llama_cpp.llama_adapter_lora_free(self._adapter)
+        self._in_flight.end(self._free)
+
+    def _free(self) -> None:
+        # What is taken here and not freed, because Ctrl-C comes between, stays; to free it again would be worse.
+        context, self._context = self._context, None
+        shortlister, self._shortlister = self._shortlister, None
+        adapter, self._adapter = self._adapter, None
+        if shortlister:
+            shortlister.close()
+        if context:
+            llama_cpp.llama_free(context)
+        if adapter:
+            llama_cpp.llama_adapter_lora_free(adapter)
+        self.weights.users.discard(self)
 
     def __enter__(self) -> "Member":
         return self
@@ -294,10 +332,16 @@ class Member:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def use(self) -> RLock:
+        """What is to be held while the context is used, `caches` included; see `require_open`.
+
+        Raises RunError in a process that was forked off.
+        """
+        return self._in_flight.use()
+
     def require_open(self) -> None:
-        """Raise RunError where the member is closed."""
-        if self._closed:
-            raise RunError(f'member "{self.name}": the ensemble is closed')
+        """Raise RunError where the member is closed: to be asked by whoever holds it."""
+        self._in_flight.require_open()
 
     def _extend(
         self, ids: IntArray, plan: Origin, interrupted: Callable[[], bool], *, prompt: bool, alone: bool = False

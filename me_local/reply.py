@@ -38,9 +38,9 @@ class MemberUsage:
     """What one member did for a reply. Counts are in tokens, times in seconds inside llama.cpp.
 
     `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
-    `text_evaluated` the tokens of the reply that went through it, in `calls` backlogs, one for each prediction.
-    `pieces` counts the pieces that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's
-    last token, whose evaluation gives the first piece.
+    `text_evaluated` the tokens of the reply that went through it; `calls` counts the predictions that it was asked for,
+    `pieces` the pieces that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's last
+    token, whose evaluation gives the first piece.
     """
 
     member: str
@@ -252,7 +252,8 @@ class Draft:
 class ReplyStream(Iterator[Step]):
     """Iterates over the steps of a reply while they are made; `reply` is what there is so far.
 
-    `cancel` may be called from another thread or a signal handler: the stream then ends before the next piece.
+    It may be read from any thread. `cancel` may be called from another thread or a signal handler: the stream then ends
+    before the next piece.
     """
 
     def __init__(self, draft: Draft, cancelled: threading.Event) -> None:
@@ -261,11 +262,13 @@ class ReplyStream(Iterator[Step]):
         self._source = self._run()
 
     def __next__(self) -> Step:
-        started = time.perf_counter()
-        try:
-            return next(self._source)
-        finally:
-            self._draft.seconds += time.perf_counter() - started
+        engine = self._draft.generation.engine
+        with engine.turns.use(), engine.steps.use():
+            started = time.perf_counter()
+            try:
+                return next(self._source)
+            finally:
+                self._draft.seconds += time.perf_counter() - started
 
     def cancel(self) -> None:
         """End the reply before its next piece."""

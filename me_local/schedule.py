@@ -8,11 +8,14 @@ all cores are slower than one after the other, so that an ensemble with such a m
 otherwise. On a GPU an evaluation is queued and returns at once: one after the other is parallel there.
 """
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from statistics import median
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
+
+from me_local.inflight import uninterrupted
 
 Result = TypeVar("Result")
 
@@ -30,6 +33,25 @@ class Shares(Protocol):
         """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
 
 
+class _Task(Generic[Result]):
+    """An evaluation in a thread of its own. It can be dropped: it is not begun then, or waited for if it has been."""
+
+    def __init__(self, evaluate: Callable[[], Result]) -> None:
+        self._evaluate = evaluate
+        self._lock = threading.Lock()
+        self._dropped = False
+
+    def run(self) -> Result:
+        with self._lock:
+            if self._dropped:
+                raise CancelledError
+            return self._evaluate()
+
+    def drop(self) -> None:
+        with self._lock:
+            self._dropped = True
+
+
 class Schedule:
     """Runs evaluations of several models; `parallel` is which way was found faster, None as long as it is tried."""
 
@@ -37,6 +59,7 @@ class Schedule:
         self._models = models
         self._divisible = all(model.divisible for model in models)
         self._pool: ThreadPoolExecutor | None = None
+        self._tasks: Sequence[_Task[Any]] = ()  # that may be running
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
 
     @property
@@ -50,6 +73,7 @@ class Schedule:
 
     def divide(self, parts: int) -> None:
         """Give every model one of so many parts of the cores."""
+        self._settle()
         for model in self._models:
             model.share_cores(parts)
 
@@ -67,15 +91,31 @@ class Schedule:
         return results
 
     def _run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool) -> dict[int, Result]:
+        self._settle()
         for key in evaluate:
             self._models[key].share_cores(len(evaluate) if parallel else 1)
         if not parallel:
             return {key: function() for key, function in evaluate.items()}
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(len(self._models))
-        futures = {key: self._pool.submit(function) for key, function in evaluate.items()}
+        tasks = {key: _Task(function) for key, function in evaluate.items()}
+        self._tasks = tuple(tasks.values())
         try:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(len(self._models))
+            futures = {key: self._pool.submit(task.run) for key, task in tasks.items()}
             return {key: future.result() for key, future in futures.items()}
         finally:
             # Before an error, or Ctrl-C, goes on: a member must not be evaluated behind the back of what comes next.
-            wait(futures.values())
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what is running, and let nothing begin any more; asked again by whoever comes next.
+
+        Ctrl-C at the first instruction of the wait would leave it out.
+        """
+        if self._tasks:
+            uninterrupted(self._drop)
+            self._tasks = ()
+
+    def _drop(self) -> None:
+        for task in self._tasks:
+            task.drop()

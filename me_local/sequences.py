@@ -50,9 +50,10 @@ class Sequences:
     def __init__(self, member: Member) -> None:
         self._member = member
         self._caches = member.caches
-        member.require_open()
-        for cache in self._caches:
-            cache.forget()
+        with member.use():
+            member.require_open()
+            for cache in self._caches:
+                cache.forget()
 
     def holds(self, sequence: int, ids: IntArray) -> bool:
         """Whether the cache of a sequence has `ids` and no more."""
@@ -64,8 +65,9 @@ class Sequences:
 
         What another sequence holds is taken over from there, and what one of these is about to hold is waited for.
         """
-        self._member.require_open()
-        return self._by_halves(lambda some: self._prefill(some, most), prompts)
+        with self._member.use():
+            self._member.require_open()
+            return self._by_halves(lambda some: self._prefill(some, most), prompts)
 
     def sync(self, wanted: Mapping[int, Target], others: Mapping[int, Target] | None = None) -> dict[int, Outcome]:
         """Make caches hold exactly these ids, one at least; the outcomes have the logits after them.
@@ -73,11 +75,12 @@ class Sequences:
         Those of `others` may come closer to what they are to hold, where that does not take longer: the outcomes of
         these have no logits.
         """
-        self._member.require_open()
-        if others:
-            with suppress(RunError):  # which may have come from one of the others
-                return self._sync(wanted, others)
-        return self._by_halves(lambda some: self._sync(some, {}), wanted)
+        with self._member.use():
+            self._member.require_open()
+            if others:
+                with suppress(RunError):  # which may have come from one of the others
+                    return self._sync(wanted, others)
+            return self._by_halves(lambda some: self._sync(some, {}), wanted)
 
     def _by_halves(
         self, bring: Callable[[Mapping[int, Target]], dict[int, Outcome]], targets: Mapping[int, Target]

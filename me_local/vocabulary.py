@@ -21,6 +21,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from me_local.errors import InputError, LoadError, RunError
+from me_local.inflight import InFlight
 from me_local.parts import LONG, Fewest, Parts
 from me_local.pieces import find_end_ids, header_value, read_pieces, suppressed
 from me_local.seams import Seams
@@ -101,7 +102,9 @@ class Vocabulary:
         template = llama_cpp.llama_model_chat_template(model, None) or b""
         self.markup = self._find_markup(brackets, template.decode("utf-8", "replace"))
         self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
-        self._encode = _llama_encoder(self._pointer) if tokenizer is None else self._own_encoder(tokenizer)
+        self._in_flight = InFlight()
+        encode = _llama_encoder(self._pointer, self._in_flight) if tokenizer is None else self._own_encoder(tokenizer)
+        self._encode: Encoder = encode
         # Between two seams stands a word or two, and words come back.
         self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
         model_kind = header_value(model, b"tokenizer.ggml.model")
@@ -185,7 +188,10 @@ class Vocabulary:
         return (self.kind, self._tokenizer, self.adds_space, tuple(self.pieces), tuple(self.encode(_PROBE)))
 
     def close(self) -> None:
-        """Note that the model is gone: from now on `encode` raises RunError."""
+        """Note that the model is about to go: from now on `encode` raises RunError. Waits for one that is under way."""
+        self._in_flight.end(self._forget)
+
+    def _forget(self) -> None:
         self._encode = self._encode_word = _closed
 
     def _first_id(self) -> int | None:
@@ -397,7 +403,7 @@ _KINDS = {
 }
 
 
-def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
+def _llama_encoder(pointer: llama_cpp.llama_vocab_p, in_flight: InFlight) -> Encoder:
     def tokenize(text: bytes) -> list[int]:
         size = max(_SHORT, len(text) + 8)
         buffer = (llama_cpp.llama_token * size)()
@@ -407,8 +413,13 @@ def _llama_encoder(pointer: llama_cpp.llama_vocab_p) -> Encoder:
             length = llama_cpp.llama_tokenize(pointer, text, len(text), buffer, -length, False, False)
         return list(buffer[:length])
 
+    def held(text: bytes) -> list[int]:
+        with in_flight.use():
+            in_flight.require_open()
+            return tokenize(text)
+
     def encode(text: bytes) -> list[int]:
-        return tokenize(text) if len(text) <= _LONG else _on_a_deep_stack(tokenize, text)
+        return held(text) if len(text) <= _LONG else _on_a_deep_stack(held, text)
 
     return encode
 

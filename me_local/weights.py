@@ -11,12 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp
 
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError
+from me_local.inflight import InFlight
 from me_local.vocabulary import Vocabulary
 
 log = logging.getLogger("me_local.llama_cpp")
@@ -26,9 +27,17 @@ _ALL_LAYERS = 0x7FFFFFFF
 _SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
+class User(Protocol):
+    """What must be closed before the weights."""
+
+    def close(self) -> None:
+        """Let go of them."""
+
+
 class Weights:
     """One GGUF model in memory. `close` frees it, after the contexts of all its members.
 
+    `users` are the members that have such contexts; one is made within `use`, which keeps the model where it is.
     `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
     of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0; `warnings` are what
     llama.cpp finds wrong with its vocabulary, a line each. Without `extra_buffers` no weights are packed anew for the
@@ -37,7 +46,9 @@ class Weights:
 
     def __init__(self, config: MemberConfig, *, extra_buffers: bool = True) -> None:
         self.path = checked_file(config)
-        self.pointer = _load(config, self.path, extra_buffers=extra_buffers)
+        self.users: set[User] = set()
+        self._in_flight = InFlight(f'member "{config.name}": ')
+        self.pointer: Any = _load(config, self.path, extra_buffers=extra_buffers)
         self.warnings = _vocabulary_warnings(native_log.warnings)
         try:
             self._read(config.tokenizer)
@@ -67,10 +78,28 @@ class Weights:
         self.token_texts = _token_texts(model, self.vocabulary)
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model, once no evaluation of it is under way."""
+        self._in_flight.end(self._free)
+
+    def use(self) -> threading.RLock:
+        """What is to be held while a context is made; see `require_open`.
+
+        Raises RunError in a process that was forked off.
+        """
+        return self._in_flight.use()
+
+    def require_open(self) -> None:
+        """Raise RunError where the model is freed: to be asked by whoever holds it."""
+        self._in_flight.require_open()
+
+    def _free(self) -> None:
+        for user in list(self.users):  # those that an interrupted end has left
+            user.close()
         if hasattr(self, "vocabulary"):
             self.vocabulary.close()
-        llama_cpp.llama_model_free(self.pointer)
+        pointer, self.pointer = self.pointer, None
+        if pointer:
+            llama_cpp.llama_model_free(pointer)
 
 
 class Shelf:

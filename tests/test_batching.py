@@ -285,3 +285,16 @@ def test_all_cores_are_back_for_replies_of_another_kind(open_batch: OpenBatch) -
         assert [llama_cpp.llama_n_threads(context) for context in contexts] == [2, 2]
         list(ensemble.generate_many(["Hello"] * 2, Overrides(max_tokens=3)))
         assert [llama_cpp.llama_n_threads(context) for context in contexts] == [4, 4]
+
+
+@pytest.mark.parametrize("route", ["shared", "own"])
+@pytest.mark.parametrize("strategy", ["me", "ce"])
+def test_calls_are_the_predictions_that_a_reply_asked_for(open_batch: OpenBatch, route: Any, strategy: Any) -> None:
+    """One for each piece and for the end, of every member under CE; not those that only came along or waited."""
+    ensemble = open_batch("bpe_a", "spm", "bpe_c", batch=6)
+    for finished in ensemble.generate_many(PROMPTS, replace(SETTINGS, route=route, strategy=strategy)):
+        reply = finished.reply
+        assert reply is not None
+        predictions = len(reply.steps) + (reply.finish_reason == "stop")
+        calls = [usage.calls for usage in reply.usage]
+        assert calls == [predictions] * 3 if strategy == "ce" else sum(calls) == predictions

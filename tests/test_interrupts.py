@@ -1,8 +1,10 @@
-"""Ctrl-C at any moment of a chat: it goes on, and replies as if nothing had happened."""
+"""Ctrl-C at any moment of a chat: it goes on, and replies as if nothing had happened. A run ends."""
 
 import json
 import random
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -149,3 +151,77 @@ def test_ctrl_c_while_loading_ends_at_once(write_models: WriteModels, tmp_path: 
     child.close()
     assert child.exitstatus == 130
     assert "Traceback" not in child.before
+
+
+INTERRUPTING = """
+import itertools, os, signal, sys
+from me_local.cli import main
+from me_local.member import Member
+decode, calls, after = Member._decode, itertools.count(), int(sys.argv.pop(1))
+def interrupting(self, parts):
+    code = decode(self, parts)
+    if next(calls) >= after:
+        os.kill(os.getpid(), signal.SIGINT)
+    return code
+Member._decode = interrupting
+main()
+"""
+
+
+def run_interrupted(folder: Path, after: int, *options: str) -> "subprocess.CompletedProcess[str]":
+    """A command in which Ctrl-C is pressed at each evaluation after so many."""
+    command = [sys.executable, "-c", INTERRUPTING, str(after), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batch", "after"), [("1", 90), ("3", 40)])
+def test_ctrl_c_again_and_again_in_a_run_keeps_what_is_finished(
+    write_models: WriteModels, tmp_path: Path, batch: str, after: int
+) -> None:
+    """The members are evaluated in threads of their own. What is left gets the replies that it would have got."""
+    at_once = '[ensemble]\nstrategy = "ce"\nparallel = true\nseed = 1\n[sampling]\nmax_tokens = 9'
+    write_models("bpe_a", "spm", top=at_once, member='type_k = "f32"\ntype_v = "f32"')
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": f"Number {i}"}) + "\n" for i in range(12)))
+    run = ("generate", "--input", "in.jsonl", "--batch", batch, "--output")
+    interrupted = run_interrupted(tmp_path, after, *run, "out.jsonl")
+    assert interrupted.returncode == 130, interrupted.stderr
+    assert "Traceback" not in interrupted.stderr
+    kept = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert 1 <= len(kept) < 12
+    assert run_interrupted(tmp_path, 10**9, *run, "out.jsonl", "--resume").returncode == 0
+    assert run_interrupted(tmp_path, 10**9, *run, "whole.jsonl").returncode == 0
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert lines[: len(kept)] == kept
+    assert texts_by_id(lines) == texts_by_id((tmp_path / "whole.jsonl").read_text().splitlines())
+
+
+def texts_by_id(lines: Sequence[str]) -> dict[int, str]:
+    records = [json.loads(line) for line in lines]
+    assert len({record["id"] for record in records}) == len(records) == 12
+    return {record["id"]: record["text"] for record in records}
+
+
+COMMANDS = [
+    ("generate", "Hello", "-n", "9", "--batch", "3"),
+    ("eval", "--task", "gsm8k", "--data", "data", "--limit", "2"),
+    ("bench",),
+    ("score", "text.txt"),
+    ("fit", "--data", "text.txt"),
+    ("verify",),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_ctrl_c_again_and_again_ends_every_command(
+    write_models: WriteModels, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    write_models("bpe_a", "spm")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. A dog and a cat.\n\n" * 200)
+    (tmp_path / "data").mkdir()
+    question = {"id": "g", "question": "What is 1 + 1?", "answer": "It is two.\n#### 2"}
+    (tmp_path / "data" / "gsm8k_test.jsonl").write_text(json.dumps(question) + "\n")
+    result = run_interrupted(tmp_path, 12, *command)
+    assert result.returncode == 130, result.stderr
+    assert "Traceback" not in result.stderr

@@ -237,6 +237,20 @@ def test_weights_and_strategy(page: Page, ensemble: Ensemble) -> None:
     assert {row[1] for row in rows} == {step.member for step in reply.steps}  # each piece is of one vocabulary alone
 
 
+def test_an_ensemble_that_mixes_as_unite_does(context: BrowserContext, models: Path, tmp_path: Path) -> None:
+    union = tmp_path / "union.toml"
+    union.write_text(f'[ensemble]\nstrategy = "union"\n{models.read_text()}')
+    with served(union) as server, load(models) as ensemble:
+        page = opened(context, server)
+        expect(page.get_by_role("radio", name="Union")).to_be_checked()
+        expect(page.get_by_role("radio", name="Word")).to_be_disabled()
+        assert send(page)["strategy"] == "union"
+        assert finished(page) == direct(ensemble, 1, strategy="union").text
+        assert figures(page).startswith("UNION")
+        page.get_by_role("radio", name="ME one model").check()
+        expect(page.get_by_role("radio", name="Word")).to_be_enabled()
+
+
 def described(page: Page, **ensemble: Any) -> None:
     """Have the browser take this for the server's description of its ensemble."""
     whole = {"id": "me-local", "strategy": "me", "unit": "token", "seed": None} | ensemble

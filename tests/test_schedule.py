@@ -34,12 +34,14 @@ def test_at_the_same_time_means_in_threads_with_a_share_of_the_cores_each() -> N
 
 
 def test_an_error_waits_for_the_others() -> None:
-    done = []
+    done, begun = [], threading.Event()
 
     def fail() -> None:
+        assert begun.wait(10)
         raise ValueError("broken")
 
     def last() -> None:
+        begun.set()
         time.sleep(0.05)
         done.append(1)
 

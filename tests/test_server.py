@@ -5,10 +5,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -244,6 +246,34 @@ def test_a_client_that_goes_away_ends_its_reply_within_a_piece(two_models: Path,
         assert server.chat().status_code == 200
 
 
+def test_a_client_that_goes_away_ends_the_evaluation_of_its_prompt(
+    two_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the next batch of it: nothing else could be answered until then."""
+    with served(two_models) as server:
+        begun, go_on, evaluated = threading.Event(), threading.Event(), []
+        for member in server.ensemble.members:
+            member.n_batch, decode = 1, member._decode
+
+            def waiting(parts: object, decode: Any = decode) -> int:
+                evaluated.append(1)
+                begun.set()
+                assert go_on.wait(30)
+                return int(decode(parts))
+
+            monkeypatch.setattr(member, "_decode", waiting)
+        body = json.dumps({**ASK, "messages": [{"role": "user", "content": "the cat sat " * 30}]}).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+            connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            assert begun.wait(30)
+        server.wait_for("running", 0)
+        go_on.set()
+        server.wait_for('replies_total{finish_reason="cancelled"}', 1)
+        assert len(evaluated) == 1
+        assert server.chat().status_code == 200
+
+
 def test_the_queue_has_an_end(two_models: Path) -> None:
     with served(two_models, limits=Limits(queue=2)) as server, ThreadPoolExecutor(3) as clients:
         tap = Tap(server.ensemble)
@@ -385,7 +415,7 @@ def test_what_serve_refuses(two_models: Path) -> None:
     assert "--host 0.0.0.0: other machines can reach it; give --api-key, or --insecure" in refused("--host", "0.0.0.0")
     assert "--host ::" in refused("--host", "::")
     assert "--host no.such.invalid" in refused("--host", "no.such.invalid")
-    for host in ("127.0.0..1", "g\udce9", "a" * 300):
+    for host in ("127.0.0..1", "ä..b", "g\udce9", "a" * 300):
         assert "not an address or the name of a machine" in refused("--host", host)
     assert "--api-key: must be printable ASCII, and not empty" in refused("--api-key", "")
     with bind("127.0.0.1", 0, guarded=False) as taken:  # it listens at once: a second one fails before it loads models

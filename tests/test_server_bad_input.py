@@ -71,7 +71,11 @@ def test_bodies_that_are_no_request(server: Served, name: str) -> None:
     is_alive(server)
 
 
-FIELDS: list[tuple[dict[str, Any], str, str]] = [
+PART = {"type": "text", "text": "a"}
+MANY_FIELDS = {str(i): 1 for i in range(257)}
+FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
+    (MANY_FIELDS, None, "fields are too many, at most 256 are taken"),
+    ({"weights": MANY_FIELDS}, "weights", "257 fields are too many, at most 256 are taken"),
     ({"temperature": "hot"}, "temperature", "number"),
     ({"temperature": True}, "temperature", "number"),
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
@@ -117,6 +121,11 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": "Hi"}, "messages", "array"),
     ({"messages": None}, "messages", "array"),
     ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
+    ({"messages": [MESSAGES[0]] * 10_001}, "messages", "10,001 texts are too many, at most 10,000 are taken"),
+    ({"messages": [{"role": "user", "content": [PART] * 9_999}, {}, {}]}, "messages", "10,001 texts are too many"),
+    ({"messages": [{"role": "user", "content": [PART] * 9_999}, {}]}, "messages.1.role", "is missing"),
+    ({"messages": [MANY_FIELDS]}, "messages.0", "257 fields are too many, at most 256 are taken"),
+    ({"messages": [{"role": "user", "content": [MANY_FIELDS]}]}, "messages.0.content.0", "257 fields are too many"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "array"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "array"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system'"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 
 from me_local.errors import ConfigError, InputError, PromptTooLongError, RunError
@@ -116,6 +117,16 @@ def test_messages_of_a_conversation() -> None:
     )
     [messages] = request.prompts()
     assert [(m.role, m.content) for m in messages] == [("system", "be brief"), ("user", "one\ntwo")]
+
+
+@pytest.mark.parametrize(
+    "messages", [[{}] * 10_000, [1] * 10_000, [{"role": "user", "content": [{}] * 10_000}]], ids=["{}", "1", "parts"]
+)
+def test_only_the_first_fault_of_many_is_looked_into(messages: list[object]) -> None:
+    """A report on each of them, of which one is told, takes many seconds where there are a million."""
+    with pytest.raises(ValidationError) as refused:
+        ChatRequest.model_validate({"model": "m", "messages": messages})
+    assert refused.value.error_count() <= 2
 
 
 def test_replies_that_are_asked_for() -> None:

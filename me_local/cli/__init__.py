@@ -18,6 +18,7 @@ from me_local.cli.eval import evaluate
 from me_local.cli.fit import fit
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
+from me_local.cli.interrupt import raises_once
 from me_local.cli.score import score
 from me_local.cli.serve import serve
 from me_local.cli.streams import printable, safe_streams
@@ -81,6 +82,7 @@ def main(verbose: int) -> None:
     before models.toml.
     """
     level = [logging.CRITICAL, logging.INFO, logging.DEBUG][min(verbose, 2)]
+    raises_once()
     # The stream as it is now: what llama-cpp-python prints to stderr while it loads is caught on the way there.
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr, force=True)
 

@@ -1,11 +1,39 @@
-"""Ctrl-C: it ends a reply before its next piece, never in the middle of an evaluation, and the loading at once."""
+"""Ctrl-C: it ends a reply before its next piece, never in the middle of an evaluation, and the loading at once.
+
+A run without a conversation it ends as a whole: records that are finished stay, and the status is 130.
+"""
 
 import os
 import signal
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+
+
+class Interruption(KeyboardInterrupt):
+    """One Ctrl-C, on its way through the program."""
+
+
+def raises_once() -> None:
+    """From now on, Ctrl-C raises KeyboardInterrupt, but not while an earlier one is still on its way.
+
+    Who presses it twice wants the end of the run, and not of the tidying up behind it.
+    """
+    on_its_way: weakref.ref[Interruption] | None = None
+
+    def interrupt(*_: object) -> None:
+        nonlocal on_its_way
+        if on_its_way is None or on_its_way() is None:
+            interruption = Interruption()
+            on_its_way = weakref.ref(interruption)  # an exception lives until it has been dealt with
+            raise interruption
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager

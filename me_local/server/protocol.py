@@ -21,6 +21,9 @@ MODEL = "me-local"
 R = TypeVar("R", bound=BaseModel)
 
 _MOST_REPLIES = 128  # to one request
+_MOST_TEXTS = 10_000
+"""Messages and further parts of them, in a conversation: what is checked and rendered for each takes its time."""
+_MOST_FIELDS = 256  # of an object: for each that is wrong a report is made
 _LONGEST_SHOWN = 80  # characters of a name that a client made up
 
 
@@ -64,6 +67,22 @@ def _no_effect_but(*neutral: object) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _bounded_fields(raw: Any) -> Any:
+    if isinstance(raw, dict) and len(raw) > _MOST_FIELDS:
+        raise PydanticCustomError("too_long", f"{len(raw):,} fields are too many, at most {_MOST_FIELDS} are taken")
+    return raw
+
+
+def _bounded_texts(raw: Any) -> Any:
+    if not isinstance(raw, list):
+        return raw
+    contents = [message.get("content") if isinstance(message, dict) else None for message in raw]
+    texts = sum(max(1, len(content)) if isinstance(content, list) else 1 for content in contents)
+    if texts > _MOST_TEXTS:
+        raise PydanticCustomError("too_long", f"{texts:,} texts are too many, at most {_MOST_TEXTS:,} are taken")
+    return raw
+
+
 def _listed(raw: Any) -> Any:
     return [raw] if isinstance(raw, str) else raw
 
@@ -74,11 +93,17 @@ _Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _Stops = Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)]
+_Weights = Annotated[dict[str, _Finite], BeforeValidator(_bounded_fields)]
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_few(cls, raw: Any) -> Any:
+        return _bounded_fields(raw)
 
 
 class TextPart(_Model):
@@ -94,6 +119,7 @@ class ChatMessage(_Model):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[TextPart],
+        Field(fail_fast=True),
         BeforeValidator(lambda raw: [{"type": "text", "text": raw}] if isinstance(raw, str) else raw),
     ]
     name: _Unsupported
@@ -132,7 +158,7 @@ class _Request(_Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     strategy: Strategy | None = None
-    weights: dict[str, _Finite] | None = None
+    weights: _Weights | None = None
     unit: Unit | None = None
     presence_penalty: _Penalty
     frequency_penalty: _Penalty
@@ -201,7 +227,7 @@ class _Request(_Model):
 class ChatRequest(_Request):
     """A body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_texts)]
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -199,10 +199,10 @@ function fold() {
   $("fold").setAttribute("aria-expanded", open);
 }
 
-/** CE is of whole distributions, so it has no words. */
+/** CE, also that of UniTE, is of whole distributions, so it has no words. */
 function onStrategy() {
   const word = document.querySelector('[name="unit"][value="word"]');
-  word.disabled = chosen("strategy") === "ce";
+  word.disabled = chosen("strategy") !== "me";
   if (word.disabled && word.checked) choose("unit", "token");
 }
 
