@@ -113,6 +113,10 @@ class Batching:
             return self._step()
 
     def _step(self) -> list[Written]:
+        try:
+            self._engine.steps.require_open()
+        except RunError as error:
+            return [self._fail(running, error) for running in list(self._running)]
         written = self._without_pieces() + self._prefill()
         due = self._due()
         written += self._advance(due)

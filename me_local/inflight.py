@@ -66,18 +66,21 @@ class InFlight:
         return self._lock
 
     def require_open(self) -> None:
-        """Raise RunError where it has been freed: to be asked by whoever holds the lock."""
+        """Raise RunError where it has been freed, or is about to be: to be asked by whoever holds the lock."""
         if self._ended:
             raise RunError(f"{self._where}the ensemble is closed")
 
     def end(self, free: Callable[[], object]) -> None:
-        """Free it by `free`, which may be called again, once nobody uses it; in a forked process do nothing."""
+        """Free it by `free`, which may be called again, once nobody uses it; in a forked process do nothing.
+
+        Whoever asks `require_open` from now on is refused: one use after the other could go before it for long.
+        """
         if self._process == os.getpid():
+            self._ended = True
             uninterrupted(lambda: self._locked(free))
 
     def _locked(self, free: Callable[[], object]) -> None:
         with self._lock:
-            self._ended = True
             free()
 
 

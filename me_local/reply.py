@@ -292,6 +292,7 @@ class ReplyStream(Iterator[Step]):
                 yield from draft.end("cancelled")
                 return
             try:
+                draft.generation.engine.steps.require_open()
                 draw = draft.generation.step()
             except EvaluationInterruptedError:
                 continue  # by `cancel`

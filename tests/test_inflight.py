@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -167,6 +168,8 @@ def test_ctrl_c_between_two_evaluations_of_a_step_waits_for_the_first(
 
 
 class Cores:
+    divisible = True
+
     def share_cores(self, parts: int) -> None:
         """Of no interest here."""
 
@@ -320,6 +323,9 @@ def test_an_ensemble_is_closed_between_two_steps(open_ensemble: OpenEnsemble, mo
         reply = threads.submit(ensemble.generate, "Hello", LONG)
         assert held.begun.wait(SECONDS)
         closing = threads.submit(ensemble.close)
+        end = time.monotonic() + SECONDS
+        while not ensemble.engine.steps._ended and time.monotonic() < end:
+            threading.Event().wait(0.001)
         held.free.set()
         closing.result(SECONDS)
         with pytest.raises(RunError, match="the ensemble is closed"):

@@ -20,6 +20,18 @@ SECONDS = 5
 PIECES = 2
 
 
+class Told(threading.Event):
+    """An event that tells when it is set."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def set(self) -> None:
+        super().set()
+        self._tell()
+
+
 class Script:
     """Makes replies of `PIECES` pieces, by as many steps as are `let`; `log` tells what it was asked for.
 
@@ -43,7 +55,7 @@ class Script:
         self.log.append(f"begin {job.ask.prompt}")
         if job.ask.prompt == "refused":
             raise InputError("no such thing")
-        job.stop = lambda: self.log.append(f"stop {job.ask.prompt}")
+        job.stopped = Told(lambda: self.log.append(f"stop {job.ask.prompt}"))
         self._jobs[job] = 0
 
     def step(self) -> list[Written]:
