@@ -253,6 +253,7 @@ def p_of_independence(found: Sequence[tuple[int, Reply, Reply]], open_all: OpenA
     return float(stats.chi2.sf(g, free))
 
 
+@pytest.mark.slow
 def test_pairs_by_a_shared_route(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are independent given the route, and are not without it.
 

@@ -242,6 +242,7 @@ def markup_writer(name: str) -> PromptWriter:
     return PromptWriter(words, jinja_render(source, tokens, name))
 
 
+@pytest.mark.slow
 @real
 def test_which_vocabularies_have_markup() -> None:
     assert {name for name in NAMES if vocabulary(name).markup} == set(WITH_MARKUP)
