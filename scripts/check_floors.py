@@ -253,7 +253,6 @@ def growth(given: Given) -> Iterator[Check]:
         me, call, ce, one = seconds[4 * i : 4 * i + 4]
         for_me = median(c / m for c, m in zip(call, me, strict=True))
         for_ce = median(count * o / c for o, c in zip(one, ce, strict=True))
-        print(f"  {count} copies: speed-up {sum(ce) / sum(me):.2f}, limit {count * sum(one) / sum(call):.2f}")
         print(f"  {count} copies: evaluations take {for_me:.3f} of ME's steps, {for_ce:.3f} of CE's")
         yield Check(f"ME's speed-up over its limit, {count} copies", for_me / for_ce, 0.9, True)
     grown = median(many / few for few, many in zip(seconds[2], seconds[-2], strict=True))

@@ -99,6 +99,7 @@ def test_copies_of_a_member_take_its_weights_once(write_models: WriteModels, tin
     assert four - weights == 4 * (one - weights)
 
 
+@pytest.mark.slow
 def test_several_replies_at_once(write_models: WriteModels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("me_local.bench_batch.STEPS", 4)
     models, picture = str(write_models("bpe_c", "spm")), tmp_path / "bench.png"

@@ -118,6 +118,7 @@ def test_control_tokens_in_a_message_stay_text(ensemble: Ensemble) -> None:
         assert text.encode() in member.vocabulary.joined(prompt.tolist())
 
 
+@pytest.mark.slow
 def test_a_turn_evaluates_only_what_is_new(ensemble: Ensemble) -> None:
     chat = Chat(ensemble)
     chat.set(Overrides(seed=1, max_tokens=40))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import logits_of
 from scipy import stats
+from selection import slow_but
 
 from me_local.alignment import FloatArray, LogitArray, top_k
 from me_local.bench import endless
@@ -116,7 +117,7 @@ def test_with_one_vocabulary_the_context_is_what_was_sampled(open_member: OpenMe
     assert synced.caches[0].ids.tolist() == (head + sampled)[: synced.caches[0].length]
 
 
-@pytest.mark.parametrize("names", PAIRS)
+@pytest.mark.parametrize("names", slow_but(PAIRS, PAIRS[2]))
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=5, temperature=0.5), Sampling(top_k=0)])
 def test_one_step_of_me_has_the_distribution_of_the_mixture(
     open_member: OpenMember, names: tuple[str, ...], sampling: Sampling

@@ -162,6 +162,7 @@ def test_the_replies_of_each_place_by_own_routes(open_all: OpenAll, monkeypatch:
     check_places(drawn, Tree(open_all(this), this))
 
 
+@pytest.mark.slow
 def test_the_replies_of_each_place_by_words(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
     this = case("bpe_b", "spm", temperature=0.7, top_k=5, head=b"x")
     engine = remembering_words(open_all(this), this)
@@ -252,6 +253,7 @@ def p_of_independence(found: Sequence[tuple[int, Reply, Reply]], open_all: OpenA
     return float(stats.chi2.sf(g, free))
 
 
+@pytest.mark.slow
 def test_pairs_by_a_shared_route(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are independent given the route, and are not without it.
 
@@ -282,6 +284,7 @@ def test_replies_that_share_the_numbers_of_their_pieces_are_found_out(
     assert p_given_routes(found, route, open_all) < EXACT
 
 
+@pytest.mark.slow
 def test_pairs_by_own_routes(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = remembering(open_all(PAIR), PAIR)
     found = pairs(places_of(engine, 2, None, monkeypatch), engine, PAIR, different)
@@ -309,6 +312,7 @@ def test_an_ensemble_as_users_run_it(write_models: Callable[..., object], open_a
     assert g_test(drawn, Tree(open_all(this), this).cells(drawn.total())) > EXACT
 
 
+@pytest.mark.slow
 def test_an_ensemble_that_is_off_by_a_twentieth_is_found_out(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -313,7 +313,7 @@ def open_all(open_member: OpenMember) -> Callable[[Case], list[Member]]:
 OpenAll = Callable[[Case], list[Member]]
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "one vocabulary", "BPE and BPE, temperature 0.5"))
+@pytest.mark.parametrize("name", slow_but(CASES, "BPE and BPE, temperature 0.5"))
 def test_replies_have_the_probabilities_of_the_definition(open_all: OpenAll, name: str) -> None:
     this = CASES[name]
     check(draw(remembering(open_all(this), this), this, "me"), Tree(open_all(this), this))

@@ -230,7 +230,7 @@ def open_all(open_member: Callable[..., Member]) -> OpenAll:
     return lambda this: [open_member(name, **SETTINGS) for name in this.names]
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "one vocabulary", "BPE and SPM"))
+@pytest.mark.parametrize("name", slow_but(CASES, "one vocabulary"))
 def test_replies_have_the_probabilities_of_the_definition(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, logits_of
 from gguf import GGUFValueType, GGUFWriter, TokenType
 from make_tiny_models import CHATML, write_model
+from selection import slow_but
 from tiny_architectures import Array, Model, llama_model
 from tiny_vocabularies import Token, chatml_vocab
 
@@ -248,7 +249,7 @@ ROWS = {
 ADAPTERS = {"a LoRA of random bytes": "file0.gguf", "no LoRA": "none.gguf"}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", slow_but(ROWS, *list(ROWS)[::4]))
 def test_a_member_that_cannot_be_loaded(
     name: str, tiny: dict[str, Path], tmp_path: Path, write_models: WriteModels, open_ensemble: OpenEnsemble
 ) -> None:

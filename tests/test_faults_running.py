@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from selection import slow_but
 
 from me_local import Ensemble, InputError, Overrides, RunError
 from me_local.alignment import FloatArray, LogitArray
@@ -133,7 +134,7 @@ def joined(steps: Sequence[Step]) -> bytes:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("names", ENSEMBLES)
+@pytest.mark.parametrize("names", slow_but(ENSEMBLES, ENSEMBLES[0]))
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_reply_that_fails(name: str, names: tuple[str, str], strategy: str, open_ensemble: OpenEnsemble) -> None:
     fault = FAULTS[name]

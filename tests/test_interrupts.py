@@ -113,6 +113,7 @@ def test_ctrl_c_at_50_moments_of_a_chat(terminal: Terminal, tmp_path: Path) -> N
     assert len(set(replies)) == 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_gives_up_the_line(terminal: Terminal) -> None:
     child = terminal()
     child.expect(PROMPT)

@@ -54,7 +54,7 @@ def check(model: llama_cpp.llama_model_p) -> list[bytes]:
 
 
 @pytest.mark.vocabularies
-@pytest.mark.parametrize("name", slow_but([*REAL, *EMBEDDING], "gpt-2", "llama-spm"))
+@pytest.mark.parametrize("name", slow_but([*REAL, *EMBEDDING], "gpt-2", "llama-bpe", "llama-spm"))
 def test_real_vocabularies(name: str) -> None:
     check(open_model(name))
 

@@ -31,6 +31,7 @@ from me_local.vocabulary import TokenizedText, Vocabulary, utf8_runs
 real = pytest.mark.vocabularies
 WITHOUT = {("deepseek-llm", "other")}  # kinds of seams that are inside its tokens
 CHECKED_BY_LLAMA_CPP = sorted(set(NAMES) - {"aquila", "baichuan", "gpt-neox"})  # these have texts with ids beside them
+QUICK = ("gpt-2", "llama-bpe", "llama-spm")  # the other vocabularies are slow tests
 WITH_MARKUP = {"command-r": None, "deepseek-coder": "deepseek", "gemma-4": None}  # None: the template in the GGUF
 
 WORDS = [
@@ -137,7 +138,7 @@ def test_every_file_is_listed() -> None:
 
 
 @real
-@pytest.mark.parametrize("name", CHECKED_BY_LLAMA_CPP)
+@pytest.mark.parametrize("name", slow_but(CHECKED_BY_LLAMA_CPP, *QUICK))
 def test_ids_are_those_of_the_models_own_tokenizer(name: str) -> None:
     path = fetch_vocabularies.folder() / f"ggml-vocab-{name}.gguf"
     given_texts = path.with_name(path.name + ".inp").read_bytes().split(b"\n__ggml_vocab_test__\n")
@@ -151,7 +152,7 @@ def test_ids_are_those_of_the_models_own_tokenizer(name: str) -> None:
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *QUICK))
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(text=texts(), sizes=st.lists(st.integers(1, 16), min_size=1, max_size=6), at_start=st.booleans())
 @example(text="He said ▁hi there ▁▁ x".encode(), sizes=[3], at_start=True)
@@ -171,7 +172,7 @@ def test_a_growing_text_has_the_ids_of_the_whole(name: str, text: bytes, sizes: 
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *QUICK))
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(text=texts())
 def test_ids_give_the_text_back_and_no_control_token(name: str, text: bytes) -> None:
@@ -197,7 +198,7 @@ def seams() -> st.SearchStrategy[tuple[str, str, str]]:
 
 
 @real
-@pytest.mark.parametrize("name", slow_but(NAMES, "gpt-2", "llama-spm"))
+@pytest.mark.parametrize("name", slow_but(NAMES, *QUICK))
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(left=texts(), right=texts(), seam=seams())
 def test_the_two_sides_of_a_seam_do_not_depend_on_each_other(
@@ -215,7 +216,7 @@ def test_the_two_sides_of_a_seam_do_not_depend_on_each_other(
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *QUICK))
 def test_no_control_token_is_found_in_a_text(name: str) -> None:
     words = vocabulary(name)
     for control in list(words.control)[:40]:
@@ -224,7 +225,7 @@ def test_no_control_token_is_found_in_a_text(name: str) -> None:
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, *QUICK))
 def test_long_runs_without_a_seam(name: str) -> None:
     """llama.cpp's regular expressions recurse once for each character of a match: 30,000 overflow a usual stack."""
     words = vocabulary(name)
@@ -292,6 +293,7 @@ def markup_writer(name: str) -> PromptWriter:
     return PromptWriter(words, jinja_render(source, tokens, name))
 
 
+@pytest.mark.slow
 @real
 def test_which_vocabularies_have_markup() -> None:
     assert {name for name in NAMES if vocabulary(name).markup} == set(WITH_MARKUP)

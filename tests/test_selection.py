@@ -60,6 +60,7 @@ def test_nothing_is_skipped_in_ci(run_pytest: Pytest, text: str) -> None:
     assert "nothing there" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hang", "option", "shown"),
     [

@@ -78,6 +78,7 @@ def test_control_tokens_in_a_message_stay_text(open_member: OpenMember, text: st
 _cache: dict[str, Member] = {}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<", "|", "im_", "end", ">", " ", "\n", "ä"])))
 def test_no_mix_of_control_tokens_and_text_becomes_one(open_member: OpenMember, parts: list[str]) -> None:

@@ -102,6 +102,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_the_chat(terminal: Terminal) -> None:
     assert child.exitstatus == 0
 
 
+@pytest.mark.slow
 def test_an_error_keeps_the_chat(terminal: Terminal) -> None:
     child = terminal()
     ask(child, "/set temperature hot")

@@ -91,6 +91,7 @@ def test_ids_that_do_not_stand_for_the_text_are_refused(open_member: OpenMember)
         token_starts(vocabulary, vocabulary.encode(b"the cat"), b"the\x01 cat")
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet="ab ,\n\t1春é", min_size=1, max_size=60), share=st.floats(0, 0.9))
 def test_words_of_two_vocabularies(open_member: OpenMember, text: str, share: float) -> None:

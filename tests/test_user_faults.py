@@ -130,6 +130,7 @@ def test_a_megabyte_is_a_clear_error_within_seconds(models: Path, command: list[
     assert time.process_time() - started < 10
 
 
+@pytest.mark.slow
 def test_a_megabyte_in_a_file_of_prompts_fails_alone(models: Path, tmp_path: Path) -> None:
     prompts = [{"id": "small", "prompt": "Hello"}, *({"id": k, "prompt": v} for k, v in MEGABYTE.items())]
     source, output = jsonl(tmp_path / "in.jsonl", *prompts, {"prompt": "Hello"}), tmp_path / "out.jsonl"

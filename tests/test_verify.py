@@ -28,7 +28,7 @@ TINY = [
     ("bpe_a",),
     ("bpe_a", "bpe_b"),
     pytest.param(("bpe_a", "bpe_c"), marks=pytest.mark.slow),
-    ("bpe_c", "spm"),
+    pytest.param(("bpe_c", "spm"), marks=pytest.mark.slow),
     pytest.param(("bpe_b", "bpe_c", "spm"), marks=pytest.mark.slow),
     pytest.param(("swa", "recurrent"), marks=pytest.mark.slow),
     pytest.param(("hybrid", "spm"), marks=pytest.mark.slow),
