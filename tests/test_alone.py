@@ -146,6 +146,33 @@ def test_a_prompt_by_itself_is_evaluated_once(open_member: OpenMember, kind: str
     assert member.prepare(longer, alone=True).tokens == len(longer) - kept
 
 
+def test_what_was_cut_otherwise_is_evaluated_by_itself(open_member: OpenMember) -> None:
+    """The same tokens, once by one batch and once by two, of which the first is a part of a larger one."""
+    member = open_member("bpe_a")
+    prompt = np.random.default_rng(2).integers(3, 340, 75, dtype=np.int32)
+    assert member.prepare(prompt).tokens == 75
+    assert member.prepare(prompt, alone=True).tokens == 0
+    member.prepare(prompt[:40])
+    assert member.prepare(prompt).tokens == 35
+    assert member.prepare(prompt, alone=True).tokens == 75
+
+
+def test_what_went_back_to_a_checkpoint_of_a_window_is_evaluated_by_itself(open_member: OpenMember) -> None:
+    """The checkpoint has all cells of its 16 tokens, and may put them anywhere."""
+    member, reference = (open_member("swa", n_batch=64, swa_full=False) for _ in range(2))
+    random = np.random.default_rng(3)
+    prompt, ids = random.integers(3, 340, 16, dtype=np.int32), random.integers(3, 340, 400, dtype=np.int32)
+    member.prepare(prompt, alone=True)
+    member.sync(np.concatenate([prompt, ids]), final=416)
+    assert member.prepare(prompt).tokens == 0  # from the checkpoint
+    assert member.caches[0].origin.ends == ()
+    assert member.prepare(prompt, alone=True).tokens == 16
+    reference.prepare(prompt, alone=True)
+    for each in (member, reference):
+        each.sync(np.append(prompt, ids[:1]))
+    np.testing.assert_array_equal(member.logits(), reference.logits())
+
+
 def ensemble_history(
     ensemble: Ensemble, reference: Callable[[], Ensemble], seed: int, steps: int, budget: int
 ) -> Iterator[tuple[Reply, Reply]]:

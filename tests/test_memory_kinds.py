@@ -343,3 +343,8 @@ def test_when_a_checkpoint_of_a_prompt_is_due(keep: int, final: int, due: int | 
     checkpoints = Checkpoints()
     checkpoints.add(checkpoint(10), prompt=True)
     assert checkpoints.due_in_prompt(keep, final, 40) == due
+
+
+@pytest.mark.parametrize(("length", "stops"), [(0, ()), (1, (1,)), (16, (16,)), (17, (1, 17)), (100, (84, 100))])
+def test_checkpoints_of_a_prompt_by_itself(length: int, stops: tuple[int, ...]) -> None:
+    assert Checkpoints.stops(length) == stops
