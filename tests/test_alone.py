@@ -6,10 +6,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from conftest import OpenEnsemble, OpenMember
+from conftest import OpenEnsemble, OpenMember, logits_of
 
 from me_local import Ensemble, Message, Overrides, Reply
 from me_local.batches import Part
+from me_local.cache import Cache
 from me_local.ensemble import Ask
 from me_local.errors import RunError
 from me_local.member import EvaluationInterruptedError, Member
@@ -171,6 +172,18 @@ def test_what_went_back_to_a_checkpoint_of_a_window_is_evaluated_by_itself(open_
     for each in (member, reference):
         each.sync(np.append(prompt, ids[:1]))
     np.testing.assert_array_equal(member.logits(), reference.logits())
+
+
+def test_what_the_cache_overrates_is_found_out(open_member: OpenMember) -> None:
+    """How many tokens can be used is a forecast; how they came there is asked once they are all that is left."""
+    member, reference = open_member("bpe_a"), open_member("bpe_a")
+    prompt = np.random.default_rng(4).integers(3, 340, 100, dtype=np.int32)
+    member.prepare(prompt)
+    with patch.object(Cache, "usable", lambda cache, ids, _: cache.common(ids, len(ids))):
+        assert member.prepare(prompt[:60], alone=True).tokens == 60
+    assert member.caches[0].origin.ends == (60,)
+    reference.prepare(prompt[:60], alone=True)
+    np.testing.assert_array_equal(logits_of(member, prompt[:61]), logits_of(reference, prompt[:61]))
 
 
 def ensemble_history(

@@ -328,6 +328,7 @@ def test_which_checkpoints_are_kept() -> None:
         (30, 30, 9, 30),  # final a long way back
         (10, 30, 0, 30),  # after going back: where it was the same twice
         (10, 25, 0, None),  # too close
+        (10, 26, 0, 26),
     ],
 )
 def test_when_a_checkpoint_of_the_text_is_due(keep: int, common: int, final: int, due: int | None) -> None:
