@@ -6,10 +6,11 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from conftest import OpenEnsemble, OpenMember
+from conftest import OpenEnsemble, OpenMember, logits_of
 
 from me_local import Ensemble, Message, Overrides, Reply
 from me_local.batches import Part
+from me_local.cache import Cache
 from me_local.ensemble import Ask
 from me_local.errors import RunError
 from me_local.member import EvaluationInterruptedError, Member
@@ -144,6 +145,45 @@ def test_a_prompt_by_itself_is_evaluated_once(open_member: OpenMember, kind: str
     longer = np.append(prompt[:140], prompt)
     kept = 0 if kind in ("recurrent", "hybrid") else 128  # there is no checkpoint where the second batch ends
     assert member.prepare(longer, alone=True).tokens == len(longer) - kept
+
+
+def test_what_was_cut_otherwise_is_evaluated_by_itself(open_member: OpenMember) -> None:
+    """The same tokens, once by one batch and once by two, of which the first is a part of a larger one."""
+    member = open_member("bpe_a")
+    prompt = np.random.default_rng(2).integers(3, 340, 75, dtype=np.int32)
+    assert member.prepare(prompt).tokens == 75
+    assert member.prepare(prompt, alone=True).tokens == 0
+    member.prepare(prompt[:40])
+    assert member.prepare(prompt).tokens == 35
+    assert member.prepare(prompt, alone=True).tokens == 75
+
+
+def test_what_went_back_to_a_checkpoint_of_a_window_is_evaluated_by_itself(open_member: OpenMember) -> None:
+    """The checkpoint has all cells of its 16 tokens, and may put them anywhere."""
+    member, reference = (open_member("swa", n_batch=64, swa_full=False) for _ in range(2))
+    random = np.random.default_rng(3)
+    prompt, ids = random.integers(3, 340, 16, dtype=np.int32), random.integers(3, 340, 400, dtype=np.int32)
+    member.prepare(prompt, alone=True)
+    member.sync(np.concatenate([prompt, ids]), final=416)
+    assert member.prepare(prompt).tokens == 0  # from the checkpoint
+    assert member.caches[0].origin.ends == ()
+    assert member.prepare(prompt, alone=True).tokens == 16
+    reference.prepare(prompt, alone=True)
+    for each in (member, reference):
+        each.sync(np.append(prompt, ids[:1]))
+    np.testing.assert_array_equal(member.logits(), reference.logits())
+
+
+def test_what_the_cache_overrates_is_found_out(open_member: OpenMember) -> None:
+    """How many tokens can be used is a forecast; how they came there is asked once they are all that is left."""
+    member, reference = open_member("bpe_a"), open_member("bpe_a")
+    prompt = np.random.default_rng(4).integers(3, 340, 100, dtype=np.int32)
+    member.prepare(prompt)
+    with patch.object(Cache, "usable", lambda cache, ids, _: cache.common(ids, len(ids))):
+        assert member.prepare(prompt[:60], alone=True).tokens == 60
+    assert member.caches[0].origin.ends == (60,)
+    reference.prepare(prompt[:60], alone=True)
+    np.testing.assert_array_equal(logits_of(member, prompt[:61]), logits_of(reference, prompt[:61]))
 
 
 def ensemble_history(

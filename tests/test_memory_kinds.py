@@ -330,6 +330,7 @@ def test_which_checkpoints_are_kept() -> None:
         (30, 30, 9, 30),  # final a long way back
         (10, 30, 0, 30),  # after going back: where it was the same twice
         (10, 25, 0, None),  # too close
+        (10, 26, 0, 26),
     ],
 )
 def test_when_a_checkpoint_of_the_text_is_due(keep: int, common: int, final: int, due: int | None) -> None:
@@ -345,3 +346,8 @@ def test_when_a_checkpoint_of_a_prompt_is_due(keep: int, final: int, due: int | 
     checkpoints = Checkpoints()
     checkpoints.add(checkpoint(10), prompt=True)
     assert checkpoints.due_in_prompt(keep, final, 40) == due
+
+
+@pytest.mark.parametrize(("length", "stops"), [(0, ()), (1, (1,)), (16, (16,)), (17, (1, 17)), (100, (84, 100))])
+def test_checkpoints_of_a_prompt_by_itself(length: int, stops: tuple[int, ...]) -> None:
+    assert Checkpoints.stops(length) == stops

@@ -470,3 +470,27 @@ def test_a_prompt_by_itself_begins_with_the_first_cell(open_many: OpenMember) ->
     for each in (member, reference):
         each.prepare(prompt[:-1], alone=True)
     np.testing.assert_array_equal(logits_of(member, prompt), logits_of(reference, prompt))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_emptying_one_sequence_leaves_the_others(open_many: OpenMember, open_member: OpenMember, name: str) -> None:
+    """Also those of a single token."""
+    member, reference = open_many(name), open_member(name, type_k="f32", type_v="f32")
+    sequences = Sequences(member)
+    sequences.sync(targets_of({0: [5], 1: random_ids(30, 1), 2: random_ids(30, 2)}))
+    member.caches[1].forget()
+    member.caches[2].forget()
+    ids = {0: [5, 6], 1: [7, 8, 9]}
+    with noted(member) as calls:
+        all_equal_fresh(sequences.sync(targets_of(ids)), reference, ids)
+    assert sum(tokens for call in calls for place, tokens in call if place == 0) == 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_how_what_is_borrowed_came_is_not_followed(open_many: OpenMember, name: str) -> None:
+    member = open_many(name)
+    member.prepare(array(random_ids(40, 1)), alone=True)
+    lender, borrower = member.caches[:2]
+    borrower.borrow(lender, 40)
+    assert (borrower.length, borrower.origin.ends) == (40, ())
+    assert lender.origin.ends == ((24, 40) if name in ("recurrent", "hybrid") else (40,))

@@ -149,6 +149,9 @@ def test_what_is_kept_is_worth_it_and_has_room(open_member: OpenMember) -> None:
     member.prepare(second)
     assert len(member.states) == 2
     assert member.prepare(first).tokens == 0
+    longer = np.append(first, first[:20])
+    assert member.prepare(longer).tokens == 20
+    assert member.prepare(longer).tokens == 0  # what is there is more than what is kept
 
 
 def test_a_state_that_llama_cpp_refuses_costs_time_and_nothing_else(open_member: OpenMember) -> None:
