@@ -79,6 +79,7 @@ def test_a_report(open_ensemble: OpenEnsemble) -> None:
     assert any("ME is" in sentence for sentence in remarks(report))
 
 
+@pytest.mark.slow
 def test_the_command(write_models: WriteModels, tmp_path: Path) -> None:
     models, picture = str(write_models("bpe_c", "spm")), tmp_path / "bench.png"
     result = CliRunner().invoke(main, ["bench", "--models", models, "--json", "--plot", str(picture)])
@@ -92,6 +93,7 @@ def test_the_command(write_models: WriteModels, tmp_path: Path) -> None:
     assert "CE in parallel" in table.stdout
 
 
+@pytest.mark.slow
 def test_copies_of_a_member_take_its_weights_once(write_models: WriteModels, tiny: dict[str, Path]) -> None:
     command = ["bench", "--models", str(write_models("bpe_c")), "--json", "--members"]
     one, four = (json.loads(CliRunner().invoke(main, [*command, count]).stdout)["memory_bytes"] for count in "14")

@@ -112,6 +112,7 @@ def test_the_home_where_no_shell_replaces_it(write_models: WriteModels, tmp_path
     assert len(records(home / "out.jsonl")) == 1
 
 
+@pytest.mark.slow
 def test_as_a_module() -> None:
     command = [sys.executable, "-m", "me_local", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.startswith("me-local")

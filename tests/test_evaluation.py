@@ -81,6 +81,7 @@ def test_likelihoods_decide(run: Run, data: Path, tmp_path: Path, open_ensemble:
     )
 
 
+@pytest.mark.slow
 def test_replies_are_those_of_generate(
     data: Path, open_ensemble: OpenEnsemble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +110,7 @@ def test_replies_are_those_of_generate(
                 assert record["correct"] == {"accuracy": {record["arm"]: task.correct(questions[0], reply.text)}}
 
 
+@pytest.mark.slow
 def test_replies_at_once_are_those_of_one_at_a_time(
     data: Path, write_models: WriteModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +151,7 @@ def test_a_table_of_replies(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert {key: again[key] for key in ("id", "reply", "correct")} == {k: lost[k] for k in ("id", "reply", "correct")}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(run: Run, data: Path, tmp_path: Path) -> None:
     """The process is killed while its third record is half written; nothing is lost and nothing comes twice."""
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"

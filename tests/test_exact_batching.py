@@ -22,7 +22,6 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy import stats
-from selection import slow_but
 from test_exact_replies import (
     CASES,
     COUNT,
@@ -142,7 +141,8 @@ def check_places(drawn: Sequence[Counter[Reply]], tree: Tree) -> None:
         assert g_test(counts, cells) > EXACT / PLACES
 
 
-@pytest.mark.parametrize("name", slow_but(NAMES, "BPE and SPM, temperature 1.3"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_replies_of_each_place_by_a_shared_route(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from selection import slow_but
 from test_exact_replies import (
     COUNT,
     EXACT,
@@ -230,7 +229,8 @@ def open_all(open_member: Callable[..., Member]) -> OpenAll:
     return lambda this: [open_member(name, **SETTINGS) for name in this.names]
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "one vocabulary"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_replies_have_the_probabilities_of_the_definition(
     open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

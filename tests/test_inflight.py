@@ -397,6 +397,7 @@ say()
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_forked_off_before_anything_was_evaluated_replies(write_models: WriteModels) -> None:
     models = write_models("bpe_a", "spm")
     models.write_text(models.read_text().replace("n_threads = 1", "n_threads = 2"))

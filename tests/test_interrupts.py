@@ -143,6 +143,7 @@ def test_ctrl_c_while_the_prompt_is_written_counts_for_the_reply(open_ensemble: 
     assert session.chat.messages == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_loading_ends_at_once(write_models: WriteModels, tmp_path: Path) -> None:
     models = write_models("bpe_a")
     child = spawn(["chat", "--models", str(models)], tmp_path)

@@ -132,6 +132,7 @@ def test_what_linux_says_of_the_processor(tmp_path: Path, monkeypatch: pytest.Mo
     assert processor_identity() != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "found"),
     [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],

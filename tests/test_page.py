@@ -17,7 +17,7 @@ from me_local.reply import Reply
 from me_local.server.app import Access
 from me_local.server.serving import Limits
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 STATIC = ROOT / "me_local" / "server" / "static"
 QUESTION = "the cat sat on the mat"

@@ -240,7 +240,7 @@ def user_defined(name: str) -> list[str]:
 
 
 @real
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES, "llama-spm"))
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), at_start=st.booleans())
 def test_a_long_text_in_parts_has_the_ids_of_the_whole(name: str, data: st.DataObject, at_start: bool) -> None:

@@ -43,6 +43,7 @@ def test_slow_tests_are_left_out_and_named(run_pytest: Pytest) -> None:
     assert "1 slow tests left out; --all runs them" in done.stdout
 
 
+@pytest.mark.slow
 def test_all_runs_them_with_more_time(run_pytest: Pytest) -> None:
     done = run_pytest(SLOW + QUICK, "--all", "-s")
     assert done.returncode == 0, done.stdout
@@ -51,6 +52,7 @@ def test_all_runs_them_with_more_time(run_pytest: Pytest) -> None:
     assert "limit (600.0,)" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [SKIPPED, "pytest.skip('nothing there', allow_module_level=True)\n"])
 def test_nothing_is_skipped_in_ci(run_pytest: Pytest, text: str) -> None:
     assert run_pytest(QUICK + SKIPPED).returncode == 0

@@ -375,6 +375,7 @@ def started(models: Path, *options: str) -> Iterator[tuple[processes.Running, op
         yield process, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_lets_running_replies_finish(two_models: Path, number: int, status: int) -> None:
     with started(two_models, "--grace", "20") as (process, client):
@@ -425,6 +426,7 @@ def test_what_serve_refuses(two_models: Path) -> None:
         assert listener.proto == socket.IPPROTO_TCP  # else asyncio leaves Nagle's algorithm on
 
 
+@pytest.mark.slow
 def test_serve_without_its_extra(two_models: Path) -> None:
     program = "import sys; sys.modules['uvicorn'] = None; from me_local.cli import main; main()"
     command = [sys.executable, "-c", program, "serve", "--models", str(two_models)]

@@ -337,6 +337,7 @@ def test_a_thousand_idle_connections(server: Served) -> None:
     is_alive(server)
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_is_given_up(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_WRITE_SECONDS", 0.1)
     body = json.dumps(ALIVE | {"max_tokens": 300, "n": 100, "stream": True, "logprobs": True, "top_logprobs": 20})

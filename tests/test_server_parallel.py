@@ -62,6 +62,7 @@ def asking(server: Served, bodies: Sequence[dict[str, Any]]) -> Iterator[list["F
         yield answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"strategy": "ce"}, {"unit": "word"}])
 def test_requests_at_once_get_what_they_get_alone(
     two_models: Path, alone: Ensemble, settings: dict[str, object]
@@ -118,6 +119,7 @@ def test_the_choices_of_a_request_are_made_together(two_models: Path, alone: Ens
         assert (streamed, sorted(roles)) == (texts, [0, 1, 2, 3, 4])
 
 
+@pytest.mark.slow
 def test_one_that_goes_away_disturbs_no_other(two_models: Path, alone: Ensemble) -> None:
     bodies = [body(seed) for seed in (1, 2)]
     long = next(asked for seed in range(99) if len(expected(alone, asked := body(seed, max_tokens=200))) > 200)
@@ -226,6 +228,7 @@ def test_the_end_of_the_grace_time(two_models: Path) -> None:
             tap.let(PLENTY)
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_one_request(two_models: Path) -> None:
     with served(two_models, limits=Limits(timeout=0.5), parallel=2) as server:
         tap = Tap(server.ensemble)

@@ -133,6 +133,7 @@ def _one_step(text: str) -> Callable[..., object]:
     return lambda _: next(steps)
 
 
+@pytest.mark.slow
 def test_on_a_real_terminal(evil: Path, tmp_path: Path) -> None:
     child = spawn(["generate", "--models", str(evil), "Hi"], tmp_path)
     child.expect("Error: ")
@@ -164,11 +165,13 @@ def test_every_encoding_takes_every_reply(two_models: Path, tmp_path: Path, enco
     assert len(run("inspect").splitlines()) > 20
 
 
+@pytest.mark.slow
 def test_closed_streams(two_models: Path) -> None:
     command = f'exec "{ME_LOCAL}" generate --models "{two_models}" --max-tokens 2 Hi <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", command], timeout=60, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone(two_models: Path) -> None:
     command = f'"{ME_LOCAL}" generate --models "{two_models}" --raw --max-tokens 300 Hi | true'
     result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=False)

@@ -56,6 +56,7 @@ def terminal(write_models: WriteModels, tmp_path: Path) -> Iterator[Terminal]:
         yield open_one
 
 
+@pytest.mark.slow
 def test_pieces_have_the_colour_of_their_member(terminal: Terminal) -> None:
     child = terminal()
     assert "\x1b[36m■ bpe_a" in child.before
@@ -138,6 +139,7 @@ def test_the_history_lasts_from_one_run_to_the_next(terminal: Terminal) -> None:
     child.expect("remember me")
 
 
+@pytest.mark.slow
 def test_the_history_is_for_its_user_alone(terminal: Terminal, tmp_path: Path) -> None:
     folder = tmp_path / ".local" / "state" / "me-local"
     child = terminal()
@@ -152,6 +154,7 @@ def test_the_history_is_for_its_user_alone(terminal: Terminal, tmp_path: Path) -
     assert stat.S_IMODE((folder / "history").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_ctrl_z_suspends_and_the_chat_goes_on(terminal: Terminal, tmp_path: Path) -> None:
     """In a shell with job control: elsewhere the system leaves out the signal, because nobody could go on with it."""
     shell = spawn(
@@ -174,6 +177,7 @@ def test_ctrl_z_suspends_and_the_chat_goes_on(terminal: Terminal, tmp_path: Path
         shell.close(force=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_generate_with_what_there_is(write_models: WriteModels, tmp_path: Path) -> None:
     models = write_models("bpe_a", "spm")
     models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))

@@ -74,6 +74,7 @@ def test_a_file_is_tried_once(two_models: Path, tmp_path: Path, monkeypatch: pyt
     assert told == [True] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["date", "setting", "build", "processor"])
 def test_it_is_tried_again_where_something_is_different(
     change: str, two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -133,6 +134,7 @@ def test_what_dies_either_way_is_one_line(
     assert not (cache_folder() / "tried.json").exists()
 
 
+@pytest.mark.slow
 def test_a_child_that_hangs_is_given_up(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(tmp_path, monkeypatch, "import time; time.sleep(60)")
     monkeypatch.setattr(trial, "_LEAST_SECONDS", 1.0)
@@ -142,6 +144,7 @@ def test_a_child_that_hangs_is_given_up(two_models: Path, tmp_path: Path, monkey
         load(two_models)
 
 
+@pytest.mark.slow
 def test_a_template_without_end_is_given_up(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "endless.jinja").write_text(
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -153,6 +156,7 @@ def test_a_template_without_end_is_given_up(two_models: Path, tmp_path: Path, mo
         load(models)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_file_is_said_as_without_a_trial(
     two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +171,7 @@ def test_what_is_wrong_with_a_file_is_said_as_without_a_trial(
     assert str(tried.value) == str(without.value)
 
 
+@pytest.mark.slow
 def test_a_memory_that_cannot_be_read_or_written(
     two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +197,7 @@ def test_without_another_process_it_goes_on(two_models: Path, monkeypatch: pytes
         assert ensemble.names == ("bpe_a", "spm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "variable"), [(["--no-check"], None), ([], "1")])
 def test_the_command_line_leaves_it_out(
     options: list[str], variable: str | None, two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,7 @@ def test_nul_bytes_reach_the_models_from_everywhere(models: Path, tmp_path: Path
     assert records(tmp_path / "out.jsonl")[0]["text"] == expected["text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("raw", [[], ["--raw"]])
 def test_an_argument_that_is_not_utf_8(models: Path, raw: list[str]) -> None:
     done = _run([b"generate", b"--models", bytes(models), *(o.encode() for o in raw), b"ab\xff"])

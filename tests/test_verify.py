@@ -178,6 +178,7 @@ def test_false_alarms_are_as_rare_as_stated() -> None:
     assert 0.005 * runs < low < 0.015 * runs
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(write_models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("me_local.verify.DRAWS", 20)
     models = str(write_models("bpe_c", "spm"))
