@@ -21,6 +21,10 @@ class InputError(MeLocalError):
     """A prompt, a message or an input file that cannot be used: names the place in it."""
 
 
+class TemplateMemoryError(InputError):
+    """A chat template that takes more memory than there is."""
+
+
 class PromptTooLongError(InputError):
     """A prompt that is longer than the context of a member."""
 

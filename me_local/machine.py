@@ -47,10 +47,15 @@ def available_memory() -> int | None:
     machine = _fields(_ROOT / "proc/meminfo", 1024)
     rooms = [machine["MemAvailable"], *_control_group_rooms()] if "MemAvailable" in machine else []
     rooms = [room + machine.get("SwapFree", 0) for room in rooms]
-    limit, used = _address_space(), _fields(_ROOT / "proc/self/status", 1024)
-    if limit is not None and "VmSize" in used:
-        rooms.append(limit - used["VmSize"])
+    limit, used = _address_space(), address_space_used()
+    if limit is not None and used is not None:
+        rooms.append(limit - used)
     return max(0, min(rooms)) if rooms else None
+
+
+def address_space_used() -> int | None:
+    """What this process has taken of its address space; None where the system does not tell."""
+    return _fields(_ROOT / "proc/self/status", 1024).get("VmSize")
 
 
 def _address_space() -> int | None:

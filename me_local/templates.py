@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-import jinja2.ext
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from me_local.errors import ConfigError, InputError
+from me_local.errors import ConfigError, InputError, TemplateMemoryError
 from me_local.names import Names
+from me_local.sandbox import Sandbox
 from me_local.vocabulary import IntArray, Vocabulary, Watch, added
 from me_local.weights import render_built_in
 
@@ -222,9 +221,7 @@ def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
 
     Raises ConfigError when Jinja cannot read it.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    environment = Sandbox()
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=_now, **tokens)
     try:
@@ -241,6 +238,8 @@ def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
         try:
             text = template.render(messages=listed, add_generation_prompt=True, **given)
             text.encode()
+        except MemoryError:
+            raise TemplateMemoryError(f"{where} takes more memory than there is") from None
         except Exception as error:  # a template can do anything that an expression of Python can
             raise InputError(f"{where} refuses the conversation: {_in_a_line(error)}") from None
         return text
@@ -294,6 +293,8 @@ def _best_form(attempt: _Attempt, forms: Sequence[_Form]) -> _Form:
         for form in forms:
             try:
                 text = attempt(probe, form)
+            except TemplateMemoryError:
+                raise
             except InputError:
                 continue
             shown = sum(_shows(text, m, whole=m.role in form.parts) for m in probe)
@@ -389,13 +390,3 @@ def _to_json(
 ) -> str:
     """JSON as transformers write it: Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-class _Generation(jinja2.ext.Extension):
-    """Lets `{% generation %}` through, which marks the replies for training."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

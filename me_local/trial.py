@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -27,11 +28,12 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from me_local.config import MemberConfig
-from me_local.errors import CrashError, MeLocalError
-from me_local.machine import processor_features, processor_identity
+from me_local.errors import CrashError, MeLocalError, TemplateMemoryError
+from me_local.files import replace_file
+from me_local.machine import address_space_used, available_memory, processor_features, processor_identity
 from me_local.member import Member
 from me_local.templates import Message, PromptWriter, choose_template
-from me_local.weights import Shelf, Weights, build_identity, checked_file
+from me_local.weights import Shelf, Weights, build_identity, checked_file, part_names, supports_gpu
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +45,22 @@ _TEXT = "It was a bright cold day in April, and the clocks were striking thirtee
 _LEAST_SECONDS = 50.0
 _BYTES_PER_SECOND = 10e6  # of a file that is read, and evaluated, very slowly
 _REFUSED = 3  # status of a child that raised one of our errors; whoever loads the file next raises it again
+_OUT_OF_MEMORY = 4
+_BEGUN = b"begun\n"
+_EVIDENCE = (signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE)
 _MOST_REMEMBERED = 1000
 _REBUILD = "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
 _AMX_FLAGS = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 _SAYS_WHY = re.compile(r"GGML_ASSERT|what\(\):|fatal error|terminate called|Error: ")
+_FOUND = re.compile(r"(SIG[A-Z]+[ -~]{0,400})?")
 _CONFIG = TypeAdapter(MemberConfig)
 
 
 def is_wanted(check: bool | None) -> bool:
-    """Whether files are to be tried; None: unless the environment says not to."""
-    return os.environ.get(VARIABLE, "0") in ("", "0") if check is None else check
+    """Whether files are to be tried; None: unless the environment says not to, in the words that click takes."""
+    if check is not None:
+        return check
+    return os.environ.get(VARIABLE, "").strip().lower() in ("", "0", "false", "f", "no", "n", "off")
 
 
 def try_members(members: Sequence[MemberConfig], shelf: Shelf, announce: Callable[[MemberConfig], None]) -> list[str]:
@@ -80,8 +88,11 @@ def try_members(members: Sequence[MemberConfig], shelf: Shelf, announce: Callabl
 
 
 def _try(member: MemberConfig) -> str | None:
-    """Why it does without extra buffers, empty if it uses them; None where nothing was found out. Raises CrashError."""
-    fault = _run(member, extra_buffers=True)
+    """Why it does without extra buffers, empty if it uses them; None where nothing was found out. Raises CrashError.
+
+    What kills a child once may have been something else: only what kills two is believed.
+    """
+    fault = _run(member, extra_buffers=True) and _run(member, extra_buffers=True)
     if not fault:
         return fault
     again = _run(member, extra_buffers=False)
@@ -91,49 +102,60 @@ def _try(member: MemberConfig) -> str | None:
 
 
 def _run(member: MemberConfig, *, extra_buffers: bool) -> str | None:
-    """By what a child that uses the member ends before its time, empty if it does not; None where it tells nothing."""
+    """By what a child that uses the member ends before its time, empty if it does not; None where it tells nothing.
+
+    Raises CrashError where it does not end, or takes all the memory.
+    """
     assert member.path is not None
-    entry = {"extra_buffers": extra_buffers, "member": _CONFIG.dump_python(member, mode="json")}
-    folders = os.pathsep.join(folder for folder in sys.path if folder)
-    environment = os.environ | {"PYTHONPATH": folders, "GGML_NO_BACKTRACE": "1", VARIABLE: "1"}
     limit = _LEAST_SECONDS + member.path.stat().st_size / _BYTES_PER_SECOND
-    command = [sys.executable, "-P", "-m", __name__]
+    entry = {
+        "extra_buffers": extra_buffers,
+        "member": _CONFIG.dump_python(member, mode="json"),
+        "seconds": math.ceil(limit) + 5,
+    }
+    where = f'member "{member.name}": {member.path}: its first prompt and evaluation'
     try:
-        child = subprocess.run(
-            command, input=json.dumps(entry).encode(), capture_output=True, env=environment, timeout=limit
-        )
+        child = _child(json.dumps(entry).encode(), limit)
     except subprocess.TimeoutExpired:
-        raise CrashError(
-            f'member "{member.name}": {member.path}: its first prompt and evaluation did not end within {limit:.0f} s; '
-            "--no-check takes it as it is"
-        ) from None
-    except OSError as error:  # no room for another process, or Python inside another program
+        raise CrashError(f"{where} did not end within {limit:.0f} s; --no-check takes it as it is") from None
+    except (OSError, ValueError) as error:  # no room for another process
         log.debug("not tried: %s", error)
         return None
     said = child.stderr.decode("utf-8", "replace")
-    if child.returncode in (0, _REFUSED):
-        log.debug("tried %s: status %d", member.path, child.returncode)
-        return None if child.returncode else ""
-    log.info("a trial of %s ended with %d: %s", member.path, child.returncode, said)
-    return _ending(child.returncode, said)
+    log.log(logging.INFO if child.returncode else logging.DEBUG, "tried %s: %d %s", member.path, child.returncode, said)
+    if not child.stdout.startswith(_BEGUN):  # what was started may not even be Python
+        return None
+    if child.returncode == _OUT_OF_MEMORY:
+        raise CrashError(f"{where} takes more memory than there is; --no-check takes it as it is")
+    if child.returncode == 0:
+        return ""
+    return _ending(child.returncode, said) if -child.returncode in _EVIDENCE else None
+
+
+def _child(entry: bytes, limit: float) -> "subprocess.CompletedProcess[bytes]":
+    """A child that tries what `entry` says, once it has ended. Raises OSError and subprocess.TimeoutExpired."""
+    if not sys.executable:
+        raise FileNotFoundError("the program runs Python without its executable")
+    folders = os.pathsep.join(str(folder) or os.getcwd() for folder in sys.path)
+    ours = {"PYTHONPATH": folders, "GGML_NO_BACKTRACE": "1", VARIABLE: "1"}
+    theirs = {name: value for name, value in os.environ.items() if name != "PYTHONINSPECT"}
+    command = [sys.executable, "-P", "-m", __name__]
+    return subprocess.run(command, input=entry, capture_output=True, env=theirs | ours, timeout=limit)
 
 
 def _ending(status: int, said: str) -> str:
-    """In words: the signal or the status, and the line that tells why."""
-    if status < 0:
-        with contextlib.suppress(ValueError):
-            name = signal.Signals(-status).name
-            if name == "SIGILL":
-                return f"SIGILL, an instruction that this processor does not have; build it here: {_REBUILD}"
-            return ": ".join(filter(None, [name, _why(said)]))
-    return ": ".join(filter(None, [f"status {status}", _why(said)]))
+    """In words: the signal, and the line that tells why."""
+    name = signal.Signals(-status).name
+    if name == "SIGILL":
+        return f"SIGILL, an instruction that this processor does not have; build it here: {_REBUILD}"
+    return ": ".join(filter(None, [name, _why(said)]))
 
 
 def _why(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if _SAYS_WHY.search(line)]
     # A terminating C++ exception says its text in the second of its lines.
     line = next((line for line in lines if "what()" in line), lines[0] if lines else "")
-    return re.sub(r"\S*/(?=[^/\s]+:\d)", "", line)[:300]
+    return re.sub(r"\S*/(?=[^/\s]+:\d)", "", line).encode("ascii", "replace").decode()[:300]
 
 
 def _without_extra_buffers(fault: str) -> str:
@@ -162,11 +184,9 @@ class _Memory:
         self._found[key] = fault
         # Another process may have written meanwhile.
         kept = list((_read(self._path) | self._found).items())[-_MOST_REMEMBERED:]
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False, encoding="utf-8") as file:
-                json.dump(dict(kept), file)
-            os.replace(file.name, self._path)
+            replace_file(self._path, json.dumps(dict(kept)).encode())
 
 
 def cache_folder() -> Path:
@@ -178,16 +198,20 @@ def cache_folder() -> Path:
 
 
 def _read(path: Path) -> dict[str, str]:
+    """What was found, of a file that may have been damaged or written by somebody else."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {key: str(value) for key, value in found.items()} if isinstance(found, dict) else {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in entries if isinstance(value, str) and _FOUND.fullmatch(value)}
 
 
 def _key(member: MemberConfig) -> str:
     """Equal for what would be tried again: files, settings, build and processor."""
-    files = [_stamp(path) for path in (member.path, member.lora, member.tokenizer)]
+    pieces = [Path(name) for name in part_names(str(member.path))]
+    template = Path(member.chat_template) if member.chat_template and "/" in member.chat_template else None
+    files = [_stamp(path) for path in (*pieces, member.lora, member.tokenizer, template)]
     settings = _CONFIG.dump_python(replace(member, name="-", weight=1.0, system=None), mode="json")
     del settings["sampling"]
     told = json.dumps([files, settings, build_identity(), processor_identity()], sort_keys=True)
@@ -195,9 +219,12 @@ def _key(member: MemberConfig) -> str:
 
 
 def _stamp(path: Path | None) -> list[Any]:
-    if path is None or not path.exists():
+    try:
+        status = path.stat() if path else None
+    except (OSError, ValueError):
         return []
-    status = path.stat()
+    if path is None or status is None:
+        return []
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
@@ -215,17 +242,36 @@ def _use(member: MemberConfig, *, extra_buffers: bool) -> None:
 
 
 def _main() -> int:
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a death here is no news for whoever collects core files
     entry = json.load(sys.stdin)
+    if hasattr(signal, "alarm"):
+        signal.alarm(entry["seconds"])  # also where whoever started it is gone
+    sys.stdout.buffer.write(_BEGUN)
+    sys.stdout.flush()
+    member = _CONFIG.validate_json(json.dumps(entry["member"]))
+    _limit(member)
     try:
-        _use(_CONFIG.validate_json(json.dumps(entry["member"])), extra_buffers=entry["extra_buffers"])
+        _use(member, extra_buffers=entry["extra_buffers"])
+    except (MemoryError, TemplateMemoryError):
+        return _OUT_OF_MEMORY
     except MeLocalError as error:
         sys.stderr.write(f"{error}\n")
         return _REFUSED
     return 0
+
+
+def _limit(member: MemberConfig) -> None:
+    """Leave no core file behind, and let memory run out here before the system ends whatever it chooses.
+
+    The address space of a process that uses a GPU says nothing of its memory.
+    """
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        available, used = available_memory(), address_space_used()
+        if available is not None and used is not None and not supports_gpu() and member.path:
+            most = used + member.path.stat().st_size + available * 3 // 4
+            resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":

@@ -185,14 +185,14 @@ def _from_hub(config: MemberConfig) -> Path:
     except ImportError:
         raise LoadError(f'member "{config.name}": hf needs huggingface_hub: pip install "me-local[hub]"') from None
     try:
-        paths = {part: Path(hf_hub_download(repository, part)) for part in _parts(file)}
+        paths = {part: Path(hf_hub_download(repository, part)) for part in part_names(file)}
     except Exception as error:  # network, authorisation, missing file: the library has a dozen kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadError(f'member "{config.name}": hf = "{config.hf}" cannot be fetched: {reason}') from None
     return paths[file]
 
 
-def _parts(file: str) -> list[str]:
+def part_names(file: str) -> list[str]:
     """The names of all files of a model that is split as llama.cpp does it; llama.cpp finds them beside the first."""
     split = _SPLIT.fullmatch(file)
     if not split:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 from me_local import LoadError, load, trial
+from me_local.config import MemberConfig
 from me_local.errors import CrashError
 from me_local.trial import VARIABLE, cache_folder
 
@@ -104,7 +106,7 @@ def test_what_extra_buffers_kill_runs_without_them(
             assert len(ensemble.notices) >= 2
             assert "bpe_a: llama.cpp ends the process (SIGSEGV) where it packs these weights" in ensemble.notices[0]
             assert 'CFLAGS="-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"' in ensemble.notices[0]
-    assert runs.read_text() == "xxxx"
+    assert runs.read_text() == "xxx" * 2  # twice with them, once without
     assert told == [False] * 4
 
 
@@ -119,7 +121,6 @@ def test_no_advice_on_a_unit_that_the_processor_does_not_have(monkeypatch: pytes
         (DIES.format("SIGSEGV"), "SIGSEGV"),
         (DIES.format("SIGILL"), "SIGILL, an instruction that this processor does not have; build it here: pip install"),
         (ASSERTS, r"SIGABRT: ggml.c:1910: GGML_ASSERT\(ne > 0\) failed"),
-        ("os._exit(7)", "status 7"),
     ],
 )
 def test_what_dies_either_way_is_one_line(
@@ -130,7 +131,7 @@ def test_what_dies_either_way_is_one_line(
         CrashError, match=rf'member "bpe_a": .*bpe_a.gguf: llama.cpp ends the process with it: {reason}'
     ):
         load(two_models)
-    assert runs.read_text() == "xx"
+    assert runs.read_text() == "xxx"
     assert not (cache_folder() / "tried.json").exists()
 
 
@@ -233,7 +234,92 @@ def test_the_command_line_says_it_in_one_line(
 
 
 def test_signals_have_names() -> None:
-    assert trial._ending(-signal.SIGKILL, "") == "SIGKILL"
-    assert trial._ending(-250, "") == "status -250"
+    assert trial._ending(-signal.SIGSEGV, "") == "SIGSEGV"
     said = "terminate called after throwing an instance of 'std::out_of_range'\n  what():  vector::_M_range_check\n"
     assert trial._ending(-signal.SIGABRT, said) == "SIGABRT: what():  vector::_M_range_check"
+
+
+@pytest.mark.parametrize("fault", [DIES.format("SIGKILL"), DIES.format("SIGTERM"), "os._exit(7)", "1 / 0"])
+def test_what_says_nothing_of_the_file_is_not_believed(
+    fault: str, two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, fault)
+    told = extra_buffers(monkeypatch)
+    with load(two_models) as ensemble:
+        assert not any("llama.cpp" in notice for notice in ensemble.notices)
+    assert told == [True] * 2
+    assert not (cache_folder() / "tried.json").exists()
+
+
+def test_what_happens_once_is_not_believed(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = f"os.path.getsize({str(tmp_path / 'runs')!r}) == 1 and {DIES.format('SIGSEGV')}"
+    runs, told = plant(tmp_path, monkeypatch, once), extra_buffers(monkeypatch)
+    load(two_models).close()
+    assert runs.read_text() == "xxx"
+    assert told == [True] * 2
+
+
+@pytest.mark.parametrize("executable", ["/bin/false", "/bin/cat", "/nowhere", "", None])
+def test_a_python_that_cannot_be_started(
+    executable: str | None, two_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/nowhere"), ""])
+    load(two_models, check=True).close()
+
+
+def test_a_memory_that_somebody_else_wrote(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(two_models).close()
+    path = cache_folder() / "tried.json"
+    keys = list(json.loads(path.read_text()))
+    for poison in ("do this: \x1b[2J", "SIGSEGV\nrun this", "SIGSEGV \u202e", 5, None):
+        path.write_text(json.dumps(dict.fromkeys(keys, poison)))
+        with load(two_models) as ensemble:
+            assert not any("packs these weights" in notice for notice in ensemble.notices)
+    path.write_text("[" * 200_000)
+    load(two_models).close()
+
+
+def test_it_is_tried_again_where_another_file_of_it_is_different(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    config = MemberConfig(name="m", path=tiny["bpe_a"], chat_template=str(template))
+    before = trial._key(config)
+    assert trial._key(replace(config, name="other", weight=0.5)) == before
+    template.write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    assert trial._key(config) != before
+    split = [tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for part in split:
+        part.write_bytes(b"GGUF")
+    before = trial._key(MemberConfig(name="m", path=split[0]))
+    split[1].write_bytes(b"GGUF!")
+    assert trial._key(MemberConfig(name="m", path=split[0])) != before
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"), [("", True), ("0", True), ("false", True), ("no", True), ("1", False), ("yes", False)]
+)
+def test_the_variable(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, value)
+    assert trial.is_wanted(None) is wanted
+    assert trial.is_wanted(True)
+    assert not trial.is_wanted(False)
+
+
+@pytest.mark.slow
+def test_a_child_ends_also_where_nobody_waits_for_it(tiny: dict[str, Path]) -> None:
+    member = trial._CONFIG.dump_python(MemberConfig(name="m", path=tiny["bpe_a"]), mode="json")
+    entry = json.dumps({"extra_buffers": True, "member": member, "seconds": 1})
+    program = "import time; from me_local import trial; trial._use = lambda *a, **k: time.sleep(60); trial._main()"
+    folders = os.pathsep.join(folder for folder in sys.path if folder)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=entry.encode(),
+        env=os.environ | {"PYTHONPATH": folders},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == -signal.SIGALRM
+    assert done.stdout == b"begun\n"

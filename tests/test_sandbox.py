@@ -1,0 +1,64 @@
+"""Templates come from anybody: what would make gigabytes at once is refused, what templates do is not."""
+
+import jinja2
+import pytest
+
+from me_local.errors import ConfigError, InputError
+from me_local.sandbox import Sandbox
+from me_local.templates import Message, jinja_render
+
+BOMBS = [
+    "{{ 'a' * 10000000000 }}",
+    "{{ 10000000000 * 'a' }}",
+    "{{ [messages] * 2000000 }}",
+    "{{ 'ab' * 1000 * 1000 }}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ 7 ** 5000 }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '%*d' % (10000000000, 1) }}",
+    "{{ '%9999999999d' | format(1) }}",
+    "{{ '{:9999999999}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 10000000000) }}",
+    "{{ 'a'.center(10000000000) }}",
+    "{{ 'a'.ljust(width) }}",
+    "{{ 'a' | center(10000000000) }}",
+    "{{ 'a' | indent(10000000000) }}",
+    "{{ lipsum(100000) }}",
+    "{{ range(10000000000) | list }}",
+]
+
+
+@pytest.mark.parametrize("source", BOMBS)
+def test_what_would_be_huge_is_refused(source: str) -> None:
+    with pytest.raises((jinja2.TemplateError, OverflowError)):
+        Sandbox().from_string(source).render(messages=["a"], width=10**10)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ '-' * 80 }}", "-" * 80),
+        ("{{ 3 * 4 }} {{ 2000000 * 3000 }} {{ 2 ** 31 }} {{ 0.5 * 4 }}", "12 6000000000 2147483648 2.0"),
+        ("{{ messages + ['b'] }}", "['a', 'b']"),
+        ("{{ 'a' + 'b' + 1 | string }}", "ab1"),
+        ("{{ '%s is %5.2f' % ('x', 1.5) }} {{ 'a %% *' % () }}", "x is  1.50 a % *"),
+        ("{{ '%s' | format('x') }} {{ '{:>5}'.format('x') }}", "x     x"),
+        ("{{ text.split('{')[0] }} {{ text.startswith('{1234567}') }}", "say  False"),
+        ("{{ 12345678 | string }} {{ [3, 1] | sort | join(',') }} {{ 'a\nb' | indent(2) }}", "12345678 1,3 a\n  b"),
+        (
+            "{% generation %}x{% endgeneration %}"
+            "{% for i in [0, 1] %}{{ i }}{% if i %}{% break %}{% endif %}{% endfor %}",
+            "x01",
+        ),
+    ],
+)
+def test_what_templates_do_is_done(source: str, text: str) -> None:
+    given = {"messages": ["a"], "text": "say {1234567} * 3"}
+    assert Sandbox().from_string(source).render(**given) == text
+
+
+@pytest.mark.parametrize("source", BOMBS)
+def test_a_template_says_so_in_a_line(source: str) -> None:
+    with pytest.raises((ConfigError, InputError), match=r"^t (refuses the conversation|is not a template)") as raised:
+        jinja_render(source + "{{ messages[0].content }}", {}, "t")([Message("user", "Hi")])
+    assert "\n" not in str(raised.value)
