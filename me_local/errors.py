@@ -21,7 +21,11 @@ class InputError(MeLocalError):
     """A prompt, a message or an input file that cannot be used: names the place in it."""
 
 
-class TemplateMemoryError(InputError):
+class TemplateExcessError(InputError):
+    """A chat template that takes more steps, or writes more, than any should."""
+
+
+class TemplateMemoryError(TemplateExcessError):
     """A chat template that takes more memory than there is."""
 
 

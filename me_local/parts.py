@@ -27,6 +27,8 @@ LONG = 4096
 _MANY = 128  # user-defined tokens; their square is what llama.cpp takes time for
 _BACK = 8  # bytes in front of a window in which a seam may begin
 _TRIES = 64
+_LONGEST_TOKEN = 64  # bytes; known vocabularies have 31
+_MOST_WORK = 200_000_000  # comparisons with user-defined tokens; known vocabularies take at most 60 million
 _DEEP = 16  # groups within groups
 _HIDDEN = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
 _LEFT, _RIGHT = llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP, llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP
@@ -167,15 +169,23 @@ def _rivals(tokens: Sequence[bytes]) -> Iterator[bytes]:
     """Texts in which llama.cpp may find other tokens than a search from the left that takes the longest.
 
     It looks for all the longest tokens first. So a search from the left finds the same, unless a token that is not
-    shorter begins within one that it finds, and goes on behind it.
+    shorter begins within one that it finds, and goes on behind it. A vocabulary for which that takes too long to find
+    out has one, whatever it is.
     """
+    yield from (token for token in tokens if len(token) > _LONGEST_TOKEN)
     ordered, find = sorted(tokens), _longest_first(tokens) if tokens else None
+    tries = 0
     for token in tokens:
         for at in range(1, len(token)):
             end = token[at:]
             first = bisect_left(ordered, end)
+            tries += 1
             while first < len(ordered) and ordered[first].startswith(end):
                 other, first = ordered[first], first + 1
+                tries += 1
+                if tries * len(tokens) > _MOST_WORK:
+                    yield token
+                    return
                 if other == token or len(other) < len(token):
                     continue
                 both = token[:at] + other

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from me_local.errors import ConfigError, InputError, TemplateMemoryError
+from me_local.errors import ConfigError, InputError, TemplateExcessError, TemplateMemoryError
 from me_local.names import Names
-from me_local.sandbox import Sandbox
+from me_local.sandbox import ExcessError, Sandbox
 from me_local.vocabulary import IntArray, Vocabulary, Watch, added
 from me_local.weights import render_built_in
 
@@ -37,6 +37,7 @@ _NONCHARACTERS = [chr(0xFDD0 + i) for i in range(32)]
 
 _SPACE = " \t\n\v\f\r"  # what C's isspace knows, which llama.cpp strips by
 _LONGEST = 300  # characters of a template's own error
+_LONGEST_NAME = 256  # characters; the search for longer ones would take time that grows with the square
 _IN_GGUF = "the chat template in the GGUF"
 _PLACES: tuple[Literal["anywhere", "first", "nowhere"], ...] = ("anywhere", "first", "nowhere")
 _PARTS: tuple[tuple[Role, ...], ...] = (
@@ -112,8 +113,8 @@ class PromptWriter:
         self._vocabulary = vocabulary
         self._render = render
         # A mark cannot break up a single character, so such tokens are not recognised in templates either.
-        self._control = Names(text for text in vocabulary.control if len(text) > 1)
-        self._markup = Names(vocabulary.markup)
+        self._control = Names(text for text in vocabulary.control if 1 < len(text) <= _LONGEST_NAME)
+        self._markup = Names(text for text in vocabulary.markup if len(text) <= _LONGEST_NAME)
 
     def prompt(self, messages: Sequence[Message], watch: Watch = lambda _: None) -> IntArray:
         """The ids of the prompt up to where the reply starts, BOS exactly once: int32 (tokens,).
@@ -236,10 +237,12 @@ def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
         listed = [{"role": m.role, "content": _content(m, form)} for m in _placed(messages, form)]
         given = {"tools": None} if form.tools else {}
         try:
-            text = template.render(messages=listed, add_generation_prompt=True, **given)
+            text = environment.write(template, messages=listed, add_generation_prompt=True, **given)
             text.encode()
         except MemoryError:
             raise TemplateMemoryError(f"{where} takes more memory than there is") from None
+        except ExcessError as error:
+            raise TemplateExcessError(f"{where} refuses the conversation: {_in_a_line(error)}") from None
         except Exception as error:  # a template can do anything that an expression of Python can
             raise InputError(f"{where} refuses the conversation: {_in_a_line(error)}") from None
         return text
@@ -295,6 +298,8 @@ def _best_form(attempt: _Attempt, forms: Sequence[_Form]) -> _Form:
                 text = attempt(probe, form)
             except TemplateMemoryError:
                 raise
+            except TemplateExcessError:
+                return form  # every try takes long
             except InputError:
                 continue
             shown = sum(_shows(text, m, whole=m.role in form.parts) for m in probe)
@@ -318,6 +323,8 @@ def _remarks(render: Render, where: str) -> tuple[str, ...]:
     for probe in _PROBES[1:]:
         try:
             text = render(probe)
+        except TemplateExcessError:
+            return ()
         except InputError:
             continue  # what it refuses, it refuses in a line when it is asked
         *earlier, last = (_shows(text, m, whole=False) for m in probe)
@@ -366,6 +373,8 @@ def _free_marks(messages: Sequence[Message]) -> _Marks:
 
 
 def _read(path: Path) -> str:
+    if path.exists() and not path.is_file():  # a device may have no end
+        raise ConfigError(f"chat_template = {path}: not a regular file")
     try:
         return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -447,6 +447,8 @@ def _on_a_deep_stack(encode: Encoder, text: bytes) -> list[int]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
+    if path.exists() and not path.is_file():  # a device may have no end
+        raise LoadError(f"{path}: not a regular file")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -1,6 +1,7 @@
 """Long texts in parts: the ids are those of the whole, and how few of them there can be."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from me_local.config import MemberConfig, Overrides
 from me_local.ensemble import Ensemble, load
 from me_local.errors import PromptTooLongError, RunError
 from me_local.member import EvaluationInterruptedError, Member
-from me_local.parts import Fewest, Parts
+from me_local.parts import Fewest, Parts, _rivals
 from me_local.seams import Seams
 from me_local.vocabulary import Vocabulary
 
@@ -233,3 +234,18 @@ def test_more_tokens_than_bytes_end_a_reply_where_the_context_is_full(
             reply = ensemble.generate(text, settings, raw=True)
             assert reply.finish_reason in ("length", "stop")
             assert len(first.caches[0].ids) <= 512
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [b"\xe2\x80\xb9" * k for k in range(3, 1499)],
+        [b"a" * k for k in range(2, 2499)],
+        [b"%04d" % i * 3 for i in range(10000)],
+        [b"a" * (k % 60 + 2) + b"%d" % k for k in range(5000)],
+    ],
+)
+def test_a_hostile_set_of_tokens_is_not_searched_for_long(tokens: list[bytes]) -> None:
+    began = time.process_time()
+    any(_rivals(tokens))
+    assert time.process_time() - began < 20  # without a limit it takes hours

@@ -217,6 +217,7 @@ def test_fields_without_effect(server: Served) -> None:
         ("GET", "/v1/models", {"Origin": "https://evil.example"}, 403),
         ("POST", CHAT, {"Origin": "http://localhost.evil.example", "Content-Type": "application/json"}, 403),
         ("GET", "/v1/models", {"Origin": "null"}, 403),
+        ("GET", "/v1/models", {"Origin": "http://[::1"}, 403),
         ("OPTIONS", CHAT, {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}, 403),
     ],
 )

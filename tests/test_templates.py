@@ -1,12 +1,18 @@
 """Prompts: templates, control tokens that stay text, BOS once, and ids of a reply that stay the same in its history."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import lone_member
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from make_tiny_models import CHATML, write_model
+from tiny_architectures import llama_model
+from tiny_vocabularies import chatml_vocab, control
 
+from me_local.config import MemberConfig
 from me_local.errors import ConfigError, InputError
 from me_local.member import Member
 from me_local.templates import (
@@ -365,3 +371,17 @@ def test_files_and_names_that_are_no_template(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_no_text() -> None:
     with pytest.raises(InputError, match="half a surrogate pair at character 2"):
         Message("user", "ab\ud800")
+
+
+def test_a_name_that_is_very_long_is_no_name(tmp_path: Path) -> None:
+    """To look for the beginnings of one of 400,000 characters would take minutes."""
+    vocab = chatml_vocab()
+    vocab.tokens.extend(control("<" * 400_000))
+    model = llama_model(vocab, 1)
+    write_model(tmp_path / "long.gguf", vocab=vocab, model=model, chat_template=CHATML)
+    with lone_member(MemberConfig(name="long", path=tmp_path / "long.gguf", n_ctx=512, n_threads=1)) as member:
+        template = choose_template(None, CHATML, {})
+        began = time.process_time()
+        ids = PromptWriter(member.vocabulary, template.render).prompt([Message("user", "<" * 300_000)])
+        assert time.process_time() - began < 20
+        assert len(ids) > 10_000

@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from me_local import LoadError, load, trial
 from me_local.config import MemberConfig
-from me_local.errors import CrashError
+from me_local.errors import CrashError, InputError, MeLocalError
 from me_local.trial import VARIABLE, cache_folder
 
 FAULT = """
@@ -146,15 +146,14 @@ def test_a_child_that_hangs_is_given_up(two_models: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.slow
-def test_a_template_without_end_is_given_up(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_without_end_is_refused_where_it_is_asked(two_models: Path, tmp_path: Path) -> None:
     (tmp_path / "endless.jinja").write_text(
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages }}"
     )
     models = tmp_path / "models.toml"
     models.write_text(two_models.read_text().replace("n_ctx", 'chat_template = "./endless.jinja"\nn_ctx', 1))
-    monkeypatch.setattr(trial, "_LEAST_SECONDS", 3.0)
-    with pytest.raises(CrashError, match=r"bpe_a.gguf: its first prompt and evaluation did not end within 3 s"):
-        load(models)
+    with load(models) as ensemble, pytest.raises(InputError, match=r"it does not come to an end$"):
+        ensemble.generate("Hi")
 
 
 @pytest.mark.slow
@@ -323,3 +322,11 @@ def test_a_child_ends_also_where_nobody_waits_for_it(tiny: dict[str, Path]) -> N
     )
     assert done.returncode == -signal.SIGALRM
     assert done.stdout == b"begun\n"
+
+
+@pytest.mark.parametrize("key", ["chat_template", "tokenizer"])
+def test_a_device_is_not_read(key: str, two_models: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models.toml"
+    models.write_text(two_models.read_text().replace("n_ctx", f'{key} = "/dev/zero"\nn_ctx', 1))
+    with pytest.raises(MeLocalError, match="/dev/zero: not a regular file"):
+        load(models, check=False)

@@ -83,7 +83,7 @@ class Gate:
         hosts, origin = headers.getlist("host"), headers.get("origin")
         if len(hosts) != 1 or not self._knows(hosts[0]):
             raise ApiError(403, "Host: this server does not go by that name (--allow-host)", code="wrong_host")
-        if origin is not None and origin not in self._origins and urlsplit(origin).netloc != hosts[0]:
+        if origin is not None and origin not in self._origins and _netloc(origin) != hosts[0]:
             raise ApiError(403, "Origin: pages of other sites are not answered (--cors)", code="wrong_origin")
 
     def _knows(self, host: str) -> bool:
@@ -134,6 +134,14 @@ async def read_body(request: Request) -> bytes:
 
 def _too_large() -> ApiError:
     return ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes", code="body_too_large")
+
+
+def _netloc(origin: str) -> str:
+    """The host and port of an origin; empty where it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _is_address(name: str) -> bool:
