@@ -1,11 +1,14 @@
 """What members would write and cannot, against figures worked out by hand, and how it is told."""
 
+import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from make_tiny_models import CHATML, write_model
+from processes import running
 from tiny_architectures import CONSTANT, llama_model
 from tiny_vocabularies import chatml_vocab, control
 
@@ -86,3 +89,12 @@ def test_the_commands_say_it_once(command: list[str], times: int, thinking: Path
     assert done.stderr.count("control tokens, first of all [THINK]") == times
     if not times:
         assert "100.0% of its first prediction: control tokens, first of all [THINK]" in done.stdout
+
+
+def test_the_server_says_it_after_the_first_reply(thinking: Path) -> None:
+    command = (sys.executable, "-m", "me_local", "serve", "--models", str(thinking), "--port", "0")
+    with running(command) as server:
+        url = server.expect(r"at (http://\S+) ", 60)[1]
+        body = {"model": "me-local", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        server.expect(r"m: 100% of what it predicts are control tokens, first of all \[THINK\]", 60)

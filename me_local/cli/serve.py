@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from me_local.cli.display import Notices
 from me_local.cli.options import configured, load, models_option, named, served_options
 from me_local.errors import ConfigError
 from me_local.member import MOST_SEQUENCES
@@ -83,8 +84,8 @@ def serve(
         bind(host, port, guarded=insecure or api_key is not None) as listener,
         load(config, batch=parallel) as ensemble,
     ):
-        for notice in ensemble.notices:
-            click.echo(notice, err=True)
+        notices = Notices(ensemble)
+        notices.tell()
 
         def ready() -> None:
             many = f"{parallel} replies at once; " if parallel > 1 else ""
@@ -92,4 +93,4 @@ def serve(
             click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
         limits = Limits(queue, cache_mb * 2**20, timeout, grace)
-        Server(ensemble, Access(api_key, allow_host, cors), limits, ready).serve_on(listener)
+        Server(ensemble, Access(api_key, allow_host, cors), limits, ready, notices.tell).serve_on(listener)

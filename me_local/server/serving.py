@@ -32,13 +32,18 @@ class Limits:
 
 
 class Server(uvicorn.Server):
-    """A server for one ensemble. `serve` runs until it is told to exit; the socket's address is where it listens."""
+    """A server for one ensemble. `ready` is called once it listens, `replied` after each reply, in another thread."""
 
     def __init__(
-        self, ensemble: Ensemble, access: Access, limits: Limits, ready: Callable[[], None] = lambda: None
+        self,
+        ensemble: Ensemble,
+        access: Access,
+        limits: Limits,
+        ready: Callable[[], None] = lambda: None,
+        replied: Callable[[], None] = lambda: None,
     ) -> None:
         metrics = Metrics()
-        self._worker = Worker(ensemble, metrics, queue=limits.queue, cache=limits.cache)
+        self._worker = Worker(ensemble, metrics, queue=limits.queue, cache=limits.cache, replied=replied)
         self._grace = limits.grace
         self._ready = ready
         config = uvicorn.Config(

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -32,13 +32,23 @@ Events: TypeAlias = "asyncio.Queue[tuple[int, Event | Exception]]"
 class Worker:
     """A queue of at most `queue` replies in front of an ensemble.
 
-    `cache` is the room for states, in bytes; they are kept where one reply is made at a time.
+    `cache` is the room for states, in bytes; they are kept where one reply is made at a time. `replied` is called after
+    each reply, in the thread that makes them.
     """
 
-    def __init__(self, ensemble: Ensemble, metrics: Metrics, *, queue: int, cache: int) -> None:
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        metrics: Metrics,
+        *,
+        queue: int,
+        cache: int,
+        replied: Callable[[], None] = lambda: None,
+    ) -> None:
         self.ensemble = ensemble
         self._metrics = metrics
         self._queue = queue
+        self._replied = replied
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replies")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[Job] = deque()
@@ -188,6 +198,7 @@ class Worker:
         """Count a reply; what its listener hears at last."""
         try:
             self._metrics.count(reply)
+            self._replied()
         except Exception as failure:
             return failure
         self._made, self._seconds = self._made + 1, self._seconds + reply.seconds
