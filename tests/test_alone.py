@@ -7,6 +7,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from conftest import OpenEnsemble, OpenMember, logits_of
+from selection import slow_but
 
 from me_local import Ensemble, Message, Overrides, Reply
 from me_local.batches import Part
@@ -120,8 +121,8 @@ def check_history(open_member: OpenMember, kind: str, batch: int, budget: int, s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("batch", [8, 100])
-@pytest.mark.parametrize("budget", [0, 10**9])
+@pytest.mark.parametrize("batch", slow_but([8, 100], 8))
+@pytest.mark.parametrize("budget", slow_but([0, 10**9], 10**9))
 def test_numbers_do_not_depend_on_what_was_before(open_member: OpenMember, kind: str, batch: int, budget: int) -> None:
     check_history(open_member, kind, batch, budget, seed=1, steps=40)
 
@@ -231,6 +232,7 @@ def check_replies(open_ensemble: OpenEnsemble, names: Sequence[str], settings: s
     assert compared > steps / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", SEVERAL)
 def test_a_seed_gives_its_reply_whatever_the_server_made_before(
     open_ensemble: OpenEnsemble, names: Sequence[str]

@@ -319,6 +319,7 @@ def test_the_prompts_are_never_overwritten(run: Run, tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "template",
     [

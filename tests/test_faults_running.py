@@ -135,7 +135,7 @@ def joined(steps: Sequence[Step]) -> bytes:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("names", slow_but(ENSEMBLES, ENSEMBLES[0]))
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", slow_but(FAULTS, *list(FAULTS)[::5]))
 def test_a_reply_that_fails(name: str, names: tuple[str, str], strategy: str, open_ensemble: OpenEnsemble) -> None:
     fault = FAULTS[name]
     settings, whole = long_reply(open_ensemble(*names), strategy)

@@ -91,6 +91,7 @@ def test_the_commands_say_it_once(command: list[str], times: int, thinking: Path
         assert "100.0% of its first prediction: control tokens, first of all [THINK]" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_server_says_it_after_the_first_reply(thinking: Path) -> None:
     command = (sys.executable, "-m", "me_local", "serve", "--models", str(thinking), "--port", "0")
     with running(command) as server:

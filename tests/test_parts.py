@@ -236,6 +236,7 @@ def test_more_tokens_than_bytes_end_a_reply_where_the_context_is_full(
             assert len(first.caches[0].ids) <= 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokens",
     [

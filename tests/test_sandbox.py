@@ -88,6 +88,7 @@ def test_what_templates_do_is_done(source: str, text: str) -> None:
         assert sandbox.write(template, **given) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", BOMBS)
 def test_a_template_says_so_in_a_line(source: str) -> None:
     with pytest.raises((ConfigError, InputError), match=r"^t (refuses the conversation|is not a template)") as raised:

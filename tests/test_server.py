@@ -305,6 +305,7 @@ def test_one_that_waits_and_goes_away_leaves_the_queue(two_models: Path) -> None
         assert server.metric("replies_total") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_request_has_a_time_limit(two_models: Path, stream: bool) -> None:
     with served(two_models, limits=Limits(timeout=0.3)) as server:

@@ -142,6 +142,7 @@ def test_on_a_real_terminal(evil: Path, tmp_path: Path) -> None:
     child.close(force=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["iso-8859-1", "ascii", "utf-8"])
 def test_every_encoding_takes_every_reply(two_models: Path, tmp_path: Path, encoding: str) -> None:
     """Text is in the encoding of the locale, with replacements; JSON is UTF-8 everywhere."""

@@ -115,6 +115,7 @@ def test_no_advice_on_a_unit_that_the_processor_does_not_have(monkeypatch: pytes
     assert "amx" not in trial._without_extra_buffers("SIGSEGV")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -238,6 +239,7 @@ def test_signals_have_names() -> None:
     assert trial._ending(-signal.SIGABRT, said) == "SIGABRT: what():  vector::_M_range_check"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [DIES.format("SIGKILL"), DIES.format("SIGTERM"), "os._exit(7)", "1 / 0"])
 def test_what_says_nothing_of_the_file_is_not_believed(
     fault: str, two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -250,6 +252,7 @@ def test_what_says_nothing_of_the_file_is_not_believed(
     assert not (cache_folder() / "tried.json").exists()
 
 
+@pytest.mark.slow
 def test_what_happens_once_is_not_believed(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = f"os.path.getsize({str(tmp_path / 'runs')!r}) == 1 and {DIES.format('SIGSEGV')}"
     runs, told = plant(tmp_path, monkeypatch, once), extra_buffers(monkeypatch)
@@ -267,6 +270,7 @@ def test_a_python_that_cannot_be_started(
     load(two_models, check=True).close()
 
 
+@pytest.mark.slow
 def test_a_memory_that_somebody_else_wrote(two_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(two_models).close()
     path = cache_folder() / "tried.json"

@@ -191,6 +191,7 @@ def test_the_command_prints_a_table_or_json(write_models: Callable[..., Path], m
     assert [fidelity["member"] for fidelity in report["fidelity"]] == ["bpe_c", "spm"]
 
 
+@pytest.mark.slow
 def test_the_status_is_1_when_a_check_fails(write_models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("me_local.verify.DRAWS", 20)
     monkeypatch.setattr("me_local.verify.FALSE_ALARM", 1.1)
