@@ -211,7 +211,7 @@ class Batching:
             for member in members
         }
         for member in members:
-            counts = [running.draft.generation.sufficient(member) for running in waiting]
+            counts = [running.draft.generation.sufficient[member] for running in waiting]
             self._members[member].shorten(max(counts) if all(counts) else 0, self._engine.unified.numbers[member])
         wanting = {member: {r.place for r in waiting if member in r._wants} for member in members}
         evaluate = {

@@ -161,7 +161,7 @@ class Engine:
         self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
 
     def note_loss(self, member: int, row: Row) -> None:
-        """Measure what is lost of a member's first prediction, from all its logits."""
+        """Measure what is lost of a member's first prediction, if all its logits are there."""
         if member not in self.losses and not isinstance(row, Shortlist):
             self.losses[member] = measure(row, self.models[member].vocabulary)
 
@@ -180,7 +180,8 @@ class Generation:
     """One reply in the making; each `step` samples one piece and appends it.
 
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
-    counts what the member did. `route` gives the random numbers by which members are drawn, in [0, 1); where there is
+    counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
+    all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
     none they follow from the seed.
     """
 
@@ -210,17 +211,13 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
-        self._sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
+        self.sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_uniform = route or _uniforms(route_seed)
         self._piece_uniform = _uniforms(piece_seed)
         self._writer: int | None = None  # by words: the member that wrote the last piece
-
-    def sufficient(self, member: int) -> int:
-        """So many of a member's largest logits are enough for its distribution; 0: none but all of them."""
-        return self._sufficient[member] if member in self._engine.losses else 0
 
     @property
     def text(self) -> bytes:
@@ -393,7 +390,7 @@ class Generation:
         contexts = {i: self.context(i) for i in members}
         for i in members:
             self._prepare(i)
-            models[i].shorten(self.sufficient(i), self._engine.unified.numbers[i])
+            models[i].shorten(self.sufficient[i], self._engine.unified.numbers[i])
         evaluate = {
             i: partial(models[i].sync, ids, self._interrupted, final=final) for i, (ids, final) in contexts.items()
         }

@@ -21,6 +21,7 @@ from me_local.config import Config, Overrides, load_config, override
 from me_local.engine import Engine, Generation, Request
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
 from me_local.loading import OnLoad, load_members
+from me_local.losses import first_loss
 from me_local.member import EvaluationInterruptedError, Member
 from me_local.plugins import find
 from me_local.reply import Draft, Reply, ReplyStream
@@ -98,6 +99,9 @@ class Ensemble:
             self._plain, self._notices = loaded.plain, loaded.notices
             self.template_notices = loaded.template_notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
+            for i, member in enumerate(self.members):
+                if member.on_gpu:  # in replies, only the largest logits are handed over
+                    self.engine.losses[i] = first_loss(member, self.writers[i])
             self._stack = stack.pop_all()
 
     @property

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from me_local.footprint import allocated_context, kv_cache_bytes
-from me_local.losses import Loss, measure
+from me_local.losses import Loss
 from me_local.member import Member
-from me_local.shortlist import Shortlist
-from me_local.templates import Message, PromptWriter
 from me_local.vocabulary import Vocabulary
 
 RISKY_AGREEMENT = 0.6
@@ -134,13 +132,6 @@ def inspect_member(member: Member, lost: Loss | None = None) -> MemberReport:
         total_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         lost=lost,
     )
-
-
-def first_loss(member: Member, writer: PromptWriter) -> Loss:
-    """What is lost of a member's first prediction in the reply to a short message, which is evaluated."""
-    member.sync(writer.prompt([Message("user", "Hello")])[-member.n_ctx :])
-    row = member.logits()
-    return Loss() if isinstance(row, Shortlist) else measure(row, member.vocabulary)
 
 
 def compare(a: Member, b: Member) -> PairReport:

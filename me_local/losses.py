@@ -1,7 +1,7 @@
 """What a member would write and cannot: control tokens, which have no bytes and so are never sampled.
 
 Models that think, or write in channels, begin a reply with such a token. The rest of their distribution then says what
-they would otherwise hardly ever say. Knows nothing of llama.cpp or of other members.
+they would otherwise hardly ever say. Knows nothing of llama.cpp or of replies.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from me_local.errors import InputError
+from me_local.member import Member
+from me_local.shortlist import Shortlist
+from me_local.templates import Message, PromptWriter
 from me_local.vocabulary import Vocabulary
 
 WORTH_TELLING = 0.05
@@ -43,3 +47,19 @@ def measure(logits: npt.NDArray[np.float32], vocabulary: Vocabulary) -> Loss:
     weights = np.exp(logits.astype(np.float64) - highest)
     of_lost = weights[lost]
     return Loss(float(of_lost.sum() / weights.sum()), vocabulary.text_of(lost[int(of_lost.argmax())]))
+
+
+def first_loss(member: Member, writer: PromptWriter) -> Loss:
+    """What is lost of a member's first prediction in the reply to a short message, which is evaluated and forgotten.
+
+    Nothing is known where its template refuses the message. Raises RunError when llama.cpp fails.
+    """
+    try:
+        prompt = writer.prompt([Message("user", "Hello")])[-member.n_ctx :]
+    except InputError:
+        return Loss()
+    member.sync(prompt)
+    row = member.logits()
+    loss = Loss() if isinstance(row, Shortlist) else measure(row, member.vocabulary)
+    member.forget()
+    return loss

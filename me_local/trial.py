@@ -2,7 +2,7 @@
 
 llama.cpp ends its process where an assertion fails, and where its machine code does not suit the processor. So before a
 file is used for the first time with this build of llama.cpp, on this processor and with these settings, a child loads
-it, writes a prompt by its template, which may have no end, and evaluates 1, 2 and 40 tokens. Where the child dies,
+it, writes a prompt by its template, and evaluates 1, 2 and 40 tokens. Where the child dies,
 another tries it without llama.cpp's extra buffers, in which weights are packed anew for some processors. What was found
 is remembered in the user's cache folder.
 """
@@ -38,7 +38,7 @@ from me_local.weights import Shelf, Weights, build_identity, checked_file, part_
 log = logging.getLogger(__name__)
 
 VARIABLE = "ME_LOCAL_NO_CHECK"
-"""Where it is set, and not to 0 or to nothing, files are not tried, unless the program says otherwise."""
+"""Where it is set, and not to 0, "no" or the like, files are not tried, unless the program says otherwise."""
 
 _TOKENS = (1, 2, 40)
 _TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. 東京 🙂 "

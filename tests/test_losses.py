@@ -14,8 +14,7 @@ from tiny_vocabularies import chatml_vocab, control
 
 from me_local import Message, Overrides, load
 from me_local.cli import main
-from me_local.inspection import first_loss
-from me_local.losses import Loss, measure
+from me_local.losses import Loss, first_loss, measure
 
 
 class Words:
@@ -99,3 +98,12 @@ def test_the_server_says_it_after_the_first_reply(thinking: Path) -> None:
         body = {"model": "me-local", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
         server.expect(r"m: 100% of what it predicts are control tokens, first of all \[THINK\]", 60)
+
+
+def test_on_a_gpu_it_is_known_before_the_first_reply(thinking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies see the largest logits alone there, whatever came before: to measure must not change what they see."""
+    monkeypatch.setattr("me_local.member.supports_gpu", lambda: True)
+    with load(thinking) as ensemble:
+        assert ensemble.members[0].on_gpu
+        assert any(notice.startswith("m: 100% of what it predicts") for notice in ensemble.notices)
+        assert ensemble.members[0].caches[0].length == 0
