@@ -15,9 +15,9 @@ from me_local.config import Overrides
 from me_local.ensemble import Ask, Ensemble
 from me_local.errors import InputError
 from me_local.jsonl import parse_object
+from me_local.mixture.routing import Stretch
 from me_local.records import Kind, route_record, stretch_of
-from me_local.routing import Stretch
-from me_local.templates import Message
+from me_local.text.templates import Message
 
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
 

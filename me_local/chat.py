@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from me_local.config import Config, Overrides, override
+from me_local.decoding.reply import Reply, ReplyStream, Step
 from me_local.ensemble import Ensemble, check_conversation
 from me_local.errors import InputError, PromptTooLongError
-from me_local.reply import Reply, ReplyStream, Step
-from me_local.templates import Message, Role
-from me_local.vocabulary import IntArray
+from me_local.text.templates import Message, Role
+from me_local.text.vocabulary import IntArray
 
 
 class Chat:

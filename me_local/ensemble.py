@@ -15,21 +15,21 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from me_local.alignment import Alignment
-from me_local.batching import Batching, Running
 from me_local.config import Config, Overrides, load_config, override
-from me_local.engine import Engine, Generation, Request
+from me_local.decoding.batching import Batching, Running
+from me_local.decoding.engine import Engine, Generation, Request
+from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
+from me_local.decoding.losses import first_loss
+from me_local.decoding.reply import Draft, Reply, ReplyStream
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
-from me_local.loading import OnLoad, load_members
-from me_local.losses import first_loss
-from me_local.member import EvaluationInterruptedError, Member
+from me_local.llama.loading import OnLoad, load_members
+from me_local.llama.member import EvaluationInterruptedError, Member
+from me_local.llama.weights import Shelf
+from me_local.mixture.alignment import Alignment
+from me_local.mixture.routing import Router, SharedRoute, Stretch
 from me_local.plugins import find
-from me_local.reply import Draft, Reply, ReplyStream
-from me_local.routing import Router, SharedRoute, Stretch
-from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
-from me_local.templates import PLAIN_STOPS, Message
-from me_local.vocabulary import IntArray, Watch
-from me_local.weights import Shelf
+from me_local.text.templates import PLAIN_STOPS, Message
+from me_local.text.vocabulary import IntArray, Watch
 
 Prompt: TypeAlias = str | Sequence[Message]
 

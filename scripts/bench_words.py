@@ -29,10 +29,10 @@ from rich.table import Table
 
 import me_local
 from me_local.config import Unit
-from me_local.engine import Generation
+from me_local.decoding.engine import Generation
 from me_local.ensemble import Ensemble, make_request
-from me_local.member import Member
-from me_local.vocabulary import END, IntArray
+from me_local.llama.member import Member
+from me_local.text.vocabulary import END, IntArray
 
 LETTERS = re.compile(r"[a-z]+")
 UNITS: tuple[Unit, ...] = ("token", "word")

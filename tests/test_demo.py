@@ -10,7 +10,7 @@ import pexpect
 import pytest
 from click.testing import CliRunner
 from conftest import logits_of
-from test_terminal import ask, spawn
+from terminals import ask, spawn
 
 from me_local import Chat, Ensemble, Message, Overrides, load
 from me_local.cli import main

@@ -172,7 +172,7 @@ def test_notices_say_what_a_user_may_not_expect(open_ensemble: OpenEnsemble) -> 
     ensemble = open_ensemble("bpe_a", "spm", member="n_gpu_layers = 5")
     assert any(n.startswith("spm: it has no chat template, so it sees a plain transcript") for n in ensemble.notices)
     assert not any(n.startswith("bpe_a: it has no chat template") for n in ensemble.notices)
-    if not me_local.weights.supports_gpu():
+    if not me_local.llama.weights.supports_gpu():
         assert any("no GPU support" in n for n in ensemble.notices)
 
 

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from me_local.config import Overrides, Strategy, Unit, override
 from me_local.ensemble import Ask, Ensemble, check_conversation
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
-from me_local.templates import Message, Role
+from me_local.text.templates import Message, Role
 
 MODEL = "me-local"
 """The name of the ensemble; its members are "me-local/NAME"."""

@@ -1,0 +1,467 @@
+"""One member: a context on the weights of a GGUF model.
+
+The contract: `sync(ids)` makes the cache hold exactly `ids`, whatever was there before, so that `logits` are those
+after them; and the cache is right again even when an evaluation fails or is interrupted in the middle. Knows nothing
+of other members, of text, or of sampling. A context can have several sequences, for several replies at once
+(`sequences`); one reply by itself uses the first.
+"""
+
+import ctypes
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from pathlib import Path
+from threading import RLock
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from me_local.config import MemberConfig
+from me_local.errors import LoadError, MeLocalError, RunError
+from me_local.llama.batch import Batch, Outputs, Part
+from me_local.llama.cache import Cache
+from me_local.llama.checkpoints import Checkpoints
+from me_local.llama.memory import allocated_context, kv_cache_bytes
+from me_local.llama.origin import Origin, in_batches
+from me_local.llama.shortlist import Row, Shortlister
+from me_local.llama.states import States
+from me_local.llama.weights import Weights, native_log, supports_gpu
+from me_local.system.inflight import InFlight, begin_threads
+from me_local.system.machine import available_memory, usable_cores
+from me_local.text.vocabulary import IntArray
+
+log = logging.getLogger(__name__)
+
+LogitArray = npt.NDArray[np.float32]
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+_LARGEST_BATCH = 512  # tokens that go through a model at once, as llama.cpp has it by default
+MOST_SEQUENCES = 256
+"""LLAMA_MAX_SEQ."""
+CELL_BYTES = 48
+"""Of position and sequences, besides keys and values (llama-kv-cells.h)."""
+_DECODE_ERRORS = {
+    1: "no room is left in its KV cache",
+    2: "the evaluation was aborted",
+    -1: "llama.cpp calls the batch invalid",
+}
+
+
+class EvaluationInterruptedError(MeLocalError):
+    """The user stopped an evaluation between two batches; the member's cache and its mirror are in order."""
+
+
+class Evaluated(NamedTuple):
+    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside `llama_decode`."""
+
+    tokens: int
+    seconds: float
+
+
+def _using(
+    method: Callable[Concatenate["Member", P], Result],
+) -> Callable[Concatenate["Member", P], Result]:
+    """A method that uses the context: by one thread at a time, and never once it is freed."""
+
+    @wraps(method)
+    def using(self: "Member", /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with self.use():
+            self.require_open()
+            return method(self, *args, **kwargs)
+
+    return using
+
+
+class Member:
+    """A context of a model, for one sequence of tokens or several; `weights` are the model's, which members may share.
+
+    `n_ctx` is the number of tokens that each sequence can hold: the context asked for, at most the length that the
+    model was trained with; `caches` has the sequences, of which the methods here use the first alone; `seconds` is the
+    time inside `llama_decode` so far; `working_bytes` the size of the buffers for a batch, None where llama.cpp does
+    not tell; `on_gpu` says whether logits come from a GPU that can pick the largest. Where `states` is set, a prompt
+    that begins like an earlier one gets that one's cache back. `outputs` is the number of tokens after which one
+    evaluation gives logits; each takes the room of the whole vocabulary.
+    Raises LoadError when there can be no such context. Use as a context manager, or call `close`; either waits for an
+    evaluation that another thread is in the middle of, and so do the weights.
+    """
+
+    def __init__(self, config: MemberConfig, weights: Weights, *, outputs: int = 1, sequences: int = 1) -> None:
+        self.config = config
+        self.name = config.name
+        self.weights = weights
+        self.vocabulary = weights.vocabulary
+        self.states: States | None = None
+        self.seconds = 0.0
+        self.on_gpu = supports_gpu() and not 0 <= config.n_gpu_layers <= weights.layers
+        self._in_flight = InFlight(f'member "{config.name}": ')
+        self._shortlister: Shortlister | None = None
+        self._context: Any = None
+        self._parts = 1  # of the cores, of which it has one
+        self._adapter: Any = None
+        cells = allocated_context(config.n_ctx, weights.trained_context)
+        _require_memory(config, weights, cells, sequences)
+        if sequences > MOST_SEQUENCES:
+            raise LoadError(
+                f'member "{config.name}": llama.cpp has room for {MOST_SEQUENCES} replies at once, '
+                f"and {sequences} are wanted"
+            )
+        self.n_batch = max(min(cells, config.n_batch), sequences)
+        self._outputs = min(max(outputs, sequences), self.n_batch)
+        with weights.use():
+            weights.require_open()
+            weights.users.add(self)
+            self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
+            self.working_bytes = _working_bytes()
+            try:
+                self._read_context(sequences)
+            except BaseException:
+                self.close()
+                raise
+
+    def _read_context(self, sequences: int) -> None:
+        if llama_cpp.llama_get_memory(self._context) is None:
+            raise LoadError(
+                f'member "{self.name}": {self.weights.path}: '
+                "it does not generate text: it has no memory of what came before"
+            )
+        if self.config.lora:
+            self._add_adapter(self.config.lora)
+        cells: int = llama_cpp.llama_n_ctx(self._context) // sequences
+        self.n_ctx = min(cells, self.weights.trained_context or cells)
+        window = self.weights.window
+        evicts = window > 0 and not self.config.swa_full
+        recurrent = self.weights.memory in ("recurrent", "hybrid")
+        self.caches = tuple(
+            Cache(self._context, i, name=self.name, cells=cells, window=window, evicts=evicts, recurrent=recurrent)
+            for i in range(sequences)
+        )
+        self._batch = Batch(self.n_batch, cells, sequences)
+        self._views: dict[int, LogitArray] = {}
+        self.on_gpu = self.on_gpu and self.picks_logits()
+
+    def _add_adapter(self, path: Path) -> None:
+        native_log.first_errors.clear()
+        self._adapter = llama_cpp.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
+        if not self._adapter or llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales):
+            reason = "; ".join(native_log.first_errors) or "llama.cpp refuses it"
+            raise LoadError(f'member "{self.name}": lora = {path} cannot be loaded: {reason}')
+
+    @_using
+    def prepare(
+        self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0, alone: bool = False
+    ) -> Evaluated:
+        """Make the cache hold exactly `ids`, int32 (tokens,), at most `n_ctx` of them; there are no logits then.
+
+        The first `final` are known to stay as they are; this has no effect on what the cache holds, but a memory that
+        cannot be cut back gets a checkpoint there. With `alone` they are evaluated from the first, in batches that
+        follow from their number alone, or left as they are where that is how they came into the cache (`Origin`): what
+        another evaluation left there is not used, and `final` has no effect at all. Raises RunError when llama.cpp
+        fails, EvaluationInterruptedError when `interrupted()` becomes true between two batches.
+        """
+        cache, before = self.caches[0], self.seconds
+        wanted = self._by_itself(len(ids)) if alone else None
+        if self.states is not None:
+            cache.exchange(self.states, ids, wanted)
+        if wanted is None:
+            keep = cache.cut(cache.common(ids, len(ids)))
+            due = cache.checkpoints.due_in_prompt(keep, final, len(ids)) if cache.checkpoints else None
+            self._extend(ids, self._in_batches(due, len(ids)), interrupted, prompt=True)
+        else:
+            keep = cache.cut(cache.usable(ids, wanted))
+            if keep == 0 or cache.origin != wanted.upto(keep):
+                keep = 0
+                for each in self.caches:
+                    each.forget()
+            self._extend(ids, wanted.after(keep), interrupted, prompt=True, alone=True)
+        return Evaluated(len(ids) - keep, self.seconds - before)
+
+    def _by_itself(self, length: int) -> Origin:
+        """How a prompt of so many tokens is evaluated where there is nothing else."""
+        return in_batches(0, Checkpoints.stops(length) if self.caches[0].checkpoints else (), length, self.n_batch)
+
+    def _in_batches(self, due: int | None, length: int) -> Origin:
+        """How what the cache lacks of so many tokens is evaluated, with a checkpoint after `due` of them."""
+        return in_batches(self.caches[0].length, (due,) if due else (), length, self.n_batch)
+
+    @_using
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
+        """Make the cache hold exactly `ids`, at least one of them; `logits` are then those after them.
+
+        The last id is always evaluated. On a GPU the evaluation may still be under way when this returns. `final` and
+        what it raises are as in `prepare`.
+        """
+        cache, before = self.caches[0], self.seconds
+        common = cache.common(ids, len(ids) - 1)
+        keep = cache.cut(common)
+        due = cache.checkpoints.due_in_text(keep, common, final, len(ids)) if cache.checkpoints else None
+        self._extend(ids, self._in_batches(due, len(ids)), interrupted, prompt=False)
+        return Evaluated(len(ids) - keep, self.seconds - before)
+
+    @_using
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        """From the next evaluation on, pick the `count` largest logits on the GPU, or none (0), if there is a GPU.
+
+        Those of ids whose number, in int32 (vocabulary,), is negative are not among them. Raises RunError.
+        """
+        if not self.on_gpu:
+            return
+        now = self._shortlister
+        if count == (now.count if now else 0) and (now is None or now.numbers is numbers):
+            return
+        if now:
+            self._shortlister = None
+            now.close()
+        if count:
+            self._shortlister = Shortlister(self._context, self.name, len(self.caches), count, numbers)
+
+    @_using
+    def picks_logits(self) -> bool:
+        """Whether llama.cpp can pick the largest logits where this model runs, which an evaluation tells."""
+        numbers = np.zeros(self.vocabulary.size, dtype=np.int32)
+        try:
+            self.shorten(1, numbers)
+            self.evaluate([Part(self.caches[0], numbers[:1], "last")])
+            return len(self.row(0)) > 0
+        except RunError as error:
+            log.debug("the largest logits are picked by NumPy: %s", error)
+            return False
+        finally:
+            self.shorten(0, numbers)
+            self.forget()
+
+    def logits(self) -> Row:
+        """The logits after the last evaluation: a view that the next one overwrites, or the largest of them.
+
+        Waits for a GPU that is still at work.
+        """
+        return self.row(-1)
+
+    @_using
+    def row(self, index: int) -> Row:
+        """The same after one of the tokens of the last evaluation."""
+        if self._shortlister:
+            return self._shortlister.row(index)
+        return self.whole_row(index)
+
+    @_using
+    def whole_row(self, index: int) -> LogitArray:
+        """All logits after one of the tokens of the last evaluation, float32 (vocabulary,)."""
+        pointer = llama_cpp.llama_get_logits_ith(self._context, index)
+        if not pointer:
+            raise RunError(f'member "{self.name}": llama.cpp gave no logits after token {self.caches[0].length - 1}')
+        # llama.cpp keeps its buffer, and to make an array of a pointer takes long.
+        address = ctypes.addressof(pointer.contents)
+        view = self._views.get(address)
+        if view is None:
+            view = self._views[address] = np.ctypeslib.as_array(pointer, shape=(self.vocabulary.size,))
+        return view
+
+    def each_logits(self, ids: IntArray, start: int) -> Iterator[LogitArray]:
+        """The logits after each id of `ids` from `start` on, as views like that of `logits`.
+
+        The first `start` ids are evaluated in one go, or found so in the cache, and the others always in the same
+        batches: numbers do not depend on what was evaluated before. Raises RunError when llama.cpp fails.
+        """
+        self.prepare(ids[:start], final=start, alone=True)
+        for begin in range(start, len(ids), self._outputs):
+            part = ids[begin : begin + self._outputs]
+            self._evaluate(part, "every")
+            for row in range(len(part)):
+                yield self.whole_row(row)
+
+    @_using
+    def evaluate(self, parts: Sequence[Part]) -> None:
+        """One call of `llama_decode` for the parts, at most `n_batch` tokens; raises RunError that names them."""
+        begin_threads()
+        for part in parts:
+            part.cache.expect()
+        code = self._decode(parts)
+        if code:
+            reason = _DECODE_ERRORS.get(code, f"llama.cpp failed with code {code}")
+            spans = [(cache.length, cache.length + len(ids) - 1) for cache, ids, _ in parts]
+            where = f"tokens {spans[0][0]} to {spans[0][1]}" + (f" and {len(spans) - 1} others" if spans[1:] else "")
+            raise RunError(f'member "{self.name}", {where}: {reason}')
+        for cache, ids, _ in parts:
+            cache.add(ids)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether numbers do not depend on the number of threads; with flash attention they do, so it stays."""
+        return not self.config.flash_attn
+
+    @_using
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the threads, one of so many, from now on, if it is divisible."""
+        if self.divisible and parts != self._parts:
+            self._parts = parts
+            count = max(1, (self.config.n_threads or usable_cores()) // parts)
+            llama_cpp.llama_set_n_threads(self._context, count, count)
+
+    @_using
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.caches[0].forget()
+
+    def close(self) -> None:
+        """Free the context; whatever is asked of the member then raises RunError."""
+        self._in_flight.end(self._free)
+
+    def _free(self) -> None:
+        # What is taken here and not freed, because Ctrl-C comes between, stays; to free it again would be worse.
+        context, self._context = self._context, None
+        shortlister, self._shortlister = self._shortlister, None
+        adapter, self._adapter = self._adapter, None
+        if shortlister:
+            shortlister.close()
+        if context:
+            llama_cpp.llama_free(context)
+        if adapter:
+            llama_cpp.llama_adapter_lora_free(adapter)
+        self.weights.users.discard(self)
+
+    def __enter__(self) -> "Member":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def use(self) -> RLock:
+        """What is to be held while the context is used, `caches` included; see `require_open`.
+
+        Raises RunError in a process that was forked off.
+        """
+        return self._in_flight.use()
+
+    def require_open(self) -> None:
+        """Raise RunError where the member is closed: to be asked by whoever holds it."""
+        self._in_flight.require_open()
+
+    def _extend(
+        self, ids: IntArray, plan: Origin, interrupted: Callable[[], bool], *, prompt: bool, alone: bool = False
+    ) -> None:
+        """Evaluate what the cache lacks of `ids`, in these batches; `alone` as in `prepare`."""
+        cache = self.caches[0]
+        # Where there are others, a sequence that becomes empty does not begin with its first cell again.
+        noted = prompt and (alone or len(self.caches) == 1)
+        for end in plan.ends:
+            start = cache.length
+            if end > start:
+                if interrupted():
+                    raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {start} of {len(ids)}')
+                self._evaluate(ids[start:end])
+                if noted:
+                    cache.note(start)
+            if end in plan.checkpoints:
+                cache.checkpoint(prompt=prompt)
+
+    def _evaluate(self, ids: IntArray, outputs: Outputs = "last") -> None:
+        self.evaluate([Part(self.caches[0], ids, outputs)])
+
+    def _decode(self, parts: Sequence[Part]) -> int:
+        """Evaluate the parts; llama.cpp's answer, 0 if all is well."""
+        self._batch.fill(parts)
+        started = time.perf_counter()
+        code: int = llama_cpp.llama_decode(self._context, self._batch.native)
+        self.seconds += time.perf_counter() - started
+        return code
+
+
+def _require_memory(config: MemberConfig, weights: Weights, cells: int, sequences: int) -> None:
+    """Raise LoadError where the KV cache alone, of so many cells for each sequence, is larger than what is free.
+
+    llama.cpp writes to all of it, so that Linux would kill the process. The weights do not count: their pages come
+    from the file and can go back to it. On a GPU the cache is there, and llama.cpp says so if it does not fit.
+    """
+    if (supports_gpu() and config.n_gpu_layers) or not config.swa_full:
+        return
+    cache, available = kv_cache_bytes(weights.metadata, weights.memory, config, cells * sequences), available_memory()
+    if cache is None or available is None:
+        return
+    needed = cache + CELL_BYTES * cells * sequences
+    if needed > available:
+        what, less = (
+            ("a context", "n_ctx")
+            if sequences == 1
+            else (f"{sequences} contexts", "n_ctx or the number of replies at once")
+        )
+        raise LoadError(
+            f'member "{config.name}": {weights.path}: not enough memory: {what} of {cells:,} tokens takes '
+            f"{needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are free: lower {less}"
+        )
+
+
+def _make_context(
+    config: MemberConfig, weights: Weights, cells: int, batch: int, outputs: int, sequences: int
+) -> llama_cpp.llama_context_p:
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = cells, batch, min(batch, _LARGEST_BATCH)
+    settings.n_seq_max = sequences
+    settings.kv_unified = False  # a buffer for each sequence: attention looks at no other's cells
+    settings.n_threads = settings.n_threads_batch = config.n_threads or usable_cores()
+    flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    settings.flash_attn_type = flash
+    settings.no_perf = True
+    settings.swa_full = config.swa_full
+    if config.type_k:
+        settings.type_k = _cache_type(config.type_k)
+    if config.type_v:
+        settings.type_v = _cache_type(config.type_v)
+    settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
+    if config.type_k not in (None, "f32", "f16", "bf16") and not config.flash_attn:
+        _require_heads_of_whole_blocks(config, weights, settings.type_k)
+    context = _init_context(weights, settings)
+    if not context:
+        reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
+        hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
+        raise LoadError(f'member "{config.name}": {weights.path} cannot be loaded: {reason}{hint}')
+    return context
+
+
+def _init_context(weights: Weights, settings: llama_cpp.llama_context_params) -> llama_cpp.llama_context_p:
+    """A context, or nothing where llama.cpp refuses; what it says of it is in its log."""
+    native_log.first_errors.clear()
+    native_log.last_lines.clear()
+    return llama_cpp.llama_init_from_model(weights.pointer, settings)
+
+
+def _require_heads_of_whole_blocks(config: MemberConfig, weights: Weights, cache_type: int) -> None:
+    """Raise LoadError where a quantised type does not fit the heads of the keys.
+
+    llama.cpp looks at that with flash attention alone; without it, it ends the process or computes something else.
+    """
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = 256, 1, 1
+    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    settings.type_k = cache_type
+    context = _init_context(weights, settings)
+    if context:
+        llama_cpp.llama_free(context)
+    for error in native_log.first_errors:
+        if found := re.search(r"with block size (\d+) does not divide n_embd_head_k=(\d+)", error):
+            raise LoadError(
+                f'member "{config.name}": {weights.path}: type_k = "{config.type_k}" goes with heads that are a '
+                f"multiple of {found[1]} wide, and this model's are {found[2]}: leave type_k out"
+            )
+
+
+def _working_bytes() -> int | None:
+    """The size of the context that was made last, besides its cache; llama.cpp tells it in its log alone."""
+    sizes = [
+        float(size)
+        for line in native_log.last_lines
+        for size in re.findall(r"compute buffer size = +([\d.]+) MiB", line)
+    ]
+    return round(sum(sizes) * 2**20) if sizes else None
+
+
+def _cache_type(name: str) -> int:
+    if name == "bf16":
+        return 30  # GGML_TYPE_BF16 of ggml.h, which llama-cpp-python does not name
+    return int(getattr(llama_cpp, f"GGML_TYPE_{name.upper()}"))
