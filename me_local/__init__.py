@@ -21,7 +21,7 @@ from me_local.decoding.likelihoods import Score
 from me_local.decoding.reply import MemberUsage, Reply, ReplyStream, Step
 from me_local.ensemble import Ensemble, load
 from me_local.errors import ConfigError, InputError, LoadError, MeLocalError, RunError
-from me_local.text.templates import Message
+from me_local.text.messages import Message
 
 __all__ = [
     "Chat",

@@ -18,7 +18,7 @@ import numpy as np
 
 import me_local
 from me_local.config import Sampling
-from me_local.decoding.engine import Generation
+from me_local.decoding.generation import Generation
 from me_local.llama.member import Member
 from me_local.measuring.bench import endless, make_generation
 from me_local.mixture.alignment import top_k

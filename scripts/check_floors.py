@@ -30,7 +30,7 @@ from bench_step import WARM_UP, aligning, inside, outside
 import me_local
 from me_local.cli.bench import repeated
 from me_local.config import Config, Sampling, load_config
-from me_local.decoding.engine import Generation
+from me_local.decoding.generation import Generation
 from me_local.ensemble import Ensemble
 from me_local.llama.member import Member
 from me_local.llama.weights import Shelf
@@ -39,7 +39,7 @@ from me_local.measuring.bench import CONTEXTS, endless, make_generation, sample_
 from me_local.measuring.bench_batch import bench_batches
 from me_local.measuring.inspection import inspect_member
 from me_local.system.machine import usable_cores
-from me_local.text.vocabulary import UnifiedVocabulary
+from me_local.text.unified import UnifiedVocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,10 +19,10 @@ from selection import (  # noqa: F401  (pytest finds them here)
 )
 
 from me_local import Ensemble, load
+from me_local.arrays import IntArray, LogitArray
 from me_local.config import MemberConfig
-from me_local.llama.member import LogitArray, Member
+from me_local.llama.member import Member
 from me_local.llama.weights import Weights
-from me_local.text.vocabulary import IntArray
 
 ROOT = Path(__file__).parents[1]
 

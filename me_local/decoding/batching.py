@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from me_local.decoding.engine import Course, Draw, Engine, Generation, Request
+from me_local.decoding.engine import Course, Draw, Engine, Request
+from me_local.decoding.generation import Generation
 from me_local.decoding.reply import Draft, Step
 from me_local.decoding.schedule import Schedule
 from me_local.errors import RunError

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.decoding.units import Cuts, Positions, token_cuts, token_starts, word_cuts
 from me_local.errors import InputError, RunError
 from me_local.llama.member import Member
-from me_local.mixture.alignment import FloatArray, LogitArray
 from me_local.mixture.routing import Router, route
 from me_local.mixture.words import WHITE_SPACE
-from me_local.text.vocabulary import IntArray, Vocabulary
+from me_local.text.vocabulary import Vocabulary
 
 OUTPUTS = 64
 """Tokens whose logits one evaluation gives: 67 MB of them for Gemma's 262,144 tokens."""

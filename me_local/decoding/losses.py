@@ -12,7 +12,8 @@ import numpy.typing as npt
 from me_local.errors import InputError
 from me_local.llama.member import Member
 from me_local.llama.shortlist import Shortlist
-from me_local.text.templates import Message, PromptWriter
+from me_local.text.messages import Message
+from me_local.text.prompts import PromptWriter
 from me_local.text.vocabulary import Vocabulary
 
 WORTH_TELLING = 0.05

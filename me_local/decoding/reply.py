@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from me_local.decoding.engine import Draw, Generation, Request, Work
+from me_local.decoding.engine import Draw, Request, Work
+from me_local.decoding.generation import Generation
 from me_local.errors import RunError
 from me_local.llama.member import EvaluationInterruptedError
-from me_local.text.vocabulary import END
+from me_local.text.unified import END
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from me_local.arrays import FloatArray
 from me_local.decoding.likelihoods import UnitScores, bits, mixed
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.evaluation.corpus import Block
-from me_local.mixture.alignment import FloatArray
 
 HELD_OUT = 4
 """One block in so many is held out."""

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from me_local.asking import Ask
 from me_local.config import Overrides, Strategy
 from me_local.decoding.likelihoods import Score
 from me_local.decoding.reply import Reply
-from me_local.ensemble import Ask, Ensemble
+from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, RunError
 from me_local.evaluation.tasks import Question, Task
 from me_local.records import route_record, stretch_of

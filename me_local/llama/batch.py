@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import llama_cpp
 import numpy as np
 
+from me_local.arrays import IntArray
 from me_local.llama.cache import Cache
-from me_local.text.vocabulary import IntArray
 
 Outputs = Literal["none", "last", "every"]
 """After which tokens of a part logits are wanted."""

@@ -12,11 +12,11 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from me_local.arrays import IntArray
 from me_local.errors import RunError
 from me_local.llama.checkpoints import Checkpoint, Checkpoints
 from me_local.llama.origin import Origin
 from me_local.llama.states import WORTH, State, States, common_length
-from me_local.text.vocabulary import IntArray
 
 _PARTIAL = llama_cpp.LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY  # of a state, only what cannot be cut back
 

@@ -12,8 +12,9 @@ from me_local.llama.member import Member
 from me_local.llama.trial import is_wanted, try_members
 from me_local.llama.weights import Shelf, Weights, supports_gpu
 from me_local.system.inflight import uninterrupted
-from me_local.text.templates import PLAIN_STOPS, PromptWriter, Template, choose_template
-from me_local.text.vocabulary import UnifiedVocabulary
+from me_local.text.prompts import PromptWriter
+from me_local.text.templates import PLAIN_STOPS, Template, choose_template
+from me_local.text.unified import UnifiedVocabulary
 
 Doing = Literal["checking", "loading"]
 OnLoad = Callable[[MemberConfig, Doing], None]

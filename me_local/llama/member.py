@@ -9,7 +9,6 @@ of other members, of text, or of sampling. A context can have several sequences,
 import ctypes
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
@@ -19,33 +18,28 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
+from me_local.arrays import IntArray, LogitArray
 from me_local.config import MemberConfig
 from me_local.errors import LoadError, MeLocalError, RunError
 from me_local.llama.batch import Batch, Outputs, Part
 from me_local.llama.cache import Cache
 from me_local.llama.checkpoints import Checkpoints
-from me_local.llama.memory import allocated_context, kv_cache_bytes
+from me_local.llama.context import MOST_SEQUENCES, make_context, require_memory, working_bytes
+from me_local.llama.memory import allocated_context
+from me_local.llama.native_log import native_log
 from me_local.llama.origin import Origin, in_batches
 from me_local.llama.shortlist import Row, Shortlister
 from me_local.llama.states import States
-from me_local.llama.weights import Weights, native_log, supports_gpu
+from me_local.llama.weights import Weights, supports_gpu
 from me_local.system.inflight import InFlight, begin_threads
-from me_local.system.machine import available_memory, usable_cores
-from me_local.text.vocabulary import IntArray
+from me_local.system.machine import usable_cores
 
 log = logging.getLogger(__name__)
 
-LogitArray = npt.NDArray[np.float32]
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-_LARGEST_BATCH = 512  # tokens that go through a model at once, as llama.cpp has it by default
-MOST_SEQUENCES = 256
-"""LLAMA_MAX_SEQ."""
-CELL_BYTES = 48
-"""Of position and sequences, besides keys and values (llama-kv-cells.h)."""
 _DECODE_ERRORS = {
     1: "no room is left in its KV cache",
     2: "the evaluation was aborted",
@@ -105,7 +99,7 @@ class Member:
         self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, weights.trained_context)
-        _require_memory(config, weights, cells, sequences)
+        require_memory(config, weights, cells, sequences)
         if sequences > MOST_SEQUENCES:
             raise LoadError(
                 f'member "{config.name}": llama.cpp has room for {MOST_SEQUENCES} replies at once, '
@@ -116,8 +110,8 @@ class Member:
         with weights.use():
             weights.require_open()
             weights.users.add(self)
-            self._context = _make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
-            self.working_bytes = _working_bytes()
+            self._context = make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
+            self.working_bytes = working_bytes()
             try:
                 self._read_context(sequences)
             except BaseException:
@@ -371,97 +365,3 @@ class Member:
         code: int = llama_cpp.llama_decode(self._context, self._batch.native)
         self.seconds += time.perf_counter() - started
         return code
-
-
-def _require_memory(config: MemberConfig, weights: Weights, cells: int, sequences: int) -> None:
-    """Raise LoadError where the KV cache alone, of so many cells for each sequence, is larger than what is free.
-
-    llama.cpp writes to all of it, so that Linux would kill the process. The weights do not count: their pages come
-    from the file and can go back to it. On a GPU the cache is there, and llama.cpp says so if it does not fit.
-    """
-    if (supports_gpu() and config.n_gpu_layers) or not config.swa_full:
-        return
-    cache, available = kv_cache_bytes(weights.metadata, weights.memory, config, cells * sequences), available_memory()
-    if cache is None or available is None:
-        return
-    needed = cache + CELL_BYTES * cells * sequences
-    if needed > available:
-        what, less = (
-            ("a context", "n_ctx")
-            if sequences == 1
-            else (f"{sequences} contexts", "n_ctx or the number of replies at once")
-        )
-        raise LoadError(
-            f'member "{config.name}": {weights.path}: not enough memory: {what} of {cells:,} tokens takes '
-            f"{needed / 1e9:.2f} GB, and {available / 1e9:.2f} GB are free: lower {less}"
-        )
-
-
-def _make_context(
-    config: MemberConfig, weights: Weights, cells: int, batch: int, outputs: int, sequences: int
-) -> llama_cpp.llama_context_p:
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch = cells, batch, min(batch, _LARGEST_BATCH)
-    settings.n_seq_max = sequences
-    settings.kv_unified = False  # a buffer for each sequence: attention looks at no other's cells
-    settings.n_threads = settings.n_threads_batch = config.n_threads or usable_cores()
-    flash = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if config.flash_attn else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    settings.flash_attn_type = flash
-    settings.no_perf = True
-    settings.swa_full = config.swa_full
-    if config.type_k:
-        settings.type_k = _cache_type(config.type_k)
-    if config.type_v:
-        settings.type_v = _cache_type(config.type_v)
-    settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
-    if config.type_k not in (None, "f32", "f16", "bf16") and not config.flash_attn:
-        _require_heads_of_whole_blocks(config, weights, settings.type_k)
-    context = _init_context(weights, settings)
-    if not context:
-        reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
-        hint = " (not enough memory: lower n_ctx)" if "alloc" in reason else ""
-        raise LoadError(f'member "{config.name}": {weights.path} cannot be loaded: {reason}{hint}')
-    return context
-
-
-def _init_context(weights: Weights, settings: llama_cpp.llama_context_params) -> llama_cpp.llama_context_p:
-    """A context, or nothing where llama.cpp refuses; what it says of it is in its log."""
-    native_log.first_errors.clear()
-    native_log.last_lines.clear()
-    return llama_cpp.llama_init_from_model(weights.pointer, settings)
-
-
-def _require_heads_of_whole_blocks(config: MemberConfig, weights: Weights, cache_type: int) -> None:
-    """Raise LoadError where a quantised type does not fit the heads of the keys.
-
-    llama.cpp looks at that with flash attention alone; without it, it ends the process or computes something else.
-    """
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_ubatch = 256, 1, 1
-    settings.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    settings.type_k = cache_type
-    context = _init_context(weights, settings)
-    if context:
-        llama_cpp.llama_free(context)
-    for error in native_log.first_errors:
-        if found := re.search(r"with block size (\d+) does not divide n_embd_head_k=(\d+)", error):
-            raise LoadError(
-                f'member "{config.name}": {weights.path}: type_k = "{config.type_k}" goes with heads that are a '
-                f"multiple of {found[1]} wide, and this model's are {found[2]}: leave type_k out"
-            )
-
-
-def _working_bytes() -> int | None:
-    """The size of the context that was made last, besides its cache; llama.cpp tells it in its log alone."""
-    sizes = [
-        float(size)
-        for line in native_log.last_lines
-        for size in re.findall(r"compute buffer size = +([\d.]+) MiB", line)
-    ]
-    return round(sum(sizes) * 2**20) if sizes else None
-
-
-def _cache_type(name: str) -> int:
-    if name == "bf16":
-        return 30  # GGML_TYPE_BF16 of ggml.h, which llama-cpp-python does not name
-    return int(getattr(llama_cpp, f"GGML_TYPE_{name.upper()}"))

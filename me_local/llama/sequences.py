@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from me_local.arrays import IntArray
 from me_local.errors import RunError
 from me_local.llama.batch import Part, level
 from me_local.llama.cache import Cache
 from me_local.llama.member import Member
 from me_local.llama.shortlist import Row
 from me_local.llama.states import WORTH, common_length
-from me_local.text.vocabulary import IntArray
 
 
 class Target(NamedTuple):

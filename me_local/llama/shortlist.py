@@ -12,8 +12,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from me_local.arrays import IntArray
 from me_local.errors import RunError
-from me_local.text.vocabulary import IntArray
 
 
 class Shortlist(NamedTuple):

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from me_local.arrays import IntArray
 from me_local.llama.checkpoints import Checkpoints
 from me_local.llama.origin import Origin
-from me_local.text.vocabulary import IntArray
 
 WORTH = 32
 """Tokens that a state must save: to evaluate fewer costs about as little as to move a state."""

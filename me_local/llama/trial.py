@@ -33,7 +33,9 @@ from me_local.llama.member import Member
 from me_local.llama.weights import Shelf, Weights, build_identity, checked_file, part_names, supports_gpu
 from me_local.system.files import replace_file
 from me_local.system.machine import address_space_used, available_memory, processor_features, processor_identity
-from me_local.text.templates import Message, PromptWriter, choose_template
+from me_local.text.messages import Message
+from me_local.text.prompts import PromptWriter
+from me_local.text.templates import choose_template
 
 log = logging.getLogger(__name__)
 

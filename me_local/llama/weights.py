@@ -4,12 +4,10 @@ Members of one file have contexts of their own on one copy of the weights. Knows
 """
 
 import ctypes
-import logging
 import os
 import re
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +15,9 @@ import llama_cpp
 
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError
+from me_local.llama.native_log import native_log, send_log
 from me_local.system.inflight import InFlight
 from me_local.text.vocabulary import Vocabulary
-
-log = logging.getLogger("me_local.llama_cpp")
-log.addHandler(logging.NullHandler())  # a program that sets up no logging sees nothing of it
 
 _ALL_LAYERS = 0x7FFFFFFF
 _SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
@@ -139,25 +135,6 @@ def build_identity() -> str:
     folder = Path(os.environ.get("LLAMA_CPP_LIB_PATH") or Path(llama_cpp.__file__).parent / "lib")
     libraries = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.glob("*"))
     return f"{llama_cpp.__version__} {llama_cpp.llama_print_system_info().decode()} {folder} {libraries}"
-
-
-def render_built_in(template: str, messages: Sequence[tuple[str, str]]) -> str:
-    """Render (role, content) pairs by one of llama.cpp's built-in chat templates, up to where the reply starts.
-
-    Contents must not hold NUL characters. Raises ConfigError when there is no template of this name.
-    """
-    chat = (llama_cpp.llama_chat_message * len(messages))(
-        *[llama_cpp.llama_chat_message(role.encode(), content.encode()) for role, content in messages]
-    )
-    size = 0
-    while True:
-        buffer = ctypes.create_string_buffer(size) if size else None
-        needed = llama_cpp.llama_chat_apply_template(template.encode(), chat, len(messages), True, buffer, size)
-        if needed < 0:
-            raise ConfigError(f'chat_template = "{template}": llama.cpp has no built-in template of this name')
-        if buffer is not None and needed <= size:
-            return buffer.raw[:needed].decode()
-        size = needed + 1
 
 
 def checked_file(config: MemberConfig) -> Path:
@@ -284,46 +261,3 @@ def _memory_kind(model: llama_cpp.llama_model_p) -> str:
         return "recurrent"
     window = llama_cpp.llama_model_n_swa(model)
     return f"sliding window {window}" if window > 0 else "full"
-
-
-_LEVELS = {1: logging.DEBUG, 2: logging.INFO, 3: logging.WARNING, 4: logging.ERROR}  # enum ggml_log_level
-
-
-class _LineLogger(threading.local):
-    """Logs whole lines of what llama.cpp writes in parts; its level 5 continues the part before.
-
-    Each thread has its own, with what llama.cpp wrote in it: `first_errors` are two lines that are errors (the first is
-    the cause, and later ones say less and less), `warnings` the last lines that are warnings, `last_lines` of all.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._level, self._line = logging.DEBUG, ""
-        self.first_errors: list[str] = []
-        self.warnings: deque[str] = deque(maxlen=64)
-        self.last_lines: deque[str] = deque(maxlen=64)
-
-    def write(self, level: int, text: str) -> None:
-        self._level = _LEVELS.get(level, self._level)
-        *lines, self._line = (self._line + text).split("\n")
-        for line in filter(str.strip, lines):
-            log.log(self._level, "%s", line.rstrip())
-            self.last_lines.append(line)
-            if self._level == logging.WARNING:
-                self.warnings.append(line.strip())
-            says_why = self._level == logging.ERROR and not line.endswith(": failed to load model")
-            if says_why and len(self.first_errors) < 2:
-                self.first_errors.append(line.strip())
-
-
-native_log = _LineLogger()
-
-
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _on_log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-    native_log.write(level, text.decode("utf-8", "replace"))
-
-
-def send_log() -> None:
-    """Send llama.cpp's log to `logging`, where it is shown at -v."""
-    llama_cpp.llama_log_set(_on_log, ctypes.c_void_p(0))

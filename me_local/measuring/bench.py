@@ -16,13 +16,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from me_local.decoding.engine import Engine, Generation
-from me_local.ensemble import Ensemble, make_request
+from me_local.arrays import IntArray
+from me_local.asking import make_request
+from me_local.decoding.engine import Engine
+from me_local.decoding.generation import Generation
+from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.llama.member import Member
 from me_local.measuring.inspection import inspect_member
 from me_local.system.machine import processor, usable_cores
-from me_local.text.vocabulary import END, IntArray
+from me_local.text.unified import END
 
 TOKENS = (1, 2, 4, 8, 16)
 """How many tokens an evaluation is timed with."""
@@ -150,7 +153,7 @@ def make_generation(
     seed: int = 0,
 ) -> Generation:
     """A reply to about `length` pieces of English, whose prompt is evaluated with the first step."""
-    head, prompts = ensemble.raw_prompts(sample_text(length), ensemble.config)
+    head, prompts = ensemble.prompter.raw_prompts(sample_text(length), ensemble.config)
     request = replace(
         make_request(ensemble.config, prompts, head, alone=True),
         strategy=strategy,

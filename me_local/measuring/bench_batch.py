@@ -13,11 +13,12 @@ from statistics import median
 
 import numpy as np
 
+from me_local.asking import make_request
 from me_local.config import Config
 from me_local.decoding.batching import Batching
 from me_local.decoding.engine import Request
 from me_local.decoding.reply import Draft
-from me_local.ensemble import Ensemble, make_request
+from me_local.ensemble import Ensemble
 from me_local.errors import RunError
 from me_local.llama.weights import Shelf
 from me_local.measuring.bench import BatchSpeed, endless, sample_text
@@ -111,7 +112,7 @@ def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
 
 def _request(ensemble: Ensemble, contestant: _Contestant, seed: int, index: int) -> Request:
     """A reply to a prompt that has nothing in common with the others': what prompts share is evaluated once."""
-    head, prompts = ensemble.raw_prompts(f"{index}, {sample_text(_PROMPT)}", ensemble.config)
+    head, prompts = ensemble.prompter.raw_prompts(f"{index}, {sample_text(_PROMPT)}", ensemble.config)
     return replace(
         make_request(ensemble.config, prompts, head),
         strategy="ce" if contestant.way == "ce" else "me",

@@ -20,12 +20,13 @@ from typing import Literal
 
 import numpy as np
 
+from me_local.arrays import FloatArray
 from me_local.errors import LoadError
 from me_local.llama.batch import Part
-from me_local.llama.member import CELL_BYTES, Member
+from me_local.llama.context import CELL_BYTES
+from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
 from me_local.llama.weights import supports_gpu
-from me_local.mixture.alignment import FloatArray
 from me_local.system.machine import available_memory
 
 Way = Literal["me shared", "me own", "ce"]

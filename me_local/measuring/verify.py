@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from me_local.decoding.engine import Engine, Generation, Model, Request
-from me_local.ensemble import Ensemble, make_request
+from me_local.arrays import FloatArray, IntArray
+from me_local.asking import make_request
+from me_local.decoding.engine import Engine, Model, Request
+from me_local.decoding.generation import Generation
+from me_local.ensemble import Ensemble
 from me_local.errors import RunError
 from me_local.llama.member import Evaluated, Member
 from me_local.llama.shortlist import Row, split
-from me_local.mixture.alignment import Distribution, FloatArray
-from me_local.text.vocabulary import END, IntArray, utf8_runs
+from me_local.mixture.alignment import Distribution
+from me_local.text.unified import END
+from me_local.text.utf8 import utf8_runs
 
 PROMPTS = (
     "The history of the Roman Empire begins with",
@@ -176,7 +180,7 @@ class _Verification:
 
     def _request(self, text: bytes, seed: int) -> Request:
         config = self._ensemble.config
-        _, prompts = self._ensemble.raw_prompts(text.decode(), config)
+        _, prompts = self._ensemble.prompter.raw_prompts(text.decode(), config)
         return replace(make_request(config, prompts, text), strategy="me", unit="token", argmax=False, seed=seed)
 
     def _reply(self, number: int, prompt: str) -> bytes:

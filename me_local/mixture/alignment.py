@@ -14,11 +14,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.config import Sampling
-from me_local.text.vocabulary import IntArray
-
-FloatArray = npt.NDArray[np.float64]
-LogitArray = npt.NDArray[np.float32]
 
 _PART = 8  # of the vocabulary, one such part of which is searched for a floor
 _COLUMNS = 32  # of it, for each token that is wanted: few of the largest share one

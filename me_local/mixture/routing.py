@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
+from me_local.arrays import FloatArray
 from me_local.errors import RunError
-from me_local.mixture.alignment import FloatArray
 
 log = logging.getLogger(__name__)
 

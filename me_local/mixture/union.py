@@ -13,8 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from me_local.mixture.alignment import Distribution, FloatArray, LogitArray
-from me_local.text.vocabulary import END, IntArray, UnifiedVocabulary, Vocabulary
+from me_local.arrays import FloatArray, IntArray, LogitArray
+from me_local.mixture.alignment import Distribution
+from me_local.text.unified import END, UnifiedVocabulary
+from me_local.text.vocabulary import Vocabulary
 
 _UNKNOWN, _NONE = -1, -2
 

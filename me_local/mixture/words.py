@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from me_local.mixture.alignment import Distribution
-from me_local.text.vocabulary import END, UnifiedVocabulary
+from me_local.text.unified import END, UnifiedVocabulary
 
 LONGEST = 64
 """Bytes of a word, white space in front included, from which on each piece is drawn for itself."""

@@ -17,8 +17,8 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
+from me_local.asking import Ask
 from me_local.decoding.reply import Reply
-from me_local.ensemble import Ask
 from me_local.errors import MeLocalError
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer

@@ -41,7 +41,7 @@ def test_more_sequences_than_fit_into_memory_are_one_line(run: Run, write_models
     models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))
     many = 'Error: member "bpe_a"'
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("me_local.llama.member.available_memory", lambda: 10**6)
+        patch.setattr("me_local.llama.context.available_memory", lambda: 10**6)
         result = run("generate", "Hello", "-n", 200, "--batch", 200, models=models)
     one_line(
         result, 2, "not enough memory: 200 contexts of 2,048 tokens", "lower n_ctx or the number of replies at once"

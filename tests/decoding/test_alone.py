@@ -10,7 +10,8 @@ from conftest import OpenEnsemble, OpenMember, logits_of
 from selection import slow_but
 
 from me_local import Ensemble, Message, Overrides, Reply
-from me_local.ensemble import Ask
+from me_local.arrays import IntArray
+from me_local.asking import Ask
 from me_local.errors import RunError
 from me_local.llama.batch import Part
 from me_local.llama.cache import Cache
@@ -18,7 +19,6 @@ from me_local.llama.member import EvaluationInterruptedError, Member
 from me_local.llama.origin import Origin, in_batches
 from me_local.llama.states import States
 from me_local.server.making import Job, OneByOne
-from me_local.text.vocabulary import IntArray
 
 KINDS = {
     "full": ("bpe_a", True),

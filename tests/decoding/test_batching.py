@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from me_local import Ensemble, InputError, Overrides, RunError, load
+from me_local.asking import Ask, make_request
 from me_local.config import override
 from me_local.decoding.batching import CHUNK, Running
-from me_local.decoding.engine import Generation
-from me_local.ensemble import Ask, Finished, make_request
+from me_local.decoding.generation import Generation
+from me_local.ensemble import Finished
 from me_local.llama.member import Member
 from me_local.mixture.routing import SharedRoute
 
@@ -94,7 +95,7 @@ def lone_pieces(ensemble: Ensemble, finished: Finished, settings: Overrides) -> 
     asked = asks(lengths=True)[finished.index]
     config = override(override(ensemble.config, settings), asked.overrides)
     config = override(config, Overrides(seed=settings.seed + finished.index))
-    head, prompts = ensemble._checked(asked.prompt, config, raw=False)
+    head, prompts = ensemble.prompter.asked(asked.prompt, config, raw=False)
     request = make_request(config, prompts, head)
     stretch = finished.stretch
     route = SharedRoute(stretch.seed).begin(stretch.start) if stretch else None

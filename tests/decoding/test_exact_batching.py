@@ -43,15 +43,17 @@ from test_exact_words import WordTree
 from test_exact_words import remembering as remembering_words
 
 from me_local import Ensemble, Overrides, load
+from me_local.arrays import IntArray, LogitArray
 from me_local.decoding import batching
 from me_local.decoding.batching import Batching, Running
-from me_local.decoding.engine import Engine, Generation, Request
+from me_local.decoding.engine import Engine, Request
+from me_local.decoding.generation import Generation
 from me_local.decoding.reply import Draft
-from me_local.llama.member import LogitArray, Member
+from me_local.llama.member import Member
 from me_local.llama.sequences import Outcome, Target
 from me_local.mixture.alignment import pick
 from me_local.mixture.routing import SharedRoute
-from me_local.text.vocabulary import END, IntArray
+from me_local.text.unified import END
 
 __all__ = ["tiny"]
 

@@ -31,14 +31,18 @@ from tiny_architectures import llama_model
 from tiny_vocabularies import chatml_vocab
 
 from me_local import Ensemble, Overrides
+from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.config import Sampling
-from me_local.decoding import engine
-from me_local.decoding.engine import Engine, Generation, Model, Request
+from me_local.decoding import generation, strategies
+from me_local.decoding.engine import Engine, Model, Request
+from me_local.decoding.generation import Generation
 from me_local.llama.member import Evaluated, Member
 from me_local.mixture import alignment
-from me_local.mixture.alignment import Distribution, FloatArray, LogitArray, top_k
+from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.routing import Router, constant
-from me_local.text.vocabulary import END, IntArray, SampledText, Vocabulary
+from me_local.text.growing import SampledText
+from me_local.text.unified import END
+from me_local.text.vocabulary import Vocabulary
 
 OpenMember = Callable[..., Member]
 OpenEnsemble = Callable[..., Ensemble]
@@ -356,7 +360,7 @@ def temperature_after_mixing(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
         tempered = mixture.probabilities**2
         return Distribution(mixture.numbers, tempered / tempered.sum())
 
-    patch.setattr(engine, "mix", mix)
+    patch.setattr(strategies, "mix", mix)
     return replace(BROKEN, sampling=(Sampling(),) * 2), "ce"
 
 
@@ -365,7 +369,7 @@ def one_number_for_route_and_piece(patch: pytest.MonkeyPatch) -> tuple[Case, str
 
     def with_one_stream(self: Generation, engine: Engine, request: Request, *args: Any) -> None:
         begin(self, engine, request, *args)
-        self._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
+        self._sampler._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
 
     patch.setattr(Generation, "__init__", with_one_stream)
     return BROKEN, "me"
@@ -383,7 +387,7 @@ def pieces_tokenised_one_by_one(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
             self._text = text
             return super().ids(text)
 
-    patch.setattr(engine, "TokenizedText", Piecewise)
+    patch.setattr(generation, "TokenizedText", Piecewise)
     return BROKEN, "me"
 
 

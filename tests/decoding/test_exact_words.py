@@ -31,13 +31,15 @@ from test_exact_replies import (
     truncated,
 )
 
+from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.config import Sampling
-from me_local.decoding import engine
-from me_local.decoding.engine import Course, Draw, Engine, Generation
+from me_local.decoding import strategies
+from me_local.decoding.engine import Course, Draw, Engine
+from me_local.decoding.generation import Generation
+from me_local.decoding.strategies import Sampler
 from me_local.llama.member import Member
-from me_local.mixture.alignment import Distribution, FloatArray, LogitArray, top_k
+from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.words import Openings
-from me_local.text.vocabulary import IntArray
 
 __all__ = ["tiny"]
 
@@ -246,9 +248,9 @@ def test_top_k_often_leaves_no_piece_that_begins_a_word(open_all: OpenAll) -> No
 
 
 def keeps_the_dropped_piece(patch: pytest.MonkeyPatch) -> None:
-    step = Generation._step_in_word
+    step = Sampler._step_in_word
 
-    def kept(self: Generation, writer: int, weights: FloatArray) -> Course[Draw]:
+    def kept(self: Sampler, writer: int, weights: FloatArray) -> Course[Draw]:
         draws: list[Draw] = []
         write = self._write
 
@@ -260,11 +262,11 @@ def keeps_the_dropped_piece(patch: pytest.MonkeyPatch) -> None:
         drawn = yield from step(self, writer, weights)
         return draws[0]._replace(member=drawn.member)
 
-    patch.setattr(Generation, "_step_in_word", kept)
+    patch.setattr(Sampler, "_step_in_word", kept)
 
 
 def follows_without_a_condition(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Generation, "_open_word", Generation._predict)
+    patch.setattr(Sampler, "_open_word", Sampler._predict)
 
 
 def restricts_before_it_truncates(patch: pytest.MonkeyPatch) -> None:
@@ -273,11 +275,11 @@ def restricts_before_it_truncates(patch: pytest.MonkeyPatch) -> None:
 
 
 def words_end_at_every_piece(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "is_free", lambda text: True)
+    patch.setattr(strategies, "is_free", lambda text: True)
 
 
 def space_ends_a_word_behind_space(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "may_end", lambda text: True)
+    patch.setattr(strategies, "may_end", lambda text: True)
 
 
 @pytest.mark.slow

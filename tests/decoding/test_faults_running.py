@@ -11,9 +11,9 @@ import pytest
 from selection import slow_but
 
 from me_local import Ensemble, InputError, Overrides, RunError
+from me_local.arrays import FloatArray, LogitArray
 from me_local.decoding.reply import Reply, Step
 from me_local.llama.member import Member
-from me_local.mixture.alignment import FloatArray, LogitArray
 
 OpenEnsemble = Callable[..., Ensemble]
 Plant = Callable[[Ensemble, pytest.MonkeyPatch], None]

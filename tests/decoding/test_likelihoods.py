@@ -10,12 +10,13 @@ import pytest
 from conftest import logits_of
 
 from me_local import Ensemble, InputError, Message, RunError, load
+from me_local.arrays import LogitArray
+from me_local.asking import make_request
 from me_local.config import Overrides, override
-from me_local.decoding.engine import Generation
+from me_local.decoding.generation import Generation
 from me_local.decoding.likelihoods import OUTPUTS, mixed
-from me_local.ensemble import make_request
 from me_local.llama.batch import Part
-from me_local.llama.member import LogitArray, Member
+from me_local.llama.member import Member
 
 OpenEnsemble = Callable[..., Ensemble]
 OpenMember = Callable[..., Member]

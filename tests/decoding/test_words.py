@@ -8,14 +8,16 @@ import pytest
 from test_engine import generation, steps
 
 from me_local import Ensemble, Overrides
+from me_local.arrays import FloatArray
 from me_local.config import Sampling
-from me_local.decoding.engine import Draw, Engine, Generation
+from me_local.decoding.engine import Draw, Engine
+from me_local.decoding.generation import Generation
 from me_local.errors import RunError
 from me_local.llama.member import Member
-from me_local.mixture.alignment import Distribution, FloatArray, top_k
+from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.routing import constant
 from me_local.mixture.words import Openings, is_free, may_end
-from me_local.text.vocabulary import END
+from me_local.text.unified import END
 
 OpenMember = Callable[..., Member]
 OpenEnsemble = Callable[..., Ensemble]
@@ -159,7 +161,7 @@ def test_a_writer_that_cannot_go_on_loses_its_word(open_member: OpenMember) -> N
     del members[1].vocabulary._byte_ids[0x9F]
     for seed in range(10):
         running = generation(members, seed=seed, unit="word", weights=np.array([0.2, 0.8]))
-        running._writer = 1
+        running._sampler.writer = 1
         running._text.append("👋".encode()[:2])
         draw = running.step()
         assert draw is not None
@@ -178,14 +180,14 @@ def test_a_failure_leaves_text_and_writer_as_they_were(
     running = generation(members, unit="word", head=b"x")
     while not running.text[-1:].isalpha() or running.text == b"x":
         running.step()
-    writer, text = running._writer, running.text
+    writer, text = running._sampler.writer, running.text
     assert writer is not None
     running._engine.openings.begins[:] = True  # so that the writer's piece, whatever it is, ends its word
     monkeypatch.setattr(members[1 - writer], "sync", fail)
-    monkeypatch.setattr(running, "_route", lambda weights: 1 - writer)
+    monkeypatch.setattr(running._sampler, "_route", lambda weights: 1 - writer)
     with pytest.raises(RunError, match="no"):
         running.step()
-    assert (running.text, running._writer) == (text, writer)
+    assert (running.text, running._sampler.writer) == (text, writer)
     monkeypatch.undo()
     assert running.step() is not None
 
@@ -203,7 +205,7 @@ def test_a_reply_ends_where_the_context_of_its_writer_does(open_member: OpenMemb
         running = generation(members, engine, seed=seed, unit="word", head=b"x" * 17)
         while (draw := running.step()) and draw.number != END and draw.member == 0:
             pass
-        assert (draw is None) == (running._writer == 0 and len(running.ids(0)) > 20)
+        assert (draw is None) == (running._sampler.writer == 0 and len(running.ids(0)) > 20)
         full += draw is None
     assert full > 5
 

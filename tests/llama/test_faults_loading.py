@@ -22,7 +22,7 @@ from tiny_architectures import Array, Model, llama_model
 from tiny_vocabularies import Token, chatml_vocab
 
 from me_local import Ensemble, LoadError, Overrides
-from me_local.llama import member
+from me_local.llama import context
 from me_local.llama.member import Member
 
 OpenEnsemble = Callable[..., Ensemble]
@@ -328,8 +328,8 @@ NEEDED = 65536 + 48 * 512
 def test_what_may_fit_is_not_refused(
     name: str, available: int | None, fits: bool, open_member: OpenMember, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(member, "available_memory", lambda: available)
-    monkeypatch.setattr(member, "supports_gpu", lambda: False)
+    monkeypatch.setattr(context, "available_memory", lambda: available)
+    monkeypatch.setattr(context, "supports_gpu", lambda: False)
     if fits:
         assert open_member(name).n_ctx == 512
     else:
@@ -338,8 +338,8 @@ def test_what_may_fit_is_not_refused(
 
 
 def test_a_cache_on_the_gpu_needs_no_memory_here(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(member, "available_memory", lambda: 0)
-    monkeypatch.setattr(member, "supports_gpu", lambda: True)
+    monkeypatch.setattr(context, "available_memory", lambda: 0)
+    monkeypatch.setattr(context, "supports_gpu", lambda: True)
     open_member("bpe_a")
     with pytest.raises(LoadError, match="not enough memory"):
         open_member("bpe_a", n_gpu_layers=0)

@@ -13,11 +13,12 @@ from conftest import logits_of, lone_member
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from me_local.arrays import IntArray
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, RunError
 from me_local.llama.member import EvaluationInterruptedError, Member
-from me_local.llama.weights import Weights, checked_file, render_built_in
-from me_local.text.vocabulary import IntArray
+from me_local.llama.weights import Weights, checked_file
+from me_local.text.built_in import render_built_in
 
 OpenMember = Callable[..., Member]
 F32 = {"type_k": "f32", "type_v": "f32"}  # an f16 cache rounds batches of different sizes apart by up to 1e-3

@@ -13,14 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from selection import slow_but
 
+from me_local.arrays import IntArray
 from me_local.config import Sampling
-from me_local.decoding.engine import Engine, Generation, Request
+from me_local.decoding.engine import Engine, Request
+from me_local.decoding.generation import Generation
 from me_local.llama.checkpoints import Checkpoint, Checkpoints
 from me_local.llama.member import Evaluated, EvaluationInterruptedError, Member
 from me_local.llama.states import State
 from me_local.mixture.alignment import top_k
 from me_local.mixture.routing import constant
-from me_local.text.vocabulary import END, IntArray, TokenizedText
+from me_local.text.growing import TokenizedText
+from me_local.text.unified import END
 
 OpenMember = Callable[..., Member]
 

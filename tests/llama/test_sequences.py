@@ -15,13 +15,13 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from selection import slow_but
 
 from me_local import RunError
+from me_local.arrays import IntArray, LogitArray
 from me_local.config import MemberConfig
 from me_local.llama.batch import Part, level
-from me_local.llama.member import LogitArray, Member
+from me_local.llama.member import Member
 from me_local.llama.sequences import Outcome, Sequences, Target
 from me_local.llama.states import WORTH
 from me_local.llama.weights import Weights
-from me_local.text.vocabulary import IntArray
 
 OpenMember = Callable[..., Member]
 

@@ -13,7 +13,7 @@ from gguf import GGUFReader
 from me_local.cli import main
 from me_local.cli.bench import remarks
 from me_local.measuring.bench import bench, endless, limit, make_generation, work
-from me_local.text.vocabulary import END
+from me_local.text.unified import END
 
 WriteModels = Callable[..., Path]
 BACKLOGS = (1, 2, 4, 8, 16)

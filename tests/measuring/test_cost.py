@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from me_local.errors import LoadError
-from me_local.llama.member import CELL_BYTES, Member
+from me_local.llama.context import CELL_BYTES
+from me_local.llama.member import Member
 from me_local.llama.memory import kv_cache_bytes
 from me_local.measuring import cost
 from me_local.measuring.cost import CallCost, choose_batch, measure, pieces_per_second

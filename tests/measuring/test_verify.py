@@ -14,14 +14,17 @@ from click.testing import CliRunner
 from scipy import stats
 
 from me_local import Ensemble
+from me_local.arrays import FloatArray, IntArray
 from me_local.cli import main
-from me_local.decoding.engine import Course, Engine, Generation, Request
+from me_local.decoding.engine import Course, Engine, Request
+from me_local.decoding.generation import Generation
+from me_local.decoding.strategies import Sampler
 from me_local.llama.batch import Part
 from me_local.llama.cache import Cache
 from me_local.llama.member import Member
 from me_local.measuring.verify import Report, g_test, verify
-from me_local.mixture.alignment import Distribution, FloatArray
-from me_local.text.vocabulary import IntArray, TokenizedText
+from me_local.mixture.alignment import Distribution
+from me_local.text.growing import TokenizedText
 
 OpenEnsemble = Callable[..., Ensemble]
 TINY = [
@@ -70,9 +73,9 @@ def faulty(open_ensemble: OpenEnsemble) -> Ensemble:
 def test_it_finds_a_temperature_after_mixing(
     faulty: Ensemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixture = Generation._mixture
+    mixture = Sampler.mixture
 
-    def tempered_last(self: Generation, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
+    def tempered_last(self: Sampler, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         request = self._request
         self._request = replace(request, sampling=tuple(replace(s, temperature=1.0) for s in request.sampling))
         mixed, parts = yield from mixture(self, weights)
@@ -80,7 +83,7 @@ def test_it_finds_a_temperature_after_mixing(
         sharpened = mixed.probabilities ** (1 / request.sampling[0].temperature)
         return Distribution(mixed.numbers, sharpened / sharpened.sum()), parts
 
-    monkeypatch.setattr(Generation, "_mixture", tempered_last)
+    monkeypatch.setattr(Sampler, "mixture", tempered_last)
     report = check(faulty)
     assert not report.equality.passed
     assert report.canonical.passed
@@ -122,7 +125,7 @@ def test_it_finds_one_random_number_for_route_and_piece(
 
     def one_stream(self: Generation, engine: Engine, request: Request, interrupted: Callable[[], bool]) -> None:
         initialise(self, engine, request, interrupted)
-        self._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
+        self._sampler._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
 
     monkeypatch.setattr(Generation, "__init__", one_stream)
     report = check(faulty)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from me_local.config import Sampling
 from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample, top_k
-from me_local.text.vocabulary import END
+from me_local.text.unified import END
 
 LOG = np.log
 

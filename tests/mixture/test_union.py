@@ -8,13 +8,13 @@ import pytest
 from conftest import logits_of
 
 from me_local import Ensemble, Overrides
+from me_local.asking import make_request
 from me_local.config import override
-from me_local.decoding.engine import Generation
-from me_local.ensemble import make_request
+from me_local.decoding.generation import Generation
 from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution
 from me_local.mixture.union import Union
-from me_local.text.vocabulary import END, UnifiedVocabulary
+from me_local.text.unified import END, UnifiedVocabulary
 
 OpenEnsemble = Callable[..., Ensemble]
 OpenMember = Callable[..., Member]

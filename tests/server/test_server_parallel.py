@@ -331,7 +331,7 @@ def test_what_serve_refuses(two_models: Path, monkeypatch: pytest.MonkeyPatch) -
 
     for number in ("0", "257", "two"):
         assert "Invalid value for '--parallel'" in refused(number)
-    monkeypatch.setattr("me_local.llama.member.available_memory", lambda: 1_000_000)
+    monkeypatch.setattr("me_local.llama.context.available_memory", lambda: 1_000_000)
     message = refused("200").splitlines()[-1]
     assert "not enough memory: 200 contexts of 512 tokens" in message
     assert message.endswith("lower n_ctx or the number of replies at once")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from me_local.asking import Ask
 from me_local.decoding.reply import Reply, Step
-from me_local.ensemble import Ask
 from me_local.errors import InputError, RunError
 from me_local.server.making import Job, Written
 from me_local.server.metrics import Metrics

@@ -16,7 +16,9 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from real_vocabularies import NAMES, vocabulary
 
 from me_local.errors import InputError
-from me_local.text.templates import Message, PromptWriter, Template, choose_template
+from me_local.text.messages import Message
+from me_local.text.prompts import PromptWriter
+from me_local.text.templates import Template, choose_template
 from me_local.text.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.vocabularies

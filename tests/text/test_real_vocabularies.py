@@ -25,8 +25,12 @@ from tiny_vocabularies import Token, TokenType, Vocab, chatml_vocab, spm_vocab
 from me_local.config import MemberConfig
 from me_local.text import parts as parts_module
 from me_local.text import vocabulary as vocabulary_module
-from me_local.text.templates import Message, PromptWriter, built_in_render, jinja_render
-from me_local.text.vocabulary import TokenizedText, Vocabulary, utf8_runs
+from me_local.text.growing import TokenizedText
+from me_local.text.messages import Message
+from me_local.text.prompts import PromptWriter
+from me_local.text.templates import built_in_render, jinja_render
+from me_local.text.utf8 import utf8_runs
+from me_local.text.vocabulary import Vocabulary
 
 real = pytest.mark.vocabularies
 WITHOUT = {("deepseek-llm", "other")}  # kinds of seams that are inside its tokens

@@ -4,8 +4,9 @@ import jinja2
 import pytest
 
 from me_local.errors import ConfigError, InputError
+from me_local.text.messages import Message
 from me_local.text.sandbox import Sandbox
-from me_local.text.templates import Message, jinja_render
+from me_local.text.templates import jinja_render
 
 BOMBS = [
     "{{ 'a' * 10000000000 }}",

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from me_local.llama.member import Member
+from me_local.text.growing import TokenizedText
 from me_local.text.seams import Seams
-from me_local.text.vocabulary import TokenizedText
 
 OpenMember = Callable[..., Member]
 

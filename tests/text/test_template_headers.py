@@ -9,7 +9,7 @@ from tiny_architectures import llama_model
 from tiny_vocabularies import bos_vocab, chatml_vocab
 
 from me_local import ConfigError, Ensemble, load
-from me_local.text.templates import Message
+from me_local.text.messages import Message
 
 HI = [Message("user", "Hi there")]
 CALM = "{% for m in messages %}[{{ m.content }}]{% endfor %}"

@@ -15,15 +15,9 @@ from tiny_vocabularies import chatml_vocab, control
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, InputError
 from me_local.llama.member import Member
-from me_local.text.templates import (
-    Message,
-    PromptWriter,
-    Template,
-    built_in_render,
-    choose_template,
-    jinja_render,
-    render_plain,
-)
+from me_local.text.messages import Message
+from me_local.text.prompts import PromptWriter
+from me_local.text.templates import Template, built_in_render, choose_template, jinja_render, render_plain
 
 OpenMember = Callable[..., Member]
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -20,7 +20,10 @@ from me_local.config import MemberConfig
 from me_local.errors import InputError, LoadError
 from me_local.llama.member import Member
 from me_local.text import vocabulary as vocabulary_module
-from me_local.text.vocabulary import END, TokenizedText, UnifiedVocabulary, Vocabulary, utf8_runs
+from me_local.text.growing import TokenizedText
+from me_local.text.unified import END, UnifiedVocabulary
+from me_local.text.utf8 import utf8_runs
+from me_local.text.vocabulary import Vocabulary
 
 OpenMember = Callable[..., Member]
 NAMES = ["bpe_a", "bpe_c", "spm"]

@@ -23,7 +23,7 @@ from me_local.errors import InputError
 from me_local.evaluation.tasks.answers import box_ending, boxed, letter, number, plain, word
 from me_local.evaluation.tasks.task import Examples, Question, Task, letter_of, read_rows, turns
 from me_local.jsonl import text_of
-from me_local.text.templates import Message
+from me_local.text.messages import Message
 
 _PAIRS = (("True", "False"), ("Yes", "No"), ("yes", "no"), ("valid", "invalid"))
 _OPTION = re.compile(r"^\(([A-Z])\)[ ]?(.*)$", re.MULTILINE)

@@ -16,7 +16,7 @@ from me_local.errors import InputError
 from me_local.evaluation.tasks.answers import letter
 from me_local.evaluation.tasks.task import Question, letter_of, turns
 from me_local.jsonl import checked_text
-from me_local.text.templates import Message
+from me_local.text.messages import Message
 
 _ANSWER = "the final answer (the letter of your choice, such as (A), (B) or (C)) into \\boxed{}."
 _STEPS = f"Reason step by step, then put {_ANSWER}"

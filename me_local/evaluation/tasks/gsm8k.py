@@ -20,7 +20,7 @@ from me_local.errors import InputError
 from me_local.evaluation.tasks.answers import box_ending, number
 from me_local.evaluation.tasks.task import Examples, Question, Task, read_rows, turns
 from me_local.jsonl import text_of
-from me_local.text.templates import Message
+from me_local.text.messages import Message
 
 _INSTRUCTION = "Reason step by step, then put the final answer into \\boxed{}."
 _TARGET = re.compile(r"####[ ]*(-?[0-9][0-9,]*(?:\.[0-9]+)?)\s*\Z")

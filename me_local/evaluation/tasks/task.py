@@ -10,7 +10,7 @@ from typing import Any
 
 from me_local.errors import InputError
 from me_local.jsonl import read_objects, text_of
-from me_local.text.templates import Message
+from me_local.text.messages import Message
 
 
 @dataclass(frozen=True, slots=True)
