@@ -16,7 +16,7 @@ from me_local.cli import main as me_local
 from me_local.cli.commands import COMMANDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
-WIDTH = 100  # columns of a help text
+WIDTH = 80  # columns of a help text
 _BLOCK = re.compile(r"(?<=<!-- help: )(?P<line>[^\n]+)(?P<open> -->\n```text\n).*?(?P<close>```\n)", re.DOTALL)
 
 
