@@ -17,11 +17,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from me_local.chat import Chat, Turn
 from me_local.config import Config, MemberConfig, Overrides, Sampling, load_config
+from me_local.decoding.likelihoods import Score
+from me_local.decoding.reply import MemberUsage, Reply, ReplyStream, Step
 from me_local.ensemble import Ensemble, load
 from me_local.errors import ConfigError, InputError, LoadError, MeLocalError, RunError
-from me_local.reply import MemberUsage, Reply, ReplyStream, Step
-from me_local.scoring import Score
-from me_local.templates import Message
+from me_local.text.messages import Message
 
 __all__ = [
     "Chat",

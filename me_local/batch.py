@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from me_local.asking import Ask
 from me_local.chat import parse_messages
 from me_local.config import Overrides
-from me_local.ensemble import Ask, Ensemble
+from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.jsonl import parse_object
+from me_local.mixture.routing import Stretch
 from me_local.records import Kind, route_record, stretch_of
-from me_local.routing import Stretch
-from me_local.templates import Message
+from me_local.text.messages import Message
 
 _KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
 

@@ -4,12 +4,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from me_local.arrays import IntArray
+from me_local.asking import check_conversation
 from me_local.config import Config, Overrides, override
-from me_local.ensemble import Ensemble, check_conversation
+from me_local.decoding.reply import Reply, ReplyStream, Step
+from me_local.ensemble import Ensemble
 from me_local.errors import InputError, PromptTooLongError
-from me_local.reply import Reply, ReplyStream, Step
-from me_local.templates import Message, Role
-from me_local.vocabulary import IntArray
+from me_local.text.messages import Message, Role
 
 
 class Chat:
@@ -96,11 +97,11 @@ class Chat:
         starts = [i for i, m in enumerate(messages) if m.role == "user" and i > self.dropped] or [self.dropped]
         first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(messages, i))
         prompts = self._prompts(messages, starts[first])
-        self.ensemble.check_lengths([len(prompt) for prompt in prompts], self.config)
+        self.ensemble.prompter.check_lengths([len(prompt) for prompt in prompts], self.config)
         return starts[first], prompts
 
     def _prompts(self, messages: list[Message], start: int) -> tuple[IntArray, ...]:
-        return self.ensemble.prompts(messages[start:], self.config)
+        return self.ensemble.prompter.prompts(messages[start:], self.config)
 
     def _half_free(self, messages: list[Message], start: int) -> bool:
         return self._with_room(messages, start, lambda n_ctx: n_ctx // 2) is not None
@@ -113,7 +114,7 @@ class Chat:
             prompts = self._prompts(messages, start)
         except PromptTooLongError:
             return None
-        members = zip(self.ensemble.members, prompts, self.ensemble.writing(self.config), strict=True)
+        members = zip(self.ensemble.members, prompts, self.ensemble.prompter.writing(self.config), strict=True)
         fits = all(len(prompt) + room(member.n_ctx) <= member.n_ctx for member, prompt, writes in members if writes)
         return prompts if fits else None
 

@@ -1,4 +1,4 @@
-"""An ensemble that is loaded and ready: members, their prompts, and replies.
+"""An ensemble that is loaded and ready: its replies, one or many, and the likelihoods of texts.
 
 Brings together what the configuration names. One reply is made at a time, unless it is loaded for several at once
 (`generate_many`).
@@ -8,42 +8,30 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from me_local.alignment import Alignment
-from me_local.batching import Batching, Running
+from me_local.arrays import IntArray
+from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request
 from me_local.config import Config, Overrides, load_config, override
-from me_local.engine import Engine, Generation, Request
-from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
-from me_local.loading import OnLoad, load_members
-from me_local.losses import first_loss
-from me_local.member import EvaluationInterruptedError, Member
+from me_local.decoding.batching import Batching, Running
+from me_local.decoding.engine import Engine, Request
+from me_local.decoding.generation import Generation
+from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
+from me_local.decoding.losses import first_loss
+from me_local.decoding.reply import Draft, Reply, ReplyStream
+from me_local.errors import ConfigError, InputError, MeLocalError
+from me_local.llama.loading import OnLoad, load_members
+from me_local.llama.member import Member
+from me_local.llama.weights import Shelf
+from me_local.mixture.alignment import Alignment
+from me_local.mixture.routing import Router, SharedRoute, Stretch
 from me_local.plugins import find
-from me_local.reply import Draft, Reply, ReplyStream
-from me_local.routing import Router, SharedRoute, Stretch
-from me_local.scoring import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
-from me_local.templates import PLAIN_STOPS, Message
-from me_local.vocabulary import IntArray, Watch
-from me_local.weights import Shelf
-
-Prompt: TypeAlias = str | Sequence[Message]
-
-_COUNTED = 1 << 16
-"""The tokens of a prompt are counted up to so many more than the context holds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`."""
-
-    prompt: Prompt
-    overrides: Overrides = field(default_factory=Overrides)
-    top: int = 0
+from me_local.text.messages import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +50,10 @@ class Finished:
 class Ensemble:
     """Several GGUF models that write one reply together. Use as a context manager, or call `close`.
 
-    `config` is what it was loaded from; `template_notices` are those of its `notices` that say how members see a
-    conversation; `batch` is the number of replies that it can make at once. Weights come from
-    `shelf`, if one is given, and stay there. With `check`, files that are used for the first time are tried in a child
-    process before; None: unless ME_LOCAL_NO_CHECK is set. Raises ConfigError and LoadError.
+    `config` is what it was loaded from; `prompter` makes its members' prompts; `template_notices` are those of its
+    `notices` that say how members see a conversation; `batch` is the number of replies that it can make at once.
+    Weights come from `shelf`, if one is given, and stay there. With `check`, files that are used for the first time are
+    tried in a child process before; None: unless ME_LOCAL_NO_CHECK is set. Raises ConfigError and LoadError.
 
     Several threads may use one ensemble: one evaluates at a time and the others wait, for a whole reply of `generate`
     or else for a step, so that they get the replies that they would get one by one. To close it waits for a step.
@@ -96,7 +84,8 @@ class Ensemble:
                 stack.callback(self.shelf.close)
             loaded = load_members(config, self.shelf, stack, on_load, batch, check=check)
             self.members, self.writers = loaded.members, loaded.writers
-            self._plain, self._notices = loaded.plain, loaded.notices
+            self.prompter = Prompter(loaded.members, loaded.writers, loaded.plain)
+            self._notices = loaded.notices
             self.template_notices = loaded.template_notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
             for i, member in enumerate(self.members):
@@ -139,7 +128,7 @@ class Ensemble:
         for a member.
         """
         config, cancelled = override(self.config, overrides or Overrides()), cancelled or threading.Event()
-        head, prompts = self._checked(prompt, config, raw=raw, interrupted=cancelled.is_set)
+        head, prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
         return self.start(config, prompts, head, alone=alone, top=top, cancelled=cancelled)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
@@ -208,14 +197,14 @@ class Ensemble:
         RunError when the router fails.
         """
         config = override(config, ask.overrides)
-        head, prompts = self._checked(ask.prompt, config, raw=raw, interrupted=interrupted)
+        head, prompts = self.prompter.asked(ask.prompt, config, raw=raw, interrupted=interrupted)
         request = make_request(config, prompts, head, top=ask.top)
         return batching.begin(request, lambda generation: self._draft(config, request, generation))
 
     def _finish(self, config: Config, index: int, ask: Ask, *, raw: bool) -> Finished:
         try:
             config = override(_seeded(config, index), ask.overrides)
-            head, prompts = self._checked(ask.prompt, config, raw=raw)
+            head, prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
                 return Finished(index, self.start(config, prompts, head, alone=True, top=ask.top).finish())
         except MeLocalError as error:
@@ -252,18 +241,6 @@ class Ensemble:
             for one in running:
                 batching.cancel(one)
 
-    def _checked(
-        self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[bytes, tuple[IntArray, ...]]:
-        """The bytes to complete, and each member's ids in front of them. Raises InputError."""
-        if raw:
-            return self.raw_prompts(prompt, config, interrupted)
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        check_conversation(messages)
-        prompts = self.prompts(messages, config, interrupted)
-        self.check_lengths([len(ids) for ids in prompts], config)
-        return b"", prompts
-
     def score(self, prompt: str | Sequence[Message], continuation: str, *, raw: bool = False) -> Score:
         """How probable it is that a reply to the prompt begins with `continuation`; with `raw`, a completion of it.
 
@@ -283,11 +260,11 @@ class Ensemble:
         if not text:
             raise InputError("the continuation is empty: there is nothing to score")
         if raw:
-            head, prompts = self.raw_prompts(prompt, self.config)
+            head, prompts = self.prompter.raw_prompts(prompt, self.config)
             return Passage(prompts, head + text, len(head))
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
-        return Passage(self.prompts(messages, self.config), text, 0)
+        return Passage(self.prompter.prompts(messages, self.config), text, 0)
 
     def unit_scores(self, passage: Passage) -> UnitScores:
         """What each member finds of each unit of the passage; raises what `Scorer.units` raises."""
@@ -299,66 +276,6 @@ class Ensemble:
         enter, shelf = self._stack.enter_context, self.shelf
         members = [enter(Member(m, shelf.weights(m), outputs=OUTPUTS)) for m in self.config.members]
         return Scorer(members, same=self.engine.unified.same)
-
-    def prompts(
-        self, messages: Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[IntArray, ...]:
-        """Each member's ids for a conversation.
-
-        One without a system message opens with the member's own, or else with the ensemble's. Raises PromptTooLongError
-        only where a prompt is so long that its tokens are not counted; see `check_lengths`.
-        """
-        opened = [messages] * len(self.members)
-        if not any(m.role == "system" for m in messages):
-            systems = [member.system or config.system for member in config.members]
-            opened = [[Message("system", system), *messages] if system else messages for system in systems]
-        watches = self._watches(config, interrupted)
-        return tuple(w.prompt(turns, watch) for w, turns, watch in zip(self.writers, opened, watches, strict=True))
-
-    def _watches(self, config: Config, interrupted: Callable[[], bool]) -> list[Watch]:
-        """What ends the tokenising of a prompt: that it is `interrupted`, or far too long for a member that writes."""
-
-        def watch(member: Member, writes: bool, count: int) -> None:
-            if interrupted():
-                raise EvaluationInterruptedError("stopped while the prompt was tokenised")
-            if writes and count > member.n_ctx + _COUNTED:
-                raise self._too_long(f"more than {member.n_ctx + _COUNTED}", member, config)
-
-        pairs = zip(self.members, self.writing(config), strict=True)
-        return [partial(watch, member, writes) for member, writes in pairs]
-
-    def raw_prompts(
-        self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[bytes, tuple[IntArray, ...]]:
-        """The bytes to complete, and each member's ids in front of them."""
-        if not isinstance(prompt, str):
-            raise InputError("a raw completion takes a text, not a conversation")
-        if not prompt:
-            raise InputError("the prompt is empty: there is nothing to complete")
-        head = Message("user", prompt).content.encode()
-        prompts = tuple(writer.raw_prompt() for writer in self.writers)
-        watched = zip(self.members, self._watches(config, interrupted), strict=True)
-        heads = [member.vocabulary.encode(head, at_start=True, watch=watch) for member, watch in watched]
-        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
-        return head, prompts
-
-    def writing(self, config: Config) -> tuple[bool, ...]:
-        """Which members may write at all: not those without weight, unless a router may give them some."""
-        return tuple(member.weight > 0 or config.router != "constant" for member in config.members)
-
-    def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
-        """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
-        for member, length, writes in zip(self.members, lengths, self.writing(config), strict=True):
-            if writes and length == 0:
-                raise InputError(f'the chat template of member "{member.name}" makes an empty prompt of this')
-            if writes and length > member.n_ctx:
-                raise self._too_long(str(length), member, config)
-
-    def _too_long(self, length: str, member: Member, config: Config) -> PromptTooLongError:
-        return PromptTooLongError(
-            f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
-            f"shorten it, or raise n_ctx in {config.path.name}"
-        )
 
     def start(
         self,
@@ -377,7 +294,7 @@ class Ensemble:
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
     def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:
-        stop = config.stop if request.head else config.stop + self._plain_stops(config)
+        stop = config.stop if request.head else config.stop + self.prompter.stops(config)
         return Draft(generation, request, names=self.names, max_tokens=config.max_tokens, stop=stop)
 
     def close(self) -> None:
@@ -390,32 +307,9 @@ class Ensemble:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _plain_stops(self, config: Config) -> tuple[str, ...]:
-        plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
-        return PLAIN_STOPS if plain else ()
-
 
 def _seeded(config: Config, index: int) -> Config:
     return config if config.seed is None else replace(config, seed=config.seed + index)
-
-
-def make_request(
-    config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
-) -> Request:
-    """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
-    return Request(
-        prompts=prompts,
-        weights=np.array([member.weight for member in config.members]),
-        sampling=tuple(member.sampling for member in config.members),
-        strategy=config.strategy,
-        argmax=config.decode == "argmax",
-        seed=secrets.randbits(32) if config.seed is None else config.seed,
-        head=head,
-        alone=alone,
-        parallel=config.parallel,
-        unit=config.unit,
-        top=top,
-    )
 
 
 def load(
@@ -430,18 +324,6 @@ def load(
     Raises ConfigError and LoadError.
     """
     return Ensemble(override(load_config(Path(path)), overrides or Overrides()), batch=batch, check=check)
-
-
-def check_conversation(messages: Sequence[Message]) -> None:
-    """Raise InputError for a conversation that cannot be answered."""
-    if not all(isinstance(m, Message) for m in messages):
-        raise InputError("a conversation is a text or a sequence of me_local.Message")
-    if not any(m.role == "user" for m in messages):
-        raise InputError("the conversation has no user message")
-    if messages[-1].role != "user":
-        raise InputError(f"the conversation ends with the {messages[-1].role}, not with a user message to answer")
-    if not messages[-1].content.strip():
-        raise InputError("the prompt is empty")
 
 
 def _plugin(config: Config, key: str, name: str) -> Any:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from me_local.errors import InputError, RunError
 from me_local.jsonl import json_text, parse_object
-from me_local.routing import Stretch
+from me_local.mixture.routing import Stretch
 
 try:
     import fcntl

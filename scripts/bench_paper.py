@@ -22,8 +22,8 @@ from typing import Any
 import make_shaped_model as shaped
 from matplotlib.figure import Figure
 
-from me_local.machine import available_memory
-from me_local.weights import supports_gpu
+from me_local.llama.weights import supports_gpu
+from me_local.system.machine import available_memory
 
 MARK = "<!-- bench_paper -->"
 PER_MEMBER = 1.5e9  # bytes of cache and buffers besides the weights

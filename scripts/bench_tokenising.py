@@ -18,7 +18,8 @@ from real_vocabularies import NAMES, open_model
 from rich.console import Console
 from rich.table import Table
 
-from me_local.vocabulary import TokenizedText, Vocabulary
+from me_local.text.growing import TokenizedText
+from me_local.text.vocabulary import Vocabulary
 
 LENGTHS = (100, 1_000, 10_000)  # bytes
 NEAR = 200  # bytes on either side of a length

@@ -28,11 +28,13 @@ from rich.progress import track
 from rich.table import Table
 
 import me_local
+from me_local.arrays import IntArray
+from me_local.asking import make_request
 from me_local.config import Unit
-from me_local.engine import Generation
-from me_local.ensemble import Ensemble, make_request
-from me_local.member import Member
-from me_local.vocabulary import END, IntArray
+from me_local.decoding.generation import Generation
+from me_local.ensemble import Ensemble
+from me_local.llama.member import Member
+from me_local.text.unified import END
 
 LETTERS = re.compile(r"[a-z]+")
 UNITS: tuple[Unit, ...] = ("token", "word")
@@ -70,9 +72,9 @@ def write(ensemble: Ensemble, unit: Unit, number: int, prompt: str, most: int) -
     config = me_local.config.override(ensemble.config, me_local.Overrides(unit=unit, seed=number, strategy="me"))
     if number % 2:
         words = prompt.split()
-        head, prompts = ensemble.raw_prompts(" ".join(words[: (len(words) + 1) // 2]), config)
+        head, prompts = ensemble.prompter.raw_prompts(" ".join(words[: (len(words) + 1) // 2]), config)
     else:
-        head, prompts = b"", ensemble.prompts([me_local.Message("user", prompt)], config)
+        head, prompts = b"", ensemble.prompter.prompts([me_local.Message("user", prompt)], config)
     running = Generation(ensemble.engine, make_request(config, prompts, head), lambda: False)
     started, pieces = time.perf_counter(), 0
     while pieces < most and (draw := running.step()) is not None and draw.number != END:

@@ -28,18 +28,18 @@ import numpy as np
 from bench_step import WARM_UP, aligning, inside, outside
 
 import me_local
-from me_local import bench_batch
-from me_local.bench import CONTEXTS, endless, make_generation, sample_text
-from me_local.bench_batch import bench_batches
 from me_local.cli.bench import repeated
 from me_local.config import Config, Sampling, load_config
-from me_local.engine import Generation
+from me_local.decoding.generation import Generation
 from me_local.ensemble import Ensemble
-from me_local.inspection import inspect_member
-from me_local.machine import usable_cores
-from me_local.member import Member
-from me_local.vocabulary import UnifiedVocabulary
-from me_local.weights import Shelf
+from me_local.llama.member import Member
+from me_local.llama.weights import Shelf
+from me_local.measuring import bench_batch
+from me_local.measuring.bench import CONTEXTS, endless, make_generation, sample_text
+from me_local.measuring.bench_batch import bench_batches
+from me_local.measuring.inspection import inspect_member
+from me_local.system.machine import usable_cores
+from me_local.text.unified import UnifiedVocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ def _resident(config: Config) -> float:
 
 _RESIDENT = """
 from me_local.ensemble import Ensemble
-from me_local.bench import make_generation
+from me_local.measuring.bench import make_generation
 def resident(): return 1024 * int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0])
 config, before = pickle.load(sys.stdin.buffer), resident()
 with Ensemble(config) as ensemble:

@@ -9,7 +9,7 @@ import functools
 import llama_cpp
 from fetch_vocabularies import folder
 
-from me_local.vocabulary import Vocabulary
+from me_local.text.vocabulary import Vocabulary
 
 NAMES = (
     "aquila",

@@ -31,7 +31,7 @@ import make_tiny_models
 import numpy as np
 
 from me_local import Chat, Ensemble, Overrides, load
-from me_local.member import Member
+from me_local.llama.member import Member
 
 MEMBERS = ("bpe_a", "spm", "hybrid")
 # With the three likeliest tokens alone these models hardly ever end a reply.

@@ -10,6 +10,7 @@ from pathlib import Path
 import fetch_vocabularies
 import make_tiny_models
 import pytest
+from commands import run  # noqa: F401  (pytest finds it here)
 from selection import (  # noqa: F401  (pytest finds them here)
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -18,10 +19,10 @@ from selection import (  # noqa: F401  (pytest finds them here)
 )
 
 from me_local import Ensemble, load
+from me_local.arrays import IntArray, LogitArray
 from me_local.config import MemberConfig
-from me_local.member import LogitArray, Member
-from me_local.vocabulary import IntArray
-from me_local.weights import Weights
+from me_local.llama.member import Member
+from me_local.llama.weights import Weights
 
 ROOT = Path(__file__).parents[1]
 

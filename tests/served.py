@@ -11,7 +11,7 @@ import httpx
 import openai
 
 from me_local import Ensemble, load
-from me_local.alignment import Distribution
+from me_local.mixture.alignment import Distribution
 from me_local.server.app import Access
 from me_local.server.serving import Limits, Server, address_of, bind
 

@@ -10,7 +10,7 @@ import pexpect
 import pytest
 from click.testing import CliRunner
 from conftest import logits_of
-from test_terminal import ask, spawn
+from terminals import ask, spawn
 
 from me_local import Chat, Ensemble, Message, Overrides, load
 from me_local.cli import main
@@ -111,7 +111,11 @@ def test_control_tokens_in_a_message_stay_text(ensemble: Ensemble) -> None:
     text = "What do <|im_end|>, <|im_start|>system, <start_of_turn>, <end_of_turn>, <eos> and </s> mean?"
     said = [Message("user", text)]
     harmless = [Message("user", "What?")]
-    pairs = zip(ensemble.prompts(said, ensemble.config), ensemble.prompts(harmless, ensemble.config), strict=True)
+    pairs = zip(
+        ensemble.prompter.prompts(said, ensemble.config),
+        ensemble.prompter.prompts(harmless, ensemble.config),
+        strict=True,
+    )
     for member, (prompt, plain) in zip(ensemble.members, pairs, strict=True):
         control = set(member.vocabulary.control.values())
         assert [i for i in prompt.tolist() if i in control] == [i for i in plain.tolist() if i in control]

@@ -9,8 +9,8 @@ import pytest
 
 import me_local
 from me_local import ConfigError, Ensemble, InputError, LoadError, Message, Overrides, RunError
+from me_local.asking import Ask
 from me_local.config import override
-from me_local.ensemble import Ask
 
 OpenEnsemble = Callable[..., Ensemble]
 WriteModels = Callable[..., Path]
@@ -158,13 +158,13 @@ def test_the_system_message_of_a_member_goes_before_the_ensembles(open_ensemble:
         (me_local.config.override(ensemble.config, Overrides(system="new")), [b"new", b"new"]),
     ):
         for member, prompt, said in zip(
-            ensemble.members, ensemble.prompts([Message("user", "Hi")], config), expected, strict=True
+            ensemble.members, ensemble.prompter.prompts([Message("user", "Hi")], config), expected, strict=True
         ):
             assert said in member.vocabulary.joined(prompt.tolist())
     own = open_ensemble("bpe_a", "spm", top='[ensemble]\nsystem = "all"', member='system = "own"')
-    prompts = own.prompts([Message("user", "Hi")], own.config)
+    prompts = own.prompter.prompts([Message("user", "Hi")], own.config)
     assert all(b"own" in m.vocabulary.joined(p.tolist()) for m, p in zip(own.members, prompts, strict=True))
-    prompts = own.prompts([Message("system", "said"), Message("user", "Hi")], own.config)
+    prompts = own.prompter.prompts([Message("system", "said"), Message("user", "Hi")], own.config)
     assert all(b"own" not in m.vocabulary.joined(p.tolist()) for m, p in zip(own.members, prompts, strict=True))
 
 
@@ -172,7 +172,7 @@ def test_notices_say_what_a_user_may_not_expect(open_ensemble: OpenEnsemble) -> 
     ensemble = open_ensemble("bpe_a", "spm", member="n_gpu_layers = 5")
     assert any(n.startswith("spm: it has no chat template, so it sees a plain transcript") for n in ensemble.notices)
     assert not any(n.startswith("bpe_a: it has no chat template") for n in ensemble.notices)
-    if not me_local.weights.supports_gpu():
+    if not me_local.llama.weights.supports_gpu():
         assert any("no GPU support" in n for n in ensemble.notices)
 
 
@@ -279,7 +279,7 @@ def test_the_likeliest_pieces_of_the_distribution_that_was_sampled_from(
 ) -> None:
     ensemble = open_ensemble("bpe_a", "spm")
     config = me_local.config.override(ensemble.config, Overrides(seed=1, max_tokens=20, strategy=strategy, top_k=5))  # type: ignore[arg-type]
-    head, prompts = ensemble.raw_prompts("the cat", config)
+    head, prompts = ensemble.prompter.raw_prompts("the cat", config)
     plain = ensemble.start(config, prompts, head).finish()
     steps = ensemble.start(config, prompts, head, top=10).finish().steps
     assert [step.piece for step in steps] == [step.piece for step in plain.steps]

@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from test_cli import Run, jsonl, one_line, run
+from commands import Run, jsonl, one_line
 
 from me_local import InputError, records
 from me_local.batch import RECORDS
 from me_local.cli import main
 from me_local.records import open_records, write_record
-
-__all__ = ["run"]
 
 WriteModels = Callable[..., Path]
 

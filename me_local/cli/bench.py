@@ -11,15 +11,15 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from me_local.bench import BatchSpeed, Report, Speed, work
-from me_local.bench import bench as run_bench
-from me_local.bench_batch import batch_work, bench_batches
 from me_local.cli.display import make_console, print_json
 from me_local.cli.options import FilePath, load, models_option, weights_option
 from me_local.config import Config, Overrides, load_config, override, parse_weights
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError
-from me_local.member import MOST_SEQUENCES
+from me_local.llama.context import MOST_SEQUENCES
+from me_local.measuring.bench import BatchSpeed, Report, Speed, work
+from me_local.measuring.bench import bench as run_bench
+from me_local.measuring.bench_batch import batch_work, bench_batches
 
 
 @click.command()
@@ -95,7 +95,7 @@ def _run_batches(config: Config, counts: list[int]) -> tuple[BatchSpeed, ...]:
 
 def _plot(report: Report, path: Path) -> None:
     try:
-        from me_local.plots import plot_bench
+        from me_local.measuring.plots import plot_bench
     except ImportError:
         raise ConfigError('--plot needs matplotlib: pip install "me-local[plot]"') from None
     try:

@@ -13,10 +13,10 @@ from me_local.chat import Chat, Turn
 from me_local.cli.display import Notices, Painter, stats_line
 from me_local.cli.interrupt import cancels
 from me_local.config import Overrides, parse_setting, parse_weights
+from me_local.decoding.reply import Reply
 from me_local.errors import InputError
-from me_local.files import replace_file
 from me_local.jsonl import json_text
-from me_local.reply import Reply
+from me_local.system.files import replace_file
 
 _STRATEGIES = {
     ("me", "token"): "ME draws one member for each piece",

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from me_local.cli.streams import printable, raw
+from me_local.decoding.reply import Reply
 from me_local.ensemble import Ensemble
 from me_local.jsonl import json_text
-from me_local.reply import Reply
 
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red", "bright_cyan", "bright_yellow")
 

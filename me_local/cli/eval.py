@@ -14,9 +14,9 @@ from me_local.cli.options import FilePath, batch_option, load_many, models_optio
 from me_local.cli.progress import progress
 from me_local.config import Config, load_config
 from me_local.errors import InputError
-from me_local.evaluation import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
+from me_local.evaluation.questions import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
+from me_local.evaluation.tasks import TASKS, find_tasks, read_questions
 from me_local.records import Kind, open_records, stretch_of, write_record
-from me_local.tasks import TASKS, find_tasks, read_questions
 
 _RECORDS = Kind((("task", "question", "settings", "correct"),))
 _STRATEGIES = ("members", "me", "ce", "union")

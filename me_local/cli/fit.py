@@ -10,12 +10,12 @@ from me_local.cli.display import print_json, print_table
 from me_local.cli.options import FilePath, load, models_option, raw_option
 from me_local.cli.progress import progress
 from me_local.config import load_config
-from me_local.corpus import read_blocks
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError
-from me_local.fitting import Fit, require_parts, score_blocks
-from me_local.fitting import fit as fit_to
-from me_local.weights_file import write_weights
+from me_local.evaluation.corpus import read_blocks
+from me_local.evaluation.fitting import Fit, require_parts, score_blocks
+from me_local.evaluation.fitting import fit as fit_to
+from me_local.evaluation.weights_file import write_weights
 
 _PARTS = ("fitted_part", "held_out_part")
 

@@ -24,11 +24,11 @@ from me_local.cli.options import (
 )
 from me_local.cli.progress import progress
 from me_local.config import Overrides
+from me_local.decoding.reply import Reply, ReplyStream
 from me_local.ensemble import Ensemble, Finished
 from me_local.errors import InputError
+from me_local.mixture.routing import Stretch
 from me_local.records import open_records, standard_output, write_record
-from me_local.reply import Reply, ReplyStream
-from me_local.routing import Stretch
 
 
 @click.command()

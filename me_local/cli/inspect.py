@@ -14,8 +14,8 @@ from rich.text import Text
 from me_local.cli.display import make_console, print_json
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
-from me_local.inspection import MemberReport, PairReport, compare, inspect_member
-from me_local.losses import Loss, first_loss
+from me_local.decoding.losses import Loss, first_loss
+from me_local.measuring.inspection import MemberReport, PairReport, compare, inspect_member
 
 _UNFOLDED = 10_000  # columns; a table takes no more of them than it needs
 

@@ -11,10 +11,10 @@ from me_local.cli.display import print_json, print_table
 from me_local.cli.options import FilePath, load, models_option, raw_option, weights_option, with_weights
 from me_local.cli.progress import progress
 from me_local.config import load_config
-from me_local.corpus import Block, read_blocks
+from me_local.decoding.likelihoods import bits, mixed, unit_weights
 from me_local.ensemble import Ensemble
-from me_local.fitting import score_blocks
-from me_local.scoring import bits, mixed, unit_weights
+from me_local.evaluation.corpus import Block, read_blocks
+from me_local.evaluation.fitting import score_blocks
 
 
 @click.command()

@@ -8,7 +8,7 @@ import click
 from me_local.cli.display import Notices
 from me_local.cli.options import configured, load, models_option, named, served_options
 from me_local.errors import ConfigError
-from me_local.member import MOST_SEQUENCES
+from me_local.llama.context import MOST_SEQUENCES
 
 
 class _Port(click.Option):

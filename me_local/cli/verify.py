@@ -12,9 +12,9 @@ from me_local.cli.interrupt import leaves_at_once
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
 from me_local.ensemble import Ensemble
-from me_local.member import Member
-from me_local.verify import DRAWS, FACTOR, FALSE_ALARM, PROMPTS, ROUNDING, Report, work
-from me_local.verify import verify as run_checks
+from me_local.llama.member import Member
+from me_local.measuring.verify import DRAWS, FACTOR, FALSE_ALARM, PROMPTS, ROUNDING, Report, work
+from me_local.measuring.verify import verify as run_checks
 
 _LEGEND = f"""\
 cache fidelity     total-variation distance of a prediction in the middle of ME from a fresh evaluation: mean and

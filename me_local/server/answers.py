@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from me_local.reply import MemberUsage, Reply, Step
+from me_local.decoding.reply import MemberUsage, Reply, Step
 
 Object = dict[str, Any]
 

@@ -17,10 +17,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from me_local.ensemble import Ask
+from me_local.asking import Ask
+from me_local.decoding.reply import Reply
 from me_local.errors import MeLocalError
 from me_local.jsonl import json_text
-from me_local.reply import Reply
 from me_local.server.answers import Answer
 from me_local.server.guard import Gate, KeyCheck, read_body, refusal
 from me_local.server.making import Event

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from me_local.batching import Running
+from me_local.asking import Ask
 from me_local.config import Overrides, override
-from me_local.ensemble import Ask, Ensemble
-from me_local.reply import Reply, ReplyStream, Step
-from me_local.states import States
+from me_local.decoding.batching import Running
+from me_local.decoding.reply import Reply, ReplyStream, Step
+from me_local.ensemble import Ensemble
+from me_local.llama.states import States
 
 Event = Step | Reply
 

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from me_local.asking import Ask, check_conversation
 from me_local.config import Overrides, Strategy, Unit, override
-from me_local.ensemble import Ask, Ensemble, check_conversation
+from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
-from me_local.templates import Message, Role
+from me_local.text.messages import Message, Role
 
 MODEL = "me-local"
 """The name of the ensemble; its members are "me-local/NAME"."""

@@ -16,13 +16,14 @@ from functools import partial
 from itertools import islice
 from typing import TypeAlias
 
-from me_local.ensemble import Ask, Ensemble
+from me_local.asking import Ask
+from me_local.decoding.reply import Reply, Step
+from me_local.ensemble import Ensemble
 from me_local.errors import MeLocalError
-from me_local.reply import Reply, Step
+from me_local.llama.states import States
 from me_local.server.making import Event, Job, Making, OneByOne, Together, Written
 from me_local.server.metrics import Metrics
 from me_local.server.protocol import ApiError, api_error
-from me_local.states import States
 
 _LONGEST_RETRY = 60  # seconds
 

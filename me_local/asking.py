@@ -1,0 +1,154 @@
+"""What is asked of an ensemble, and each member's prompt for it.
+
+A conversation becomes each member's own by its chat template; a text that is to be completed stands behind what its
+vocabulary begins with. Knows nothing of replies.
+"""
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeAlias
+
+import numpy as np
+
+from me_local.arrays import IntArray
+from me_local.config import Config, Overrides
+from me_local.decoding.engine import Request
+from me_local.errors import InputError, PromptTooLongError
+from me_local.llama.member import EvaluationInterruptedError, Member
+from me_local.text.messages import Message
+from me_local.text.prompts import PromptWriter
+from me_local.text.templates import PLAIN_STOPS
+from me_local.text.vocabulary import Watch
+
+Prompt: TypeAlias = str | Sequence[Message]
+
+_COUNTED = 1 << 16
+"""The tokens of a prompt are counted up to so many more than the context holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`."""
+
+    prompt: Prompt
+    overrides: Overrides = field(default_factory=Overrides)
+    top: int = 0
+
+
+class Prompter:
+    """Makes members' prompts, by their `writers`; `plain` says which of them see a plain transcript."""
+
+    def __init__(self, members: Sequence[Member], writers: Sequence[PromptWriter], plain: Sequence[bool]) -> None:
+        self._members = members
+        self._writers = writers
+        self._plain = plain
+
+    def asked(
+        self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, tuple[IntArray, ...]]:
+        """The bytes to complete, and each member's ids in front of them. Raises InputError."""
+        if raw:
+            return self.raw_prompts(prompt, config, interrupted)
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        check_conversation(messages)
+        prompts = self.prompts(messages, config, interrupted)
+        self.check_lengths([len(ids) for ids in prompts], config)
+        return b"", prompts
+
+    def prompts(
+        self, messages: Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[IntArray, ...]:
+        """Each member's ids for a conversation.
+
+        One without a system message opens with the member's own, or else with the ensemble's. Raises PromptTooLongError
+        only where a prompt is so long that its tokens are not counted; see `check_lengths`.
+        """
+        opened = [messages] * len(self._members)
+        if not any(m.role == "system" for m in messages):
+            systems = [member.system or config.system for member in config.members]
+            opened = [[Message("system", system), *messages] if system else messages for system in systems]
+        watches = self._watches(config, interrupted)
+        return tuple(w.prompt(turns, watch) for w, turns, watch in zip(self._writers, opened, watches, strict=True))
+
+    def raw_prompts(
+        self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, tuple[IntArray, ...]]:
+        """The bytes to complete, and each member's ids in front of them."""
+        if not isinstance(prompt, str):
+            raise InputError("a raw completion takes a text, not a conversation")
+        if not prompt:
+            raise InputError("the prompt is empty: there is nothing to complete")
+        head = Message("user", prompt).content.encode()
+        prompts = tuple(writer.raw_prompt() for writer in self._writers)
+        watched = zip(self._members, self._watches(config, interrupted), strict=True)
+        heads = [member.vocabulary.encode(head, at_start=True, watch=watch) for member, watch in watched]
+        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
+        return head, prompts
+
+    def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
+        """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
+        for member, length, writes in zip(self._members, lengths, self.writing(config), strict=True):
+            if writes and length == 0:
+                raise InputError(f'the chat template of member "{member.name}" makes an empty prompt of this')
+            if writes and length > member.n_ctx:
+                raise self._too_long(str(length), member, config)
+
+    def writing(self, config: Config) -> tuple[bool, ...]:
+        """Which members may write at all: not those without weight, unless a router may give them some."""
+        return tuple(member.weight > 0 or config.router != "constant" for member in config.members)
+
+    def stops(self, config: Config) -> tuple[str, ...]:
+        """The stop strings that members with a plain transcript need."""
+        plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
+        return PLAIN_STOPS if plain else ()
+
+    def _watches(self, config: Config, interrupted: Callable[[], bool]) -> list[Watch]:
+        """What ends the tokenising of a prompt: that it is `interrupted`, or far too long for a member that writes."""
+
+        def watch(member: Member, writes: bool, count: int) -> None:
+            if interrupted():
+                raise EvaluationInterruptedError("stopped while the prompt was tokenised")
+            if writes and count > member.n_ctx + _COUNTED:
+                raise self._too_long(f"more than {member.n_ctx + _COUNTED}", member, config)
+
+        pairs = zip(self._members, self.writing(config), strict=True)
+        return [partial(watch, member, writes) for member, writes in pairs]
+
+    def _too_long(self, length: str, member: Member, config: Config) -> PromptTooLongError:
+        return PromptTooLongError(
+            f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
+            f"shorten it, or raise n_ctx in {config.path.name}"
+        )
+
+
+def make_request(
+    config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
+) -> Request:
+    """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
+    return Request(
+        prompts=prompts,
+        weights=np.array([member.weight for member in config.members]),
+        sampling=tuple(member.sampling for member in config.members),
+        strategy=config.strategy,
+        argmax=config.decode == "argmax",
+        seed=secrets.randbits(32) if config.seed is None else config.seed,
+        head=head,
+        alone=alone,
+        parallel=config.parallel,
+        unit=config.unit,
+        top=top,
+    )
+
+
+def check_conversation(messages: Sequence[Message]) -> None:
+    """Raise InputError for a conversation that cannot be answered."""
+    if not all(isinstance(m, Message) for m in messages):
+        raise InputError("a conversation is a text or a sequence of me_local.Message")
+    if not any(m.role == "user" for m in messages):
+        raise InputError("the conversation has no user message")
+    if messages[-1].role != "user":
+        raise InputError(f"the conversation ends with the {messages[-1].role}, not with a user message to answer")
+    if not messages[-1].content.strip():
+        raise InputError("the prompt is empty")

@@ -1,0 +1,166 @@
+"""What all replies of an ensemble have in common, and what one is made from.
+
+Knows nothing of files, of chat, or of how a piece is drawn; see `strategies` and `generation`.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from me_local.arrays import FloatArray, IntArray
+from me_local.config import Sampling, Strategy, Unit
+from me_local.decoding.losses import Loss, measure
+from me_local.decoding.schedule import Schedule
+from me_local.llama.member import Evaluated
+from me_local.llama.shortlist import Row, Shortlist
+from me_local.mixture.alignment import Alignment
+from me_local.mixture.routing import Router
+from me_local.mixture.union import Union
+from me_local.mixture.words import Openings
+from me_local.system.inflight import InFlight
+from me_local.text.unified import UnifiedVocabulary
+from me_local.text.vocabulary import Vocabulary
+
+Result = TypeVar("Result")
+Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, Row], Result]
+"""Yields the members, by their indices, whose logits after their contexts it needs next, and is sent these logits."""
+
+
+class Model(Protocol):
+    """What the engine needs of a member."""
+
+    name: str
+    n_ctx: int
+    vocabulary: Vocabulary
+
+    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else.
+
+        The first `final` ids stay as they are in this reply.
+        """
+
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; `final` as in `prepare`."""
+
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        """From now on so many of the largest logits are enough, of ids whose number is not negative; 0: all of them."""
+
+    def logits(self) -> Row:
+        """The logits after the last `sync`, once they are there; more of them than are enough may come."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether numbers do not depend on the number of threads; see `schedule`."""
+
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one reply is made from.
+
+    `prompts` has each member's ids before the text, int32 (tokens,); `weights` float64 (members,) sum to 1. `head` is
+    the beginning of the text, where that is given: the prompt of a raw completion, whole UTF-8 characters, with which a
+    document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
+    depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
+    its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
+    with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name.
+    """
+
+    prompts: tuple[IntArray, ...]
+    weights: FloatArray
+    sampling: tuple[Sampling, ...]
+    strategy: Strategy
+    argmax: bool
+    seed: int
+    head: bytes = b""
+    alone: bool = False
+    parallel: bool | None = None
+    unit: Unit = "token"
+    top: int = 0
+
+
+class Draw(NamedTuple):
+    """One sampled piece.
+
+    `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
+    where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
+    member's part in it, sum 1; `member` is the index of the largest. `top` has the likeliest
+    pieces of that distribution with their probabilities, as many as the request asks for, the likeliest first; the
+    empty piece is END.
+    """
+
+    number: int
+    piece: bytes
+    member: int
+    probability: float
+    shares: tuple[float, ...]
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(slots=True)
+class Work:
+    """What a member did for one reply: predictions made, tokens evaluated, and seconds inside llama.cpp.
+
+    By words there are more predictions than pieces: one that only shows that a word is over is dropped.
+    """
+
+    calls: int = 0
+    prompt_tokens: int = 0
+    text_tokens: int = 0
+    prompt_seconds: float = 0.0
+    text_seconds: float = 0.0
+
+
+class Engine:
+    """Members, their unified vocabulary, a router and an alignment: what all replies have in common.
+
+    `unified` is their vocabulary, where it has been made already; `whole_shares[member]` are the shares of a piece that
+    this member wrote; `losses[member]` is what was lost of its first prediction, once there was one. `turns` is held
+    by whoever writes a whole reply or a step of one, `steps` within that by whoever uses the members, until the logits
+    have been read: so they can be closed between two steps.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Model],
+        router: Router,
+        alignment: Alignment,
+        unified: UnifiedVocabulary | None = None,
+    ) -> None:
+        self.models = tuple(models)
+        self.router = router
+        self.alignment = alignment
+        self.unified = unified or UnifiedVocabulary([model.vocabulary for model in models])
+        identities: list[tuple[object, ...]] = []
+        for model in models:
+            if model.vocabulary.identity not in identities:
+                identities.append(model.vocabulary.identity)
+        self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
+        self.schedule = Schedule(self.models)
+        self.losses: dict[int, Loss] = {}
+        self.turns, self.steps = InFlight(), InFlight()
+        self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
+
+    def can_write(self, member: int, strays: frozenset[int]) -> bool:
+        """Whether a member has tokens for a text with these bytes that are no whole characters."""
+        return self.unified.same or self.models[member].vocabulary.can_write(strays)
+
+    def note_loss(self, member: int, row: Row) -> None:
+        """Measure what is lost of a member's first prediction, if all its logits are there."""
+        if member not in self.losses and not isinstance(row, Shortlist):
+            self.losses[member] = measure(row, self.models[member].vocabulary)
+
+    @cached_property
+    def openings(self) -> Openings:
+        """The pieces that begin a word."""
+        return Openings(self.unified)
+
+    @cached_property
+    def union(self) -> Union:
+        """What the strategy "union" mixes by."""
+        return Union(self.unified, [model.vocabulary for model in self.models])

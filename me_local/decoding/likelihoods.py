@@ -1,0 +1,186 @@
+"""How probable a text is to the members and to their ensemble.
+
+The probabilities are those of sampling at temperature 1 without truncation: a softmax over all tokens that a member
+may sample. Members of one vocabulary are mixed token by token, P(token) = Σ_i λ_i p_i(token). Otherwise words are
+mixed (`units` says what a word is), as an ensemble writes them that draws a member at the start of each word:
+
+    P(text) = Π_words Σ_i λ_i P_i(word)      P_i(word) = Π p_i(token) · p_i(open | word) / p_i(open | text before)
+
+"Open" are all pieces that begin with white space, and the end of generation: a word ends when one of them comes next,
+and at the beginning of the next word it is known that one came. The first word of a continuation may begin with
+anything, so there the divisor is left out, and behind the last word the text may go on in any way, so there the factor
+is. P_i(text) is therefore the usual product over its tokens for each member, and for the ensemble the P(word) of all
+words that are possible add up to 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from me_local.arrays import FloatArray, IntArray, LogitArray
+from me_local.decoding.units import Cuts, Positions, token_cuts, token_starts, word_cuts
+from me_local.errors import InputError, RunError
+from me_local.llama.member import Member
+from me_local.mixture.routing import Router, route
+from me_local.mixture.words import WHITE_SPACE
+from me_local.text.vocabulary import Vocabulary
+
+OUTPUTS = 64
+"""Tokens whose logits one evaluation gives: 67 MB of them for Gemma's 262,144 tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A text to score: `text` after each member's `prompts`, int32 (tokens,), without its first `given` bytes.
+
+    A text with some bytes given begins a document; one without is a reply.
+    """
+
+    prompts: tuple[IntArray, ...]
+    text: bytes
+    given: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitScores:
+    """What the members find of each unit of a passage.
+
+    `starts` int64 (units,): where they begin in its text; `log_probabilities` float64 (members, units), in nats;
+    `size` is the number of bytes that were not given.
+    """
+
+    starts: Positions
+    log_probabilities: FloatArray
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Log-likelihoods of a continuation of `size` bytes, in nats: the ensemble's and each member's, in their order."""
+
+    log_likelihood: float
+    members: tuple[float, ...]
+    size: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What the ensemble needs to encode the continuation."""
+        return bits(self.log_likelihood) / self.size
+
+
+def bits(log_likelihood: float) -> float:
+    """The code length of what has this log-likelihood, in nats."""
+    return -log_likelihood / math.log(2)
+
+
+class Scorer:
+    """Members that score texts; they should have been made with `outputs=OUTPUTS`. `same`: they share a vocabulary."""
+
+    def __init__(self, members: Sequence[Member], *, same: bool) -> None:
+        self._readers = tuple(_Reader(member) for member in members)
+        self._same = same
+
+    def units(self, passage: Passage) -> UnitScores:
+        """Score a passage under each member, unit by unit.
+
+        Raises InputError when a member cannot write it, has no room for it, or has nothing in front of it; RunError
+        when llama.cpp fails.
+        """
+        tokens = [reader.tokens(passage.text, at_start=passage.given > 0) for reader in self._readers]
+        starts = [starts for _, starts in tokens]
+        cuts = token_cuts(starts[0], passage.given) if self._same else word_cuts(passage.text, starts, passage.given)
+        rows = [
+            reader.score(prompt, ids, starts, cuts)
+            for reader, prompt, (ids, starts) in zip(self._readers, passage.prompts, tokens, strict=True)
+        ]
+        return UnitScores(cuts.positions[:-1], np.array(rows), len(passage.text) - passage.given)
+
+
+class _Reader:
+    """One member, and which of its tokens are never sampled or open a word."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        vocabulary = member.vocabulary
+        ends = set(vocabulary.end_ids)
+        never = {i for i, piece in enumerate(vocabulary.pieces) if not piece} | set(vocabulary.removed)
+        self._never = np.array(sorted(never - ends), dtype=np.intp)
+        self._openings = np.array(sorted(ends | _openings(vocabulary) - never), dtype=np.intp)
+
+    def tokens(self, text: bytes, *, at_start: bool) -> tuple[list[int], Positions]:
+        """The canonical ids of a text, and where they begin in it."""
+        vocabulary = self._member.vocabulary
+        ids = vocabulary.encode(text, at_start=at_start)
+        try:
+            return ids, token_starts(vocabulary, ids, text)
+        except InputError as error:
+            raise InputError(f'member "{self._member.name}" cannot write this text: {error}') from None
+
+    def score(self, prompt: IntArray, ids: list[int], starts: Positions, cuts: Cuts) -> FloatArray:
+        """The log-probability of each unit, float64 (units,)."""
+        context = np.concatenate([prompt, np.array(ids, dtype=np.int32)])
+        borders = np.searchsorted(starts, cuts.positions)  # the tokens with which units begin
+        first = len(prompt) + int(borders[0])
+        self._require_room(first, len(context))
+        opens = np.zeros(len(ids) + 1, dtype=np.bool_)
+        opens[borders] = cuts.opens
+        rows = self._member.each_logits(context[:-1], first - 1)
+        wanted = zip(rows, context[first:], opens[borders[0] : -1], strict=True)
+        scored = [self._read(row, token, at_border) for row, token, at_border in wanted]
+        tokens, opening = np.array(scored).T
+        at = borders - borders[0]
+        units = np.add.reduceat(tokens, at[:-1])
+        units -= opening[at[:-1]]
+        units[:-1] += opening[at[1:-1]]
+        return units
+
+    def _require_room(self, first: int, length: int) -> None:
+        member = self._member
+        if first == 0:
+            raise InputError(
+                f'member "{member.name}" has nothing in front of the text to score: give a longer prompt, '
+                "which ends at the end of a word"
+            )
+        if length > member.n_ctx:
+            raise InputError(
+                f'prompt and continuation have {length} tokens for member "{member.name}", whose context holds '
+                f"{member.n_ctx}: shorten them, or raise n_ctx"
+            )
+
+    def _read(self, logits: LogitArray, token: np.int32, opens: np.bool_) -> tuple[float, float]:
+        """The log-probability of a token and, where it opens a word, of all that do; else 0."""
+        logits[self._never] = -np.inf
+        total = _log_sum(logits)
+        if not math.isfinite(total):
+            raise RunError(f'member "{self._member.name}": NaN or infinite logits')
+        return float(logits[token]) - total, _log_sum(logits[self._openings]) - total if opens else 0.0
+
+
+def _log_sum(logits: LogitArray) -> float:
+    """The logarithm of Σ exp(logits)."""
+    top = logits.max()
+    return float(top) + math.log(np.exp(logits - top).sum(dtype=np.float64))
+
+
+def _openings(vocabulary: Vocabulary) -> set[int]:
+    return {i for i, piece in enumerate(vocabulary.pieces) if piece[:1] and piece[0] in WHITE_SPACE}
+
+
+def unit_weights(router: Router, passage: Passage, scores: UnitScores, weights: FloatArray) -> FloatArray:
+    """The router's weights at the start of each unit, float64 (members, units). Raises RunError."""
+    able = [True] * len(weights)
+    return np.array([route(router, passage.text[:start], weights, able) for start in scores.starts.tolist()]).T
+
+
+def mixed(log_probabilities: FloatArray, weights: FloatArray) -> FloatArray:
+    """The log-probability of each unit in the mixture, float64 (units,): log Σ_i weights_i · P_i.
+
+    `log_probabilities` (members, units); `weights` (members, units), or (members, 1) where they are constant.
+    """
+    top = log_probabilities.max(axis=0)
+    top = np.where(np.isfinite(top), top, 0.0)
+    with np.errstate(divide="ignore"):
+        total: FloatArray = top + np.log((weights * np.exp(log_probabilities - top)).sum(axis=0))
+    return total

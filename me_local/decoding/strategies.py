@@ -1,0 +1,142 @@
+"""How the next piece is drawn: by ME, by CE, by ME on whole words, or by "union".
+
+ME draws one member by the weights and samples from its distribution; CE samples from the mixture of all. Both use the
+same distributions, so that replies have the same probability under both. By words (`mixture.words`), ME draws a
+member for each word instead of each piece. "union" is CE with another mixture, for comparison.
+
+What is drawn is a `Course`: it says which members' logits it needs, and goes on once it gets them. Knows nothing of how
+members come by them.
+"""
+
+import logging
+from collections.abc import Callable
+from itertools import chain
+
+import numpy as np
+
+from me_local.arrays import FloatArray, IntArray
+from me_local.decoding.engine import Course, Draw, Engine, Request
+from me_local.errors import RunError
+from me_local.llama.shortlist import Row, split
+from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample
+from me_local.mixture.words import is_free, may_end
+from me_local.text.growing import Text
+
+log = logging.getLogger(__name__)
+
+_UNIFORMS = 64
+
+
+class Sampler:
+    """Draws the pieces of one reply, as its request wants them; `text` is the reply so far.
+
+    Two streams of random numbers follow from the seed, one for members and one for pieces, with one number a step each;
+    `route` goes before the first. `writer`, by words, is the member that wrote the last piece, else None.
+    """
+
+    def __init__(self, engine: Engine, request: Request, text: Text, route: Callable[[], float] | None) -> None:
+        self._engine = engine
+        self._request = request
+        self._text = text
+        self.writer: int | None = None
+        route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
+        self._route_uniform = route or _uniforms(route_seed)
+        self._piece_uniform = _uniforms(piece_seed)
+
+    def draw(self, weights: FloatArray) -> Course[Draw]:
+        """The next piece, under these weights, float64 (members,). Raises RunError."""
+        draw = yield from self._draw(weights)
+        if self._request.unit == "word":
+            self.writer = draw.member
+        return draw
+
+    def mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
+        """The mixture, and the distribution of each member with a weight above 0."""
+        members = [int(i) for i in np.flatnonzero(weights)]
+        logits = yield tuple(members)
+        distributions = {i: self._align(i, logits[i], self._engine.unified.numbers[i]) for i in members}
+        if self._request.strategy == "union":
+            temperatures = {i: self._request.sampling[i].temperature for i in members}
+            whole = {i: split(row, self._engine.unified.numbers[i])[0] for i, row in logits.items()}
+            distributions = self._engine.union.distributions(distributions, whole, temperatures)
+        return mix(list(distributions.values()), [weights[i] for i in members]), distributions
+
+    def _draw(self, weights: FloatArray) -> Course[Draw]:
+        if self._request.strategy != "me":
+            return (yield from self._step_ce(weights))
+        if self.writer is None or self._is_free(self.writer):
+            return (yield from self._write(self._route(weights)))
+        return (yield from self._step_in_word(self.writer, weights))
+
+    def _route(self, weights: FloatArray) -> int:
+        return pick(weights, self._route_uniform())
+
+    def _write(self, member: int) -> Course[Draw]:
+        """A piece that the member samples from its distribution."""
+        return self._sample(member, (yield from self._predict(member)))
+
+    def _sample(self, member: int, distribution: Distribution) -> Draw:
+        number, probability = sample(distribution, self._piece_uniform())
+        piece = self._engine.unified.pieces[number]
+        return Draw(number, piece, member, probability, self._engine.whole_shares[member], self._top(distribution))
+
+    def _is_free(self, writer: int) -> bool:
+        """By words: whether a member is drawn here without asking the one that wrote the last piece."""
+        able = self._engine.can_write(writer, self._text.strays)
+        return not able or (not self._text.in_character and is_free(self._text.whole))
+
+    def _step_in_word(self, writer: int, weights: FloatArray) -> Course[Draw]:
+        """A piece by the writer of the word; where that shows the word to be over, by the next word's writer."""
+        draw = yield from self._write(writer)
+        if not (may_end(self._text.whole) and self._engine.openings.begins[draw.number]):
+            return draw
+        following = self._route(weights)
+        return draw if following == writer else self._sample(following, (yield from self._open_word(following)))
+
+    def _open_word(self, member: int) -> Course[Distribution]:
+        """The member's distribution over the first piece of a word."""
+        logits = (yield (member,))[member]
+        openings = self._engine.openings
+        given = openings.condition(self._align(member, logits, self._engine.unified.numbers[member]))
+        return self._align(member, logits, openings.numbers[member]) if given is None else given
+
+    def _step_ce(self, weights: FloatArray) -> Course[Draw]:
+        mixture, distributions = yield from self.mixture(weights)
+        uniform = self._piece_uniform()
+        number, probability = argmax(mixture) if self._request.argmax else sample(mixture, uniform)
+        parts = np.zeros(len(weights))
+        for member, distribution in distributions.items():
+            parts[member] = weights[member] * distribution.of(number)
+        parts /= parts.sum()
+        piece = self._engine.unified.pieces[number]
+        return Draw(number, piece, int(parts.argmax()), probability, tuple(parts.tolist()), self._top(mixture))
+
+    def _top(self, distribution: Distribution) -> tuple[tuple[bytes, float], ...]:
+        """The likeliest pieces, as many as the request asks for, and their probabilities."""
+        if not self._request.top:
+            return ()
+        likeliest = np.argsort(-distribution.probabilities, kind="stable")[: self._request.top]
+        numbers, probabilities = distribution.numbers[likeliest], distribution.probabilities[likeliest]
+        return tuple((self._engine.unified.pieces[n], float(p)) for n, p in zip(numbers, probabilities, strict=True))
+
+    def _predict(self, member: int) -> Course[Distribution]:
+        """The member's distribution over the next piece."""
+        logits = (yield (member,))[member]
+        return self._align(member, logits, self._engine.unified.numbers[member])
+
+    def _align(self, member: int, row: Row, numbers: IntArray) -> Distribution:
+        """The distribution over the pieces of these numbers that a member's logits stand for."""
+        self._engine.note_loss(member, row)
+        try:
+            return self._engine.alignment(*split(row, numbers), self._request.sampling[member])
+        except Exception as error:  # ValueError, and whatever the alignment of another package may raise
+            log.debug("alignment failed", exc_info=True)
+            name = self._engine.models[member].name
+            raise RunError(f'member "{name}", after {len(self._text.whole)} bytes of text: {error}') from None
+
+
+def _uniforms(seed: np.random.SeedSequence) -> Callable[[], float]:
+    """Random numbers in [0, 1), one for each call; drawn by the block, which takes less time."""
+    random = np.random.default_rng(seed)
+    blocks = iter(lambda: random.random(_UNIFORMS).tolist(), None)
+    return chain.from_iterable(blocks).__next__

@@ -1,0 +1,200 @@
+"""From a member's logits to a distribution over pieces, from several distributions to one, and the draw.
+
+Pure functions on arrays. An alignment (A_i in the definition of an ensemble) sees one member's logits and nothing
+else, which is what makes ME and CE have the same distribution. The default follows the paper: temperature, then
+top-k, top-p and min-p, then renormalising, all inside the member; then ids become pieces and equal pieces add up.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from me_local.arrays import FloatArray, IntArray, LogitArray
+from me_local.config import Sampling
+
+_PART = 8  # of the vocabulary, one such part of which is searched for a floor
+_COLUMNS = 32  # of it, for each token that is wanted: few of the largest share one
+_SPARE = 4
+"""So many more are looked for at first: some may never be sampled, and at the edge the smallest of equals counts."""
+_FEW = 256
+"""Up to so many tokens are handled one by one: each call of NumPy costs as much as some of them."""
+_MANY = 1024
+"""Up to so many are looked at one by one, to find these."""
+
+_Ranked: TypeAlias = list[tuple[float, int, int]]
+"""Tokens that may be sampled, the likeliest first: the negative of the logit, the id, the number of the piece."""
+
+
+class Distribution(NamedTuple):
+    """Probabilities of pieces: `numbers` int32 (k,), ascending and distinct; `probabilities` float64 (k,), sum 1."""
+
+    numbers: IntArray
+    probabilities: FloatArray
+
+    def of(self, number: int) -> float:
+        """The probability of one piece; 0 where it is not in the support."""
+        at = int(np.searchsorted(self.numbers, number))
+        found = at < len(self.numbers) and self.numbers[at] == number
+        return float(self.probabilities[at]) if found else 0.0
+
+
+class Alignment(Protocol):
+    """Turns a member's logits into a distribution over pieces.
+
+    A package provides one through the entry-point group `me_local.alignments`. It must be a function of its
+    arguments alone: anything else would make ME and CE differ.
+    """
+
+    def __call__(self, logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
+        """Logits (n,) and, for each id, the number of its piece (n,), -1 for an id that is never sampled.
+
+        Raises ValueError when no distribution can be made of the logits.
+        """
+
+
+def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
+    """The paper's alignment: temper, truncate, renormalise, and add up ids that stand for the same piece."""
+    limit = _limit(sampling)
+    if 0 < limit <= _FEW and (largest := _largest(logits, numbers, limit)):
+        return _of_few(largest, sampling)
+    ids = _ranked(logits, numbers, limit)
+    scores = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):  # next to temperature 0, all others get nothing
+        weights = np.exp((scores - scores[0]) / (sampling.temperature or 1.0))
+    keep = _kept(weights, sampling)
+    return _merged(numbers[ids[:keep]], weights[:keep] / weights[:keep].sum())
+
+
+def sufficient(sampling: Sampling) -> int:
+    """How many of the largest logits that may be sampled are enough for `top_k`; 0: none but all of them."""
+    limit = _limit(sampling)
+    return limit + _SPARE if limit else 0
+
+
+def _limit(sampling: Sampling) -> int:
+    return 1 if sampling.temperature == 0 else sampling.top_k
+
+
+def mix(distributions: Sequence[Distribution], weights: Sequence[float]) -> Distribution:
+    """The mixture of distributions: the probability of a piece is the weighted mean of the members'."""
+    numbers = np.concatenate([d.numbers for d in distributions])
+    parts = [w * d.probabilities for d, w in zip(distributions, weights, strict=True)]
+    return _merged(numbers, np.concatenate(parts))
+
+
+def sample(distribution: Distribution, uniform: float) -> tuple[int, float]:
+    """The piece at `uniform` (0 <= uniform < 1) of the cumulative distribution: its number and probability."""
+    at = pick(distribution.probabilities, uniform)
+    return int(distribution.numbers[at]), float(distribution.probabilities[at])
+
+
+def argmax(distribution: Distribution) -> tuple[int, float]:
+    """The most probable piece, the one with the smallest number among equals: its number and probability."""
+    at = int(np.argmax(distribution.probabilities))
+    return int(distribution.numbers[at]), float(distribution.probabilities[at])
+
+
+def pick(weights: FloatArray, uniform: float) -> int:
+    """The index drawn with probability proportional to `weights` (not negative, not all zero) by one number."""
+    if len(weights) > _FEW:
+        cumulative = weights.cumsum()
+        at = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    else:
+        sums = list(accumulate(weights.tolist()))
+        at = bisect_right(sums, uniform * sums[-1])
+    # Rounding may carry a draw past the last weight that is not zero.
+    return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])
+
+
+def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> _Ranked | None:
+    """The `limit` largest logits that may be sampled, the smallest id first among equals; None where that takes long.
+
+    None of them is below the largest of a part. Vocabularies begin with what is frequent, so hardly more than these are
+    not below the largest of their first eighth, and all logits are read once. Text in rarer scripts has some hundreds.
+    """
+    below = (logits < _floor(logits[: len(logits) // _PART], limit + _SPARE)).tobytes()
+    found: _Ranked = []
+    at = -1
+    for _ in range(_MANY):
+        at = below.find(b"\0", at + 1)
+        if at < 0:
+            break
+        logit = logits.item(at)
+        if not logit < math.inf:  # NaN, which is not below anything, fails too
+            raise ValueError("NaN or infinite logits")
+        if (number := numbers.item(at)) >= 0:
+            found.append((-logit, at, number))
+    found.sort()
+    return found[:limit] if at < 0 and len(found) >= limit and math.isfinite(found[0][0]) else None
+
+
+def _floor(logits: LogitArray, count: int) -> float:
+    """A number that `count` of the logits are not below, and few more; minus infinity where there are too few.
+
+    It is one of the maxima of the columns of these logits in several rows.
+    """
+    if len(logits) < count:
+        return -math.inf
+    rows = max(1, len(logits) // (_COLUMNS * count))
+    columns = len(logits) // rows
+    maxima = np.maximum.reduce(logits[: rows * columns].reshape(rows, columns))
+    maxima.partition(columns - count)
+    return float(maxima[columns - count])
+
+
+def _of_few(candidates: _Ranked, sampling: Sampling) -> Distribution:
+    """The distribution over these: tempered, truncated, renormalised, and equal pieces added up."""
+    best, temperature = candidates[0][0], sampling.temperature or 1.0
+    weights = [math.exp((best - score) / temperature) for score, _, _ in candidates]
+    if sampling.top_p < 1 or sampling.min_p > 0:
+        weights = weights[: _kept(np.array(weights), sampling)]
+    total = sum(weights)
+    shares: dict[int, float] = {}
+    for weight, (_, _, number) in zip(weights, candidates, strict=False):
+        if weight > 0:
+            shares[number] = shares.get(number, 0.0) + weight / total
+    numbers = sorted(shares)
+    return Distribution(np.array(numbers, dtype=np.int32), np.array([shares[number] for number in numbers]))
+
+
+def _ranked(logits: LogitArray, numbers: IntArray, limit: int) -> npt.NDArray[np.intp]:
+    """All ids that may be sampled, or the `limit` largest, ordered as in `_largest`."""
+    _check_finite(logits)
+    ids = np.flatnonzero(numbers >= 0)
+    if 0 < limit < len(ids):
+        scores = logits[ids]
+        ids = ids[scores >= np.partition(scores, -limit)[-limit]]
+    ids = ids[np.lexsort((ids, -logits[ids]))]
+    if len(ids) == 0 or not np.isfinite(logits[ids[0]]):
+        raise ValueError("no token that may be sampled has a finite logit")
+    return ids[:limit] if limit else ids
+
+
+def _check_finite(logits: LogitArray) -> None:
+    if len(logits) and not logits.max() < np.inf:  # NaN fails too
+        raise ValueError("NaN or infinite logits")
+
+
+def _kept(weights: FloatArray, sampling: Sampling) -> int:
+    """How many of weights that descend top-p, then min-p, leave; none of these is zero."""
+    keep = int(np.count_nonzero(weights))
+    if sampling.top_p < 1:
+        cumulative = np.cumsum(weights)
+        keep = min(keep, int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1)
+    if sampling.min_p > 0:
+        keep = min(keep, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
+    return keep
+
+
+def _merged(numbers: IntArray, probabilities: FloatArray) -> Distribution:
+    order = numbers.argsort(kind="stable")
+    ascending = numbers[order]
+    if (ascending[1:] != ascending[:-1]).all():
+        return Distribution(ascending, probabilities[order])
+    distinct, where = np.unique(numbers, return_inverse=True)
+    return Distribution(distinct, np.bincount(where, weights=probabilities).astype(np.float64, copy=False))
