@@ -17,8 +17,8 @@ same probabilities either way, because A_i depends on nothing but the member and
     members = [load_member(config) for config in load_config(Path("models.toml")).members]
     print(b"".join(step.piece for step in reply(members, b"Once upon a time", strategy="me", seed=1)))
 
-A seed gives the same reply here and in the engine, unless rounding decides a draw; tests/test_reference.py holds the
-engine to it. Left out: words and "union", the likeliest piece of the mixture (`decode`), stop strings, adapters, GPUs.
+A seed gives the same reply here and in the engine, unless rounding decides a draw: tests/decoding/test_reference.py
+compares them. Left out: words and "union", the likeliest piece of the mixture (`decode`), stop strings, adapters, GPUs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +27,12 @@ from typing import Literal
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
+from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.config import MemberConfig, Sampling
-from me_local.vocabulary import END, IntArray, UnifiedVocabulary, Vocabulary
+from me_local.text.unified import END, UnifiedVocabulary
+from me_local.text.vocabulary import Vocabulary
 
-FloatArray = npt.NDArray[np.float64]
-LogitArray = npt.NDArray[np.float32]
 Router = Callable[[bytes, FloatArray], FloatArray]
 
 

@@ -25,14 +25,12 @@ from tiny_architectures import llama_model
 from tiny_vocabularies import chatml_vocab
 
 from me_local import Ensemble, Overrides, _reference
-from me_local._reference import FloatArray, LogitArray
-from me_local.alignment import Distribution, top_k
+from me_local.arrays import FloatArray, IntArray, LogitArray
+from me_local.asking import Ask
 from me_local.config import MemberConfig, Sampling, load_config
-from me_local.ensemble import Ask
-from me_local.member import Evaluated, Member
-from me_local.reply import Reply, Step
-from me_local.templates import Message
-from me_local.vocabulary import IntArray
+from me_local.decoding.reply import Reply, Step
+from me_local.llama.member import Evaluated, Member
+from me_local.mixture.alignment import Distribution, top_k
 
 WriteModels = Callable[..., Path]
 LoadReference = Callable[[MemberConfig], _reference.Member]
@@ -168,7 +166,7 @@ def compare(write_models: WriteModels, load_reference: LoadReference, calls: Cal
     ) -> Comparison:
         found = Comparison()
         with open_case(this, write_models) as ensemble:
-            head, prompts = prompts_of(ensemble, this)
+            head, prompts = ensemble.prompter.asked(this.prompt, ensemble.config, raw=this.raw)
             loaded = [load_reference(config) for config in ensemble.config.members]
             members = [replace(m, prompt=ids.tolist()) for m, ids in zip(loaded, prompts, strict=True)]
             change(ensemble)
@@ -192,12 +190,6 @@ def open_case(this: Case, write_models: WriteModels) -> Ensemble:
     ensemble = Ensemble(replace(config, members=members), batch=this.batch)
     ensemble.engine.router = this.router
     return ensemble
-
-
-def prompts_of(ensemble: Ensemble, this: Case) -> tuple[bytes, tuple[IntArray, ...]]:
-    if this.raw:
-        return ensemble.raw_prompts(this.prompt, ensemble.config)
-    return b"", ensemble.prompts([Message("user", this.prompt)], ensemble.config)
 
 
 def replies(ensemble: Ensemble, this: Case, strategy: Any, seeds: Sequence[int]) -> list[Reply]:
