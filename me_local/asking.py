@@ -16,7 +16,8 @@ from me_local.arrays import IntArray
 from me_local.config import Config, Overrides
 from me_local.decoding.engine import Request
 from me_local.errors import InputError, PromptTooLongError
-from me_local.llama.member import EvaluationInterruptedError, Member
+from me_local.llama.member import Member
+from me_local.model import EvaluationInterruptedError
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS

@@ -1,4 +1,4 @@
-"""Many prompts from a JSON Lines file: one record per prompt, written as soon as it is there.
+"""Many prompts, read from a JSON Lines file, and a record made for each reply as soon as it is there.
 
 An input line is an object with `prompt` (a text) or `messages` (objects with `role` and `content`), and optionally
 `id`, `seed` and `max_tokens`; without an id, a line's number is its id. A line that cannot be used becomes an error

@@ -19,6 +19,7 @@ ROOMS = (
     "config",
     "text",
     "_reference",
+    "model",
     "llama",
     "mixture",
     "decoding",

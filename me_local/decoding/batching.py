@@ -20,10 +20,8 @@ from me_local.decoding.generation import Generation
 from me_local.decoding.reply import Draft, Step
 from me_local.decoding.schedule import Schedule
 from me_local.errors import RunError
-from me_local.llama.member import Evaluated, Member
-from me_local.llama.sequences import Outcome, Sequences, Target
-from me_local.llama.shortlist import Row
 from me_local.mixture.routing import SharedRoute, Stretch
+from me_local.model import Evaluated, LoadedModel, Outcome, Row, Target
 
 _TOKEN = 4  # bytes, about
 
@@ -53,15 +51,15 @@ Written = tuple[Running, list[Step]]
 class Batching:
     """Replies of an ensemble of `members`, at most as many at once as these have sequences."""
 
-    def __init__(self, engine: Engine, members: Sequence[Member], route: SharedRoute | None) -> None:
+    def __init__(self, engine: Engine, members: Sequence[LoadedModel], route: SharedRoute | None) -> None:
         self.clock = 0
         self._engine = engine
         self._route = route
         self._members = members
-        self._sequences = [Sequences(member) for member in members]
+        self._sequences = [member.several() for member in members]
         self._schedule = Schedule(members)
         self._running: list[Running] = []
-        self._most = len(members[0].caches)
+        self._most = members[0].places
         self._places = list(range(self._most))
         self._occupied: list[int] = []
 

@@ -1,12 +1,12 @@
-"""What all replies of an ensemble have in common, and what one is made from.
+"""What all replies of an ensemble share (members, router, alignment), and what a reply asks for and gives.
 
 Knows nothing of files, of chat, or of how a piece is drawn; see `strategies` and `generation`.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -14,49 +14,17 @@ from me_local.arrays import FloatArray, IntArray
 from me_local.config import Sampling, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
-from me_local.llama.member import Evaluated
-from me_local.llama.shortlist import Row, Shortlist
 from me_local.mixture.alignment import Alignment
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
+from me_local.model import Model, Row, Shortlist
 from me_local.system.inflight import InFlight
 from me_local.text.unified import UnifiedVocabulary
-from me_local.text.vocabulary import Vocabulary
 
 Result = TypeVar("Result")
 Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, Row], Result]
 """Yields the members, by their indices, whose logits after their contexts it needs next, and is sent these logits."""
-
-
-class Model(Protocol):
-    """What the engine needs of a member."""
-
-    name: str
-    n_ctx: int
-    vocabulary: Vocabulary
-
-    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
-        """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else.
-
-        The first `final` ids stay as they are in this reply.
-        """
-
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
-        """Bring the member's cache to exactly `ids`; `final` as in `prepare`."""
-
-    def shorten(self, count: int, numbers: IntArray) -> None:
-        """From now on so many of the largest logits are enough, of ids whose number is not negative; 0: all of them."""
-
-    def logits(self) -> Row:
-        """The logits after the last `sync`, once they are there; more of them than are enough may come."""
-
-    @property
-    def divisible(self) -> bool:
-        """Whether numbers do not depend on the number of threads; see `schedule`."""
-
-    def share_cores(self, parts: int) -> None:
-        """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
 
 
 @dataclass(frozen=True, slots=True)

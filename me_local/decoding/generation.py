@@ -14,10 +14,9 @@ import numpy as np
 from me_local.arrays import FloatArray, IntArray
 from me_local.decoding.engine import Course, Draw, Engine, Request, Result, Work
 from me_local.decoding.strategies import Sampler
-from me_local.llama.member import Evaluated
-from me_local.llama.shortlist import Row
 from me_local.mixture.alignment import Distribution, sufficient, top_k
 from me_local.mixture.routing import route
+from me_local.model import Evaluated, Row
 from me_local.text.growing import SampledText, Text, TokenizedText
 from me_local.text.unified import END
 

@@ -1,4 +1,4 @@
-"""What a member would write and cannot: control tokens, which have no bytes and so are never sampled.
+"""How much of its prediction a member loses here: control tokens, which have no bytes and so are never sampled.
 
 Models that think, or write in channels, begin a reply with such a token. The rest of their distribution then says what
 they would otherwise hardly ever say. Knows nothing of llama.cpp or of replies.
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from me_local.errors import InputError
 from me_local.llama.member import Member
-from me_local.llama.shortlist import Shortlist
+from me_local.model import Shortlist
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.vocabulary import Vocabulary

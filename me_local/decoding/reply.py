@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from me_local.decoding.engine import Draw, Request, Work
 from me_local.decoding.generation import Generation
 from me_local.errors import RunError
-from me_local.llama.member import EvaluationInterruptedError
+from me_local.model import EvaluationInterruptedError
 from me_local.text.unified import END
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

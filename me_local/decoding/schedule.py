@@ -5,7 +5,8 @@ faster depends on the models and the machine, and is measured in the first steps
 not depend on it. With flash attention they depend on the number of threads, among which llama.cpp divides the keys
 (`ggml_compute_forward_flash_attn_ext`, split KV), so a member with it always has all of its threads. Two evaluations on
 all cores are slower than one after the other, so that an ensemble with such a member goes that way unless it is told
-otherwise. On a GPU an evaluation is queued and returns at once: one after the other is parallel there.
+otherwise. On a GPU an evaluation is queued and returns at once: one after the other is parallel there. Members that run
+elsewhere are always asked at the same time, and take none of the cores.
 """
 
 import threading
@@ -28,6 +29,10 @@ class Shares(Protocol):
     @property
     def divisible(self) -> bool:
         """Whether it takes a part of the cores; one that does not keeps its threads, whatever it is told."""
+
+    @property
+    def local(self) -> bool:
+        """Whether it takes cores of this machine."""
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
@@ -79,7 +84,7 @@ class Schedule:
 
     def run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool | None) -> dict[int, Result]:
         """The results of all evaluations, by key, all at once or not; None: the way that is faster, or to be tried."""
-        if len(evaluate) < 2:
+        if sum(self._models[key].local for key in evaluate) < 2:
             parallel = False
         chosen = self.parallel if parallel is None else parallel
         if chosen is not None:
@@ -91,18 +96,22 @@ class Schedule:
         return results
 
     def _run(self, evaluate: Mapping[int, Callable[[], Result]], parallel: bool) -> dict[int, Result]:
+        """The results; the local evaluations in this thread where they are not `parallel`, and so is a single one."""
         self._settle()
-        for key in evaluate:
-            self._models[key].share_cores(len(evaluate) if parallel else 1)
-        if not parallel:
+        local = [key for key in evaluate if self._models[key].local]
+        for key in local:
+            self._models[key].share_cores(len(local) if parallel else 1)
+        here = list(evaluate)[:1] if len(evaluate) == 1 else [] if parallel else local
+        tasks = {key: _Task(function) for key, function in evaluate.items() if key not in here}
+        if not tasks:
             return {key: function() for key, function in evaluate.items()}
-        tasks = {key: _Task(function) for key, function in evaluate.items()}
         self._tasks = tuple(tasks.values())
         try:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(len(self._models))
             futures = {key: self._pool.submit(task.run) for key, task in tasks.items()}
-            return {key: future.result() for key, future in futures.items()}
+            results = {key: evaluate[key]() for key in here}
+            return results | {key: future.result() for key, future in futures.items()}
         finally:
             # Before an error, or Ctrl-C, goes on: a member must not be evaluated behind the back of what comes next.
             self._settle()

@@ -17,9 +17,9 @@ import numpy as np
 from me_local.arrays import FloatArray, IntArray
 from me_local.decoding.engine import Course, Draw, Engine, Request
 from me_local.errors import RunError
-from me_local.llama.shortlist import Row, split
 from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample
 from me_local.mixture.words import is_free, may_end
+from me_local.model import Row, split
 from me_local.text.growing import Text
 
 log = logging.getLogger(__name__)

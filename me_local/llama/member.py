@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
 from threading import RLock
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import llama_cpp
 import numpy as np
 
 from me_local.arrays import IntArray, LogitArray
 from me_local.config import MemberConfig
-from me_local.errors import LoadError, MeLocalError, RunError
+from me_local.errors import LoadError, RunError
 from me_local.llama.batch import Batch, Outputs, Part
 from me_local.llama.cache import Cache
 from me_local.llama.checkpoints import Checkpoints
@@ -29,9 +29,11 @@ from me_local.llama.context import MOST_SEQUENCES, make_context, require_memory,
 from me_local.llama.memory import allocated_context
 from me_local.llama.native_log import native_log
 from me_local.llama.origin import Origin, in_batches
-from me_local.llama.shortlist import Row, Shortlister
+from me_local.llama.sequences import Sequences
+from me_local.llama.shortlist import Shortlister
 from me_local.llama.states import States
 from me_local.llama.weights import Weights, supports_gpu
+from me_local.model import Abilities, Evaluated, EvaluationInterruptedError, Row
 from me_local.system.inflight import InFlight, begin_threads
 from me_local.system.machine import usable_cores
 
@@ -45,17 +47,6 @@ _DECODE_ERRORS = {
     2: "the evaluation was aborted",
     -1: "llama.cpp calls the batch invalid",
 }
-
-
-class EvaluationInterruptedError(MeLocalError):
-    """The user stopped an evaluation between two batches; the member's cache and its mirror are in order."""
-
-
-class Evaluated(NamedTuple):
-    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside `llama_decode`."""
-
-    tokens: int
-    seconds: float
 
 
 def _using(
@@ -284,6 +275,18 @@ class Member:
             raise RunError(f'member "{self.name}", {where}: {reason}')
         for cache, ids, _ in parts:
             cache.add(ids)
+
+    abilities = Abilities()
+    local = True
+
+    @property
+    def places(self) -> int:
+        """How many sequences it has."""
+        return len(self.caches)
+
+    def several(self) -> Sequences:
+        """Its sequences, all empty, for several replies at once."""
+        return Sequences(self)
 
     @property
     def divisible(self) -> bool:

@@ -12,7 +12,8 @@ What both need is in `cache` and `batch`.
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from threading import RLock
+from typing import Protocol
 
 import numpy as np
 
@@ -20,29 +21,28 @@ from me_local.arrays import IntArray
 from me_local.errors import RunError
 from me_local.llama.batch import Part, level
 from me_local.llama.cache import Cache
-from me_local.llama.member import Member
-from me_local.llama.shortlist import Row
 from me_local.llama.states import WORTH, common_length
+from me_local.model import Outcome, Row, Target
 
 
-class Target(NamedTuple):
-    """What a cache is to hold: `ids`, int32 (tokens,), of which the first `final` stay as they are in this reply."""
+class Context(Protocol):
+    """What it needs of a member."""
 
-    ids: IntArray
-    final: int
+    n_ctx: int
+    n_batch: int
+    caches: tuple[Cache, ...]
 
+    def use(self) -> RLock:
+        """What is to be held while the context is used."""
 
-class Outcome(NamedTuple):
-    """What became of one sequence: `tokens` evaluated, and its share of the `seconds` that llama.cpp took.
+    def require_open(self) -> None:
+        """Raise RunError where it is closed."""
 
-    `logits`, after the last of the ids where they were asked for, are a view that the next evaluation overwrites; with
-    an `error` there are none.
-    """
+    def evaluate(self, parts: Sequence[Part]) -> None:
+        """One evaluation of the parts."""
 
-    tokens: int
-    seconds: float
-    logits: Row | None = None
-    error: RunError | None = None
+    def row(self, index: int) -> Row:
+        """The logits after one of the tokens of the last evaluation."""
 
 
 class Sequences:
@@ -52,7 +52,7 @@ class Sequences:
     was made before.
     """
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Context) -> None:
         self._member = member
         self._caches = member.caches
         with member.use():

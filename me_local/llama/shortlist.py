@@ -6,30 +6,14 @@ are the one difference from all logits: if more tokens have them than there is r
 """
 
 import ctypes
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
 from me_local.arrays import IntArray
 from me_local.errors import RunError
-
-
-class Shortlist(NamedTuple):
-    """The largest logits after a token, float32 (k,), and whose they are: `ids` int32 (k,), ascending."""
-
-    ids: IntArray
-    logits: npt.NDArray[np.float32]
-
-
-Row: TypeAlias = npt.NDArray[np.float32] | Shortlist
-"""The logits after a token: all of them, (vocabulary,), or the largest."""
-
-
-def split(row: Row, numbers: IntArray) -> tuple[npt.NDArray[np.float32], IntArray]:
-    """The logits of a row, (k,), and the numbers of their pieces, (k,); `numbers` has those of the whole vocabulary."""
-    return (row.logits, numbers[row.ids]) if isinstance(row, Shortlist) else (row, numbers)
+from me_local.model import Shortlist
 
 
 class Shortlister:

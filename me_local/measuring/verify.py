@@ -18,13 +18,13 @@ from scipy import stats
 
 from me_local.arrays import FloatArray, IntArray
 from me_local.asking import make_request
-from me_local.decoding.engine import Engine, Model, Request
+from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.ensemble import Ensemble
 from me_local.errors import RunError
-from me_local.llama.member import Evaluated, Member
-from me_local.llama.shortlist import Row, split
+from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution
+from me_local.model import Evaluated, Model, Row, split
 from me_local.text.unified import END
 from me_local.text.utf8 import utf8_runs
 
@@ -124,7 +124,7 @@ class _Witness:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.name, self.n_ctx, self.vocabulary = model.name, model.n_ctx, model.vocabulary
-        self.divisible = model.divisible
+        self.divisible, self.local = model.divisible, model.local
         self.ids: IntArray = np.empty(0, dtype=np.int32)
 
     def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:

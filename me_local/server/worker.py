@@ -1,4 +1,4 @@
-"""Makes replies in the order in which they were asked for, as many at once as there are places.
+"""The queue: requests get a place in the order in which they came, as many at once as there are places.
 
 The event loop keeps the queue. The members belong to a thread, which does one thing after the other: begin a reply, go
 on with all that are running by a step, end one. What it makes goes to the event loop step by step; whoever stops

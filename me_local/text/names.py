@@ -1,6 +1,6 @@
-"""Many names, such as those of a vocabulary's control tokens, to be found in texts.
+"""Finding names in texts, such as those of a vocabulary's control tokens, of which there may be thousands.
 
-A vocabulary may have thousands of them; a regular expression of all takes longer to compile than a small model to load.
+A regular expression of all takes longer to compile than a small model to load.
 """
 
 import re

@@ -15,9 +15,10 @@ from me_local.asking import Ask
 from me_local.errors import RunError
 from me_local.llama.batch import Part
 from me_local.llama.cache import Cache
-from me_local.llama.member import EvaluationInterruptedError, Member
+from me_local.llama.member import Member
 from me_local.llama.origin import Origin, in_batches
 from me_local.llama.states import States
+from me_local.model import EvaluationInterruptedError
 from me_local.server.making import Job, OneByOne
 
 KINDS = {

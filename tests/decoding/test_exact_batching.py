@@ -50,9 +50,9 @@ from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.decoding.reply import Draft
 from me_local.llama.member import Member
-from me_local.llama.sequences import Outcome, Target
 from me_local.mixture.alignment import pick
 from me_local.mixture.routing import SharedRoute
+from me_local.model import Outcome, Target
 from me_local.text.unified import END
 
 __all__ = ["tiny"]

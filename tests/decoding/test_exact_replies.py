@@ -34,12 +34,13 @@ from me_local import Ensemble, Overrides
 from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.config import Sampling
 from me_local.decoding import generation, strategies
-from me_local.decoding.engine import Engine, Model, Request
+from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
-from me_local.llama.member import Evaluated, Member
+from me_local.llama.member import Member
 from me_local.mixture import alignment
 from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.routing import Router, constant
+from me_local.model import Evaluated, Model
 from me_local.text.growing import SampledText
 from me_local.text.unified import END
 from me_local.text.vocabulary import Vocabulary
@@ -116,7 +117,7 @@ class Remembered:
 
     def __init__(self, member: Member) -> None:
         self.name, self.n_ctx, self.vocabulary = member.name, member.n_ctx, member.vocabulary
-        self.divisible = member.divisible
+        self.divisible, self.local = member.divisible, member.local
         self._member = member
         self._known: dict[bytes, LogitArray] = {}
         self._last = b""

@@ -29,8 +29,9 @@ from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.asking import Ask
 from me_local.config import MemberConfig, Sampling, load_config
 from me_local.decoding.reply import Reply, Step
-from me_local.llama.member import Evaluated, Member
+from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution, top_k
+from me_local.model import Evaluated
 
 WriteModels = Callable[..., Path]
 LoadReference = Callable[[MemberConfig], _reference.Member]

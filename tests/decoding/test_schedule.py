@@ -13,8 +13,8 @@ from me_local.decoding.schedule import Schedule
 
 
 class Model:
-    def __init__(self, *, divisible: bool = True) -> None:
-        self.divisible = divisible
+    def __init__(self, *, divisible: bool = True, local: bool = True) -> None:
+        self.divisible, self.local = divisible, local
         self.parts = 1
 
     def share_cores(self, parts: int) -> None:
@@ -94,3 +94,16 @@ def test_ce_gives_the_same_reply_either_way(open_ensemble: OpenEnsemble, names: 
     ]
     assert replies[0].steps == replies[1].steps == replies[2].steps
     assert len(replies[0].steps) > 5
+
+
+@pytest.mark.parametrize("parallel", [None, True, False])
+def test_members_elsewhere_are_asked_at_the_same_time_and_take_no_cores(parallel: bool | None) -> None:
+    models = [Model(), Model(local=False), Model(local=False)]
+    schedule, all_three = Schedule(models), threading.Barrier(3, timeout=10)
+
+    def evaluate() -> int:
+        all_three.wait()  # comes back only when the others are there, too
+        return models[0].parts
+
+    assert schedule.run(dict.fromkeys(range(3), evaluate), parallel) == {0: 1, 1: 1, 2: 1}
+    assert schedule.run({1: threading.get_ident}, parallel) == {1: threading.get_ident()}

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from me_local.arrays import IntArray
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, RunError
-from me_local.llama.member import EvaluationInterruptedError, Member
+from me_local.llama.member import Member
 from me_local.llama.weights import Weights, checked_file
+from me_local.model import EvaluationInterruptedError
 from me_local.text.built_in import render_built_in
 
 OpenMember = Callable[..., Member]

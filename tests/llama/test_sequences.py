@@ -19,9 +19,10 @@ from me_local.arrays import IntArray, LogitArray
 from me_local.config import MemberConfig
 from me_local.llama.batch import Part, level
 from me_local.llama.member import Member
-from me_local.llama.sequences import Outcome, Sequences, Target
+from me_local.llama.sequences import Sequences
 from me_local.llama.states import WORTH
 from me_local.llama.weights import Weights
+from me_local.model import Outcome, Target
 
 OpenMember = Callable[..., Member]
 

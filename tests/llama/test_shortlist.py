@@ -13,7 +13,7 @@ import me_local
 from me_local import Ensemble
 from me_local.config import Overrides
 from me_local.errors import RunError
-from me_local.llama.shortlist import Shortlist
+from me_local.model import Shortlist
 from tests.conftest import OpenMember, WriteModels
 
 SETTINGS = {"type_k": "f32", "type_v": "f32"}

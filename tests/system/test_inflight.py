@@ -169,6 +169,7 @@ def test_ctrl_c_between_two_evaluations_of_a_step_waits_for_the_first(
 
 class Cores:
     divisible = True
+    local = True
 
     def share_cores(self, parts: int) -> None:
         """Of no interest here."""

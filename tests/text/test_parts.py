@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from me_local.config import MemberConfig, Overrides
 from me_local.ensemble import Ensemble, load
 from me_local.errors import PromptTooLongError, RunError
-from me_local.llama.member import EvaluationInterruptedError, Member
+from me_local.llama.member import Member
+from me_local.model import EvaluationInterruptedError
 from me_local.text import parts as parts_module
 from me_local.text import vocabulary as vocabulary_module
 from me_local.text.parts import Fewest, Parts, _rivals

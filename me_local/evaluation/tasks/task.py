@@ -1,4 +1,4 @@
-"""What a task of an evaluation is: its questions, how they are put to a model, and how a reply is judged.
+"""What a task of an evaluation is: its questions, how they are put to a model, and how a reply or a choice is judged.
 
 A task is pure: it reads files and makes and judges texts, and knows neither ensembles nor how replies are sampled.
 """

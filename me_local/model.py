@@ -1,0 +1,147 @@
+"""What the ensemble needs of a member, whatever runs it.
+
+A `Model` brings its cache to hold exactly the ids that it is given, and gives the logits after them. llama.cpp in this
+process runs one kind (`llama.member`), servers run others (`engines`). Knows nothing of how they do it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from me_local.arrays import IntArray
+from me_local.config import MemberConfig
+from me_local.errors import MeLocalError, RunError
+from me_local.text.vocabulary import Vocabulary
+
+
+class EvaluationInterruptedError(MeLocalError):
+    """The user stopped an evaluation between two batches; the member's cache and its mirror are in order."""
+
+
+class Evaluated(NamedTuple):
+    """What it took to bring a member's cache up to date: `tokens` evaluated, and `seconds` inside `llama_decode`."""
+
+    tokens: int
+    seconds: float
+
+
+class Shortlist(NamedTuple):
+    """The largest logits after a token, float32 (k,), and whose they are: `ids` int32 (k,), ascending."""
+
+    ids: IntArray
+    logits: npt.NDArray[np.float32]
+
+
+Row: TypeAlias = npt.NDArray[np.float32] | Shortlist
+"""The logits after a token: all of them, (vocabulary,), or the largest."""
+
+
+def split(row: Row, numbers: IntArray) -> tuple[npt.NDArray[np.float32], IntArray]:
+    """The logits of a row, (k,), and the numbers of their pieces, (k,); `numbers` has those of the whole vocabulary."""
+    return (row.logits, numbers[row.ids]) if isinstance(row, Shortlist) else (row, numbers)
+
+
+class Target(NamedTuple):
+    """What a cache is to hold: `ids`, int32 (tokens,), of which the first `final` stay as they are in this reply."""
+
+    ids: IntArray
+    final: int
+
+
+class Outcome(NamedTuple):
+    """What became of one sequence: `tokens` evaluated, and its share of the `seconds` that llama.cpp took.
+
+    `logits`, after the last of the ids where they were asked for, are a view that the next evaluation overwrites; with
+    an `error` there are none.
+    """
+
+    tokens: int
+    seconds: float
+    logits: Row | None = None
+    error: RunError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an `engine`, named for errors, can do.
+
+    `most_logits`: it gives so many of the largest logits and no more; None: all of them. `likelihoods`: it can score a
+    text that is there already.
+    """
+
+    engine: str = "llama.cpp"
+    most_logits: int | None = None
+    likelihoods: bool = True
+
+
+class Model(Protocol):
+    """What one reply needs of a member."""
+
+    name: str
+    n_ctx: int
+    vocabulary: Vocabulary
+
+    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else.
+
+        The first `final` ids stay as they are in this reply.
+        """
+
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+        """Bring the member's cache to exactly `ids`; `final` as in `prepare`."""
+
+    def shorten(self, count: int, numbers: IntArray) -> None:
+        """From now on so many of the largest logits are enough, of ids whose number is not negative; 0: all of them."""
+
+    def logits(self) -> Row:
+        """The logits after the last `sync`, once they are there; more of them than are enough may come."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether numbers do not depend on the number of threads; see `schedule`."""
+
+    def share_cores(self, parts: int) -> None:
+        """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
+
+    @property
+    def local(self) -> bool:
+        """Whether it is evaluated on the cores of this machine, which it then shares with others."""
+
+
+class Places(Protocol):
+    """The caches of several replies in one member, each by its number; see `llama.sequences`."""
+
+    def holds(self, sequence: int, ids: IntArray) -> bool:
+        """Whether the cache of a sequence has `ids` and no more."""
+
+    def prefill(self, prompts: Mapping[int, Target], most: int) -> dict[int, Outcome]:
+        """Bring sequences closer to holding their prompts, by at most `most` tokens; the outcomes have no logits."""
+
+    def sync(self, wanted: Mapping[int, Target], others: Mapping[int, Target] | None = None) -> dict[int, Outcome]:
+        """Make caches hold exactly these ids, one at least; those of `others` may come closer to what they are to hold.
+
+        The outcomes of those that are wanted have the logits after the last id.
+        """
+
+
+class LoadedModel(Model, Protocol):
+    """What an ensemble needs of its members: each can make `places` replies at once, and is closed in the end."""
+
+    config: MemberConfig
+    abilities: Abilities
+
+    @property
+    def places(self) -> int:
+        """How many replies at once it has caches for."""
+
+    def several(self) -> Places:
+        """Its caches, all empty, for several replies at once."""
+
+    def forget(self) -> None:
+        """Empty the cache of a single reply."""
+
+    def close(self) -> None:
+        """Let go of what it uses; what is asked of it then raises RunError."""
