@@ -1,6 +1,7 @@
 """The house: who may import whom, and where llama.cpp is spoken to."""
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +126,9 @@ def test_tests_stand_where_the_packages_do() -> None:
     tests = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders <= tests
     assert tests - folders <= {"scripts", "docs"}
+
+
+def test_every_script_has_its_kind() -> None:
+    listed = (ROOT / "scripts" / "README.md").read_text("utf-8")
+    scripts = {path.name for path in (ROOT / "scripts").iterdir() if path.suffix in (".py", ".sh")}
+    assert scripts == set(re.findall(r"`(\w+\.(?:py|sh))`", listed))

@@ -2,6 +2,11 @@
 
 The weights of a model are read once for all of them. Where an evaluation of several fails, it is tried again in halves,
 so that a sequence fails only by itself. Knows nothing of replies or of sampling.
+
+`Member.prepare` and `Member.sync` are not the case of one sequence. What one reply by itself evaluates must follow from
+its ids alone, in batches that are always cut alike (`origin`); it can be interrupted between two of them, and takes up
+kept states. Here a batch is filled with parts of all sequences, so that numbers depend on the others in their low bits.
+What both need is in `cache` and `batch`.
 """
 
 import time

@@ -16,8 +16,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_CLICK = {"_ME_LOCAL_COMPLETE"}  # its own: shell completion
 
 
-def test_what_commands_print_of_themselves_is_up_to_date() -> None:
-    assert update_docs.updated(PAGE) == PAGE, "docs/commands.md is out of date: run python scripts/update_docs.py"
+@pytest.mark.parametrize("page", [update_docs.PAGE, update_docs.ARCHITECTURE], ids=lambda page: page.name)
+def test_what_code_and_commands_say_of_themselves_is_up_to_date(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert update_docs.updated(text) == text, f"{page.name} is out of date: run python scripts/update_docs.py"
 
 
 def test_each_command_has_its_place_with_its_help_and_so_has_the_chat() -> None:
