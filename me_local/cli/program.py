@@ -1,4 +1,4 @@
-"""The commands: parse, call the library, print; nothing else.
+"""The program with all its commands: parse, call the library, print; nothing else.
 
 Replies and records go to stdout, everything else to stderr. Bad input ends with one line and status 2, a run that
 failed with status 1, an interrupted one with 130. A fault of the program itself is one line and status 1, too; where it
