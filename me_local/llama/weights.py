@@ -30,21 +30,23 @@ class User(Protocol):
         """Let go of them."""
 
 
-class Weights:
-    """One GGUF model in memory. `close` frees it, after the contexts of all its members.
+class VocabularyFile:
+    """What a GGUF file says of text, without its tensors, which it may have or not.
 
-    `users` are the members that have such contexts; one is made within `use`, which keeps the model where it is.
-    `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
-    of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0; `warnings` are what
-    llama.cpp finds wrong with its vocabulary, a line each. Without `extra_buffers` no weights are packed anew for the
-    processor. Raises LoadError when the file cannot be loaded.
+    `metadata` holds the single values of its header, as text; `warnings` are what llama.cpp finds wrong with its
+    vocabulary, a line each; `trained_context` is 0 where the header does not tell. `close` frees it. Raises LoadError
+    when the file cannot be loaded.
     """
 
-    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True) -> None:
+    def __init__(self, config: MemberConfig) -> None:
+        settings = llama_cpp.llama_model_default_params()
+        settings.vocab_only = True
+        self._open(config, settings)
+
+    def _open(self, config: MemberConfig, settings: llama_cpp.llama_model_params) -> None:
         self.path = checked_file(config)
-        self.users: set[User] = set()
         self._in_flight = InFlight(f'member "{config.name}": ')
-        self.pointer: Any = _load(config, self.path, extra_buffers=extra_buffers)
+        self.pointer: Any = _load(config, self.path, settings)
         self.warnings = _vocabulary_warnings(native_log.warnings)
         try:
             self._read(config.tokenizer)
@@ -58,18 +60,15 @@ class Weights:
     def _read(self, tokenizer: Path | None) -> None:
         model = self.pointer
         self.metadata = _metadata(model)
-        if self.metadata.get(f"{self.metadata.get('general.architecture')}.attention.causal") == "false":
+        architecture = self.metadata.get("general.architecture", "")
+        if self.metadata.get(f"{architecture}.attention.causal") == "false":
             raise LoadError("it does not generate text (an embedding model?)")
         if llama_cpp.llama_model_has_encoder(model):
             raise LoadError("it has an encoder, as T5 does, and only models that are decoders alone can be members")
         self.vocabulary = Vocabulary(model, tokenizer)
-        self.trained_context: int = llama_cpp.llama_model_n_ctx_train(model)
-        self.description = _text(llama_cpp.llama_model_desc, model)
-        self.size: int = llama_cpp.llama_model_size(model)
-        self.parameters: int = llama_cpp.llama_model_n_params(model)
-        self.layers: int = llama_cpp.llama_model_n_layer(model)
-        self.window: int = llama_cpp.llama_model_n_swa(model)
-        self.memory = _memory_kind(model)
+        # Without its tensors llama.cpp does not read these itself.
+        self.trained_context = _number(self.metadata.get(f"{architecture}.context_length", ""))
+        self.description = " ".join(filter(None, [architecture, self.metadata.get("general.size_label")]))
         self.chat_template = _chat_template(model)
         self.token_texts = _token_texts(model, self.vocabulary)
 
@@ -89,13 +88,40 @@ class Weights:
         self._in_flight.require_open()
 
     def _free(self) -> None:
-        for user in list(self.users):  # those that an interrupted end has left
-            user.close()
         if hasattr(self, "vocabulary"):
             self.vocabulary.close()
         pointer, self.pointer = self.pointer, None
         if pointer:
             llama_cpp.llama_model_free(pointer)
+
+
+class Weights(VocabularyFile):
+    """One GGUF model in memory. `close` frees it, after the contexts of all its members.
+
+    `users` are the members that have such contexts; one is made within `use`, which keeps the model where it is.
+    `size` is in bytes; `memory` says what a context keeps of its tokens: "full", "sliding window N", "recurrent" or
+    "hybrid"; `window` is that N, or 0. Without `extra_buffers` no weights are packed anew for the processor.
+    """
+
+    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True) -> None:
+        self.users: set[User] = set()
+        self._open(config, _settings(config, extra_buffers=extra_buffers))
+
+    def _read(self, tokenizer: Path | None) -> None:
+        super()._read(tokenizer)
+        model = self.pointer
+        self.trained_context = llama_cpp.llama_model_n_ctx_train(model)
+        self.description = _text(llama_cpp.llama_model_desc, model)
+        self.size: int = llama_cpp.llama_model_size(model)
+        self.parameters: int = llama_cpp.llama_model_n_params(model)
+        self.layers: int = llama_cpp.llama_model_n_layer(model)
+        self.window: int = llama_cpp.llama_model_n_swa(model)
+        self.memory = _memory_kind(model)
+
+    def _free(self) -> None:
+        for user in list(self.users):  # those that an interrupted end has left
+            user.close()
+        super()._free()
 
 
 class Shelf:
@@ -180,11 +206,8 @@ def part_names(file: str) -> list[str]:
     return [f"{start}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
 
 
-def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp.llama_model_p:
-    send_log()
-    native_log.first_errors.clear()
-    native_log.warnings.clear()
-    llama_cpp.llama_backend_init()
+def _settings(config: MemberConfig, *, extra_buffers: bool) -> llama_cpp.llama_model_params:
+    """How the tensors of a member are loaded. Raises ConfigError."""
     settings = llama_cpp.llama_model_default_params()
     layers = config.n_gpu_layers if supports_gpu() else 0
     settings.n_gpu_layers = _ALL_LAYERS if layers < 0 else layers
@@ -200,6 +223,14 @@ def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp
             )
         split = (ctypes.c_float * devices)(*config.tensor_split)
         settings.tensor_split = split
+    return settings
+
+
+def _load(config: MemberConfig, path: Path, settings: llama_cpp.llama_model_params) -> llama_cpp.llama_model_p:
+    send_log()
+    native_log.first_errors.clear()
+    native_log.warnings.clear()
+    llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
     if not model:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
@@ -220,6 +251,11 @@ _PUT_RIGHT = re.compile(
     "control-looking token|dummy tokens|^setting token|^override|is a normal token here|removing '<\\|end\\|>'"
     "|special_pad_id|disabling|using default id"
 )
+
+
+def _number(text: str) -> int:
+    """A number of the header, 0 where it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def _metadata(model: llama_cpp.llama_model_p) -> dict[str, str]:
