@@ -19,10 +19,11 @@ from me_local.errors import RunError
 
 
 class LlamaServer:
-    """A llama-server."""
+    """A llama-server; without `caches` it evaluates each prompt whole."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, caches: bool = True) -> None:
         self._connection = connection
+        self._caches = caches
 
     def describe(self) -> Description:
         """From /props: n_ctx is that of one slot."""
@@ -47,7 +48,7 @@ class LlamaServer:
             "prompt": ids,
             "n_predict": 1,
             "n_probs": count,
-            "cache_prompt": True,
+            "cache_prompt": self._caches,
             "id_slot": place,
             "temperature": 1.0,
             "samplers": [],

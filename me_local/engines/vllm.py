@@ -3,7 +3,9 @@
 It has no slots: whatever begins like a context that it saw is found in its prefix cache, by blocks.
 """
 
+import secrets
 from collections.abc import Sequence
+from typing import Any
 
 from me_local.engines.connection import Connection, Interrupted
 from me_local.engines.server import (
@@ -19,11 +21,12 @@ _MANY_PLACES = 256  # requests that it runs at once, unless it is told otherwise
 
 
 class Vllm:
-    """A vLLM, and the model of this name in it; None: its first."""
+    """A vLLM, and the model of this name in it; None: its first. Without `caches` it evaluates each prompt whole."""
 
-    def __init__(self, connection: Connection, model: str | None = None) -> None:
+    def __init__(self, connection: Connection, model: str | None = None, *, caches: bool = True) -> None:
         self._connection = connection
         self._model = model
+        self._caches = caches
 
     def describe(self) -> Description:
         """From /v1/models: the model of the configured name, or the first."""
@@ -49,7 +52,7 @@ class Vllm:
 
     def predict(self, ids: Sequence[int], count: int, place: int, interrupted: Interrupted | None) -> Prediction:
         """From /v1/completions; the sampled token stands among the others, and is dropped where it is one too many."""
-        body = {
+        body: dict[str, Any] = {
             "model": self._model,
             "prompt": ids,
             "max_tokens": 1,
@@ -57,6 +60,8 @@ class Vllm:
             "temperature": 1.0,
             "return_tokens_as_token_ids": True,
         }
+        if not self._caches:
+            body["cache_salt"] = secrets.token_hex(16)  # nothing in its prefix cache was evaluated with this
         answer, fresh = self._connection.ask("/v1/completions", body, interrupted=interrupted)
         where = self._connection.where
         try:
