@@ -23,6 +23,7 @@ from me_local.cli.score import score
 from me_local.cli.serve import serve
 from me_local.cli.streams import printable, safe_streams
 from me_local.cli.verify import verify
+from me_local.cli.vocabulary import vocabulary
 from me_local.errors import CrashError, MeLocalError, RunError
 
 log = logging.getLogger(__name__)
@@ -96,3 +97,4 @@ main.add_command(inspect)
 main.add_command(score)
 main.add_command(serve)
 main.add_command(verify)
+main.add_command(vocabulary)

@@ -147,12 +147,29 @@ def test_amx_is_left_out_where_there_is_some(monkeypatch: pytest.MonkeyPatch, fe
     assert environment == {"CFLAGS": f"-g{added}", "CXXFLAGS": added.strip(), "HOME": "/"}
 
 
+def likeliest(url: str) -> dict[int, float]:
+    """The log-probabilities of the tokens after three others."""
+    body = {"prompt": [5, 6, 7], "n_predict": 1, "n_probs": 4, "temperature": 1.0, "samplers": []}
+    answer = httpx.post(f"{url}/completion", json=body, timeout=60).json()
+    return {top["id"]: top["logprob"] for top in answer["completion_probabilities"][0]["top_logprobs"]}
+
+
 @pytest.mark.llama_server
-def test_a_server_answers_with_the_likeliest_tokens(tiny: dict[str, Path]) -> None:
-    body = {"prompt": [5, 6, 7], "n_predict": 1, "n_probs": 4, "temperature": 1.0, "samplers": [], "cache_prompt": True}
+def test_a_server_answers_and_ends(tiny: dict[str, Path]) -> None:
     with remote.llama_server(tiny["bpe_a"], "-np", "2") as url:
         assert len(httpx.get(f"{url}/slots").json()) == 2
-        answer = httpx.post(f"{url}/completion", json=body).json()
-    assert len(answer["completion_probabilities"][0]["top_logprobs"]) == 4
+        assert len(likeliest(url)) == 4
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
+
+
+@pytest.mark.llama_server
+def test_a_model_that_lies_in_other_processes_says_the_same(tiny: dict[str, Path]) -> None:
+    with remote.llama_server(tiny["bpe_a"]) as url:
+        alone = likeliest(url)
+    with (
+        remote.rpc_server() as first,
+        remote.rpc_server() as second,
+        remote.llama_server(tiny["bpe_a"], "--rpc", f"{first},{second}", "-ngl", "99") as url,
+    ):
+        assert likeliest(url) == pytest.approx(alone, abs=1e-5)
