@@ -139,6 +139,7 @@ def make_request(
         parallel=config.parallel,
         unit=config.unit,
         top=top,
+        constraint=config.constraint,
     )
 
 

@@ -30,6 +30,7 @@ Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
 Engine = Literal["llama-server", "vllm"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 _UNQUANTISED = ("f32", "f16", "bf16")
@@ -71,6 +72,18 @@ class Sampling:
     top_k: Annotated[_Int, Field(ge=0)] = 10  # 0 = no limit
     top_p: Annotated[_Number, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[_Number, Field(ge=0, le=1)] = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a reply has to be (`text.constraints`).
+
+    `text` is a JSON schema, nothing for any JSON object, a regular expression, a JSON list of texts to choose from, or
+    a grammar in llama.cpp's GBNF or in Lark's form.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +132,7 @@ class Config:
     system: str | None = None
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
+    constraint: Constraint | None = None  # of this reply; not in the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +152,7 @@ class Overrides:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    constraint: Constraint | None = None
     weights: Mapping[str, float] | None = None  # member's name → weight; the members not named keep theirs
 
 

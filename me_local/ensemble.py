@@ -113,11 +113,15 @@ class Ensemble:
             most = member.abilities.most_logits
             if most is None:
                 continue
-            needed = needed_logits(self.engine.alignment, config.strategy, config.unit, settings.sampling)
+            needed = needed_logits(
+                self.engine.alignment, config.strategy, config.unit, settings.sampling, config.constraint
+            )
             if 0 < needed <= most:
                 continue
             what = (
-                f'alignment = "{config.alignment}"'
+                f"{config.constraint.kind}"
+                if config.constraint
+                else f'alignment = "{config.alignment}"'
                 if self.engine.alignment is not top_k
                 else f'strategy = "{config.strategy}"'
                 if config.strategy == "union"

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.decoding.engine import Course, Draw, Engine, Request, Result, Work, needed_logits
+from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request, Result, Work, needed_logits
 from me_local.decoding.strategies import Sampler
 from me_local.mixture.alignment import Distribution
 from me_local.mixture.routing import route
@@ -56,7 +56,8 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         self.sufficient = tuple(
-            needed_logits(engine.alignment, request.strategy, request.unit, each) for each in request.sampling
+            needed_logits(engine.alignment, request.strategy, request.unit, each, request.constraint)
+            for each in request.sampling
         )
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
@@ -191,7 +192,9 @@ class Generation:
         if self._engine.unified.same:
             sampled = self._contexts[0]
             assert isinstance(sampled, SampledText)
-            sampled.append(draw.number - 1)
+            vocabulary = self._engine.models[0].vocabulary
+            for id_ in vocabulary.encode(draw.piece) if draw.number == FORCED else (draw.number - 1,):
+                sampled.append(id_)
 
     def _weights(self) -> FloatArray:
         strays = self._text.strays
