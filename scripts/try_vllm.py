@@ -3,7 +3,7 @@
 Contract: installs vLLM where it is missing (6 GB, kept in the cache), writes a tiny Llama with random weights as a GGUF
 file and in Hugging Face's format, serves the second, and compares by plain HTTP what it says with what llama.cpp makes
 of the first: ids of a text, the likeliest tokens and their log-probabilities, and the time of a step. Prints a line for
-each, and exits with 1 where they disagree. With --keep the server stays, and a models.toml for it, until Ctrl-C.
+each, and exits with 1 where they disagree. With --keep the server stays until Ctrl-C.
 """
 
 import argparse
@@ -171,7 +171,7 @@ def compare(url: str, gguf: Path, vocabulary: Path) -> bool:
         for k in (20, 21):
             answer = http.post("/v1/completions", json=request(here, k))
             print(f"logprobs = {k}: {answer.status_code} {answer.text[:300] if answer.is_error else ''}")
-        return here == there and max(far) < 1e-3
+        return here == there and max(far) < 1e-4
 
 
 def request(ids: list[int], k: int) -> dict[str, Any]:
@@ -185,7 +185,8 @@ def difference(http: httpx.Client, gguf: Path, ids: list[int]) -> float:
     answer = http.post("/v1/completions", json=request(ids, K)).raise_for_status().json()
     top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
     found = {int(name.removeprefix("token_id:")): value for name, value in top.items()}
-    config = MemberConfig(name=MODEL, path=gguf, n_ctx=512, n_threads=1)
+    full = {"type_k": "f32", "type_v": "f32"}  # as vLLM keeps them; in 16 bits they are 2e-3 apart
+    config = MemberConfig(name=MODEL, path=gguf, n_ctx=512, n_threads=1, **full)
     with closing(Weights(config)) as weights, Member(config, weights) as member:
         member.sync(np.array(ids, np.int32))
         logits = np.asarray(member.logits(), np.float64)
@@ -229,6 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--python", help=f"a Python {vllm_environment.PYTHON} to install it for")
     parser.add_argument("--keep", action="store_true", help="leave the server up until Ctrl-C")
     options = parser.parse_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background processes ignore the first
+        signal.signal(number, signal.default_int_handler)
     return exit_status(lambda: try_it(options.python, keep=options.keep))
 
 
