@@ -16,8 +16,7 @@ from me_local.arrays import IntArray
 from me_local.config import Config, Overrides
 from me_local.decoding.engine import Request
 from me_local.errors import InputError, PromptTooLongError
-from me_local.llama.member import Member
-from me_local.model import EvaluationInterruptedError
+from me_local.model import EvaluationInterruptedError, LoadedModel
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS
@@ -41,10 +40,10 @@ class Ask:
 class Prompter:
     """Makes members' prompts, by their `writers`; `plain` says which of them see a plain transcript."""
 
-    def __init__(self, members: Sequence[Member], writers: Sequence[PromptWriter], plain: Sequence[bool]) -> None:
+    def __init__(self, members: Sequence[LoadedModel], writers: Sequence[PromptWriter], plain: Sequence[bool]) -> None:
         self._members = members
         self._writers = writers
-        self._plain = plain
+        self.plain = plain
 
     def asked(
         self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
@@ -102,13 +101,13 @@ class Prompter:
 
     def stops(self, config: Config) -> tuple[str, ...]:
         """The stop strings that members with a plain transcript need."""
-        plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
+        plain = any(p and writes for p, writes in zip(self.plain, self.writing(config), strict=True))
         return PLAIN_STOPS if plain else ()
 
     def _watches(self, config: Config, interrupted: Callable[[], bool]) -> list[Watch]:
         """What ends the tokenising of a prompt: that it is `interrupted`, or far too long for a member that writes."""
 
-        def watch(member: Member, writes: bool, count: int) -> None:
+        def watch(member: LoadedModel, writes: bool, count: int) -> None:
             if interrupted():
                 raise EvaluationInterruptedError("stopped while the prompt was tokenised")
             if writes and count > member.n_ctx + _COUNTED:
@@ -117,7 +116,7 @@ class Prompter:
         pairs = zip(self._members, self.writing(config), strict=True)
         return [partial(watch, member, writes) for member, writes in pairs]
 
-    def _too_long(self, length: str, member: Member, config: Config) -> PromptTooLongError:
+    def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
             f"shorten it, or raise n_ctx in {config.path.name}"

@@ -29,12 +29,16 @@ Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
+Engine = Literal["llama-server", "vllm"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 _UNQUANTISED = ("f32", "f16", "bf16")
 _INT32_MAX = 2**31 - 1  # llama.cpp's own sizes and indices are 32-bit
 _NAME = re.compile(r"(?!\s)[^=,\x00-\x1f\x7f-\x9f\u2028\u2029]+(?<!\s)")
 _HF_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*:(?:[^\s/:\\.][^\s/:\\]*/)*[^\s/:\\.][^\s/:\\]*\.gguf", re.ASCII)
+
+_URL = re.compile(r"https?://[^\s/?#@\x00-\x20]+(?:/[^\s?#@]*)?", re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def _must(problem: str, holds: Callable[[Any], object]) -> AfterValidator:
@@ -54,6 +58,8 @@ _Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: (raw,) if isin
 _Name = Annotated[str, _must('be a name without "=", ",", control characters and outer spaces', _NAME.fullmatch)]
 _HfFile = Annotated[str, _must('look like "owner/repo:file.gguf"', _HF_FILE.fullmatch)]
 _Split = Annotated[tuple[_AtLeast0, ...], _must("have a number above 0", any)]
+_Url = Annotated[str, _must('look like "http://host:port", without a key in it', _URL.fullmatch)]
+_Variable = Annotated[str, _must("be the name of an environment variable", _VARIABLE.fullmatch)]
 _File = Annotated[Path, _must("be the path of a file", lambda path: path.name and "\0" not in str(path))]
 
 
@@ -74,6 +80,10 @@ class MemberConfig:
     name: _Name
     path: _File | None = None  # absolute; exactly one of path and hf is set
     hf: _HfFile | None = None  # "owner/repo:file.gguf"
+    url: _Url | None = None  # of the engine that runs it; the file is then its vocabulary alone
+    engine: Engine | None = None  # None = "llama-server", where there is a url
+    api_key_env: _Variable | None = None
+    model: _Text | None = None  # the name that the engine knows it by, where it has several
     weight: _AtLeast0 = 1.0  # in a loaded Config the weights sum to 1
     sampling: Sampling = Sampling()
     n_ctx: Annotated[_Int, Field(ge=0)] = 4096  # tokens; 0 = the length that the model was trained with
@@ -135,6 +145,11 @@ _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop")
 _ENSEMBLE_KEYS = ("strategy", "unit", "decode", "seed", "router", "alignment", "route", "parallel", "system")
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
+_ELSEWHERE = ("engine", "api_key_env", "model")
+_HERE = (
+    *("n_ctx", "n_gpu_layers", "n_threads", "n_batch", "flash_attn", "swa_full", "type_k", "type_v"),
+    *("main_gpu", "tensor_split", "lora"),
+)
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
 _SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit")
@@ -258,12 +273,22 @@ def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> Member
         raise ConfigError(f"{place}: needs exactly one of path and hf")
     if values.get("type_v", "f16") not in _UNQUANTISED and not values.get("flash_attn"):
         raise ConfigError(f'{place}.type_v: "{values["type_v"]}" needs flash_attn = true')
+    _require_one_place(values, place)
     own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
     paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
     template = values.get("chat_template", "")
     if "/" in template or template.endswith((".jinja", ".j2", ".txt")):
         values["chat_template"] = str(_absolute(template, folder))
     return MemberConfig(sampling=replace(sampling, **own), **(values | paths))
+
+
+def _require_one_place(values: Mapping[str, object], place: str) -> None:
+    """Raise ConfigError for a key that says how a member runs here, where it runs elsewhere, or the other way round."""
+    for key in values:
+        if "url" in values and key in _HERE:
+            raise ConfigError(f"{place}.{key}: the engine at the url decides this; leave it out")
+        if "url" not in values and key in _ELSEWHERE:
+            raise ConfigError(f"{place}.{key}: goes with url, the address of an engine")
 
 
 def _absolute(path: str | Path, folder: Path) -> Path:

@@ -19,16 +19,16 @@ from me_local.arrays import IntArray
 from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request
 from me_local.config import Config, Overrides, load_config, override
 from me_local.decoding.batching import Batching, Running
-from me_local.decoding.engine import Engine, Request
+from me_local.decoding.engine import Engine, Request, needed_logits
 from me_local.decoding.generation import Generation
 from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
+from me_local.engines.loading import OnLoad, load_members
 from me_local.errors import ConfigError, InputError, MeLocalError
-from me_local.llama.loading import OnLoad, load_members
 from me_local.llama.member import Member
 from me_local.llama.weights import Shelf
-from me_local.mixture.alignment import Alignment
+from me_local.mixture.alignment import Alignment, top_k
 from me_local.mixture.routing import Router, SharedRoute, Stretch
 from me_local.plugins import find
 from me_local.text.messages import Message
@@ -88,10 +88,47 @@ class Ensemble:
             self._notices = loaded.notices
             self.template_notices = loaded.template_notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
+            self._require_able(config)
             for i, member in enumerate(self.members):
-                if member.on_gpu:  # in replies, only the largest logits are handed over
+                if isinstance(member, Member) and member.on_gpu:  # in replies, only the largest logits are handed over
                     self.engine.losses[i] = first_loss(member, self.writers[i])
             self._stack = stack.pop_all()
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The names of the members that see a plain transcript."""
+        return tuple(name for name, plain in zip(self.names, self.prompter.plain, strict=True) if plain)
+
+    def with_overrides(self, overrides: Overrides | None) -> Config:
+        """The configuration with these before it. Raises ConfigError, also where a member's engine cannot do it."""
+        if overrides is None:
+            return self.config
+        config = override(self.config, overrides)
+        self._require_able(config)
+        return config
+
+    def _require_able(self, config: Config) -> None:
+        """Raise ConfigError for what the engine of a member cannot do."""
+        for member, settings in zip(self.members, config.members, strict=True):
+            most = member.abilities.most_logits
+            if most is None:
+                continue
+            needed = needed_logits(self.engine.alignment, config.strategy, config.unit, settings.sampling)
+            if 0 < needed <= most:
+                continue
+            what = (
+                f'alignment = "{config.alignment}"'
+                if self.engine.alignment is not top_k
+                else f'strategy = "{config.strategy}"'
+                if config.strategy == "union"
+                else f'unit = "{config.unit}"'
+                if config.unit == "word"
+                else f"top_k = {settings.sampling.top_k}"
+            )
+            raise ConfigError(
+                f'member "{member.name}": {what} needs {needed or "all"} logits, and its engine '
+                f"({member.abilities.engine}) gives the {most} largest"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +164,7 @@ class Ensemble:
         EvaluationInterruptedError. Raises ConfigError for overrides, InputError for a prompt that is empty or too long
         for a member.
         """
-        config, cancelled = override(self.config, overrides or Overrides()), cancelled or threading.Event()
+        config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
         head, prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
         return self.start(config, prompts, head, alone=alone, top=top, cancelled=cancelled)
 
@@ -153,7 +190,7 @@ class Ensemble:
         prompt that cannot be replied to is finished with its error, and so is a reply in which a member fails; the
         others go on. Raises ConfigError for overrides.
         """
-        config, earlier = override(self.config, overrides or Overrides()), earlier or {}
+        config, earlier = self.with_overrides(overrides), earlier or {}
         asks = (ask if isinstance(ask, Ask) else Ask(ask) for ask in prompts)
         if self.batch == 1:
             todo = ((index, ask) for index, ask in enumerate(asks) if index not in earlier)
@@ -273,6 +310,12 @@ class Ensemble:
 
     @cached_property
     def _scorer(self) -> Scorer:
+        for member in self.members:
+            if not member.abilities.likelihoods:
+                raise InputError(
+                    f'member "{member.name}": its engine ({member.abilities.engine}) does not score texts: '
+                    "only members that run here have likelihoods"
+                )
         enter, shelf = self._stack.enter_context, self.shelf
         members = [enter(Member(m, shelf.weights(m), outputs=OUTPUTS)) for m in self.config.members]
         return Scorer(members, same=self.engine.unified.same)

@@ -15,8 +15,8 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from me_local.cli import main as me_local
 from me_local.cli.commands import COMMANDS
+from me_local.cli.program import main as me_local
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "commands.md"
@@ -66,7 +66,7 @@ def _modules() -> str:
     return "\n" + "\n".join([_table("me_local/ itself", sorted(package.glob("*.py")), package), *tables]) + "\n"
 
 
-_PACKAGES = ("cli", "server", "measuring", "evaluation", "decoding", "mixture", "llama", "text", "system")
+_PACKAGES = ("cli", "server", "measuring", "evaluation", "decoding", "mixture", "engines", "llama", "text", "system")
 
 
 def _table(title: str, files: list[Path], folder: Path) -> str:

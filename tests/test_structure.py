@@ -21,6 +21,7 @@ ROOMS = (
     "_reference",
     "model",
     "llama",
+    "engines",
     "mixture",
     "decoding",
     "records",

@@ -14,7 +14,7 @@ from me_local.arrays import FloatArray, IntArray
 from me_local.config import Sampling, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
-from me_local.mixture.alignment import Alignment
+from me_local.mixture.alignment import Alignment, sufficient, top_k
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
@@ -82,6 +82,12 @@ class Work:
     text_tokens: int = 0
     prompt_seconds: float = 0.0
     text_seconds: float = 0.0
+
+
+def needed_logits(alignment: Alignment, strategy: Strategy, unit: Unit, sampling: Sampling) -> int:
+    """How many of a member's largest logits are enough for its distribution; 0: none but all of them."""
+    truncates = alignment is top_k and strategy != "union" and unit == "token"
+    return sufficient(sampling) if truncates else 0
 
 
 class Engine:

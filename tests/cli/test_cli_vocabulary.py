@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from commands import one_line
 
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.llama.header import read_header
 
 
