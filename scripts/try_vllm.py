@@ -144,6 +144,7 @@ def serving(folder: Path, *options: str) -> Iterator[str]:
         port = listener.getsockname()[1]
     command = [vllm_environment.program(), "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--served-model-name", MODEL, "--max-model-len", "512", "--dtype", "float32", "--enforce-eager"]
+    command += ["--enable-prompt-tokens-details"]  # it says what was in its cache
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     ours |= settings | {"PATH": f"{vllm_environment.program().parent}{os.pathsep}{os.environ['PATH']}"}
@@ -168,6 +169,8 @@ def compare(url: str, gguf: Path, vocabulary: Path) -> bool:
         far = [difference(http, gguf, here[:length]) for length in range(1, len(here), 5)]
         print(f"log-probabilities of the {K} likeliest after {len(far)} texts: {max(far):.2g} apart at most")
         print(f"a step takes {1000 * step_seconds(http, here):.1f} ms (median of 20)")
+        usage = http.post("/v1/completions", json=request(here, K)).json()["usage"]
+        print(f"of {len(here)} ids its cache had {usage['prompt_tokens_details']}")
         for k in (20, 21):
             answer = http.post("/v1/completions", json=request(here, k))
             print(f"logprobs = {k}: {answer.status_code} {answer.text[:300] if answer.is_error else ''}")
@@ -215,10 +218,10 @@ def try_it(python: str | None, *, keep: bool) -> None:
         vocabulary.write_bytes(read_header(gguf).data)
         start = time.monotonic()
         with serving(hf) as url:
-            print(f"up after {time.monotonic() - start:.0f} s at {url}, started with {hf}")
+            print(f"up after {time.monotonic() - start:.0f} s")
             agree = compare(url, gguf, vocabulary)
             if keep:
-                print(f"model = {gguf}, vocabulary = {vocabulary}; Ctrl-C ends", flush=True)
+                print(f"{url} model = {gguf}, vocabulary = {vocabulary}; Ctrl-C ends", flush=True)
                 signal.pause()
     if not agree:
         raise FetchError("vLLM and llama.cpp do not agree")
