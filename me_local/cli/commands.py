@@ -145,7 +145,7 @@ def _stats(session: Session, _: str) -> None:
     titles = ("member", "pieces", "calls", "prompt new", "prompt cached", "text tokens", "prompt s", "text s")
     table = Table(*titles, box=None, pad_edge=False)
     for u in session.last.usage:
-        counts = (u.calls, u.prompt_evaluated, u.prompt_length - u.prompt_evaluated, u.text_evaluated)
+        counts = (u.calls, u.prompt_evaluated, u.prompt_cached, u.text_evaluated)
         seconds = (f"{u.prompt_seconds:.2f}", f"{u.text_seconds:.2f}")
         table.add_row(u.member, f"{u.pieces:.1f}", *map(str, counts), *seconds)
     session.notes.print(table)

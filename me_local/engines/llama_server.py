@@ -26,7 +26,7 @@ class LlamaServer:
         self._caches = caches
 
     def describe(self) -> Description:
-        """From /props: n_ctx is that of one slot."""
+        """From /props: n_ctx is that of one slot, and of a full one it makes no prediction."""
         props, _ = self._connection.ask("/props")
         where = self._connection.where
         settings = checked_object(props.get("default_generation_settings"), where, "/props")
@@ -34,7 +34,7 @@ class LlamaServer:
             checked_count(settings.get("n_ctx"), where, "/props"),
             checked_count(props.get("total_slots"), where, "/props"),
         )
-        return Description(str(props.get("model_path") or props.get("model_alias") or ""), n_ctx, slots)
+        return Description(str(props.get("model_path") or props.get("model_alias") or ""), n_ctx - 1, slots)
 
     def tokenize(self, text: str) -> list[int]:
         """From /tokenize."""

@@ -23,7 +23,7 @@ _LEAST = -1e30  # llama-server writes the lowest number of 32 bits for a probabi
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What an engine says of itself: its `model`, the tokens of a context, and how many contexts it has at once."""
+    """What an engine says of itself: its `model`, the most ids that it takes, and how many contexts it has at once."""
 
     model: str
     n_ctx: int

@@ -42,7 +42,8 @@ class Vllm:
             raise RunError(f'{where}: has no model "{self._model}"; there are: {", ".join(names)[:200]}')
         found = models[names.index(self._model)]
         n_ctx = checked_count(found.get("max_model_len"), where, "/v1/models")
-        return Description(f"{self._model} {found.get('root', '')}", n_ctx, _MANY_PLACES)
+        # Of a full context it makes no prediction: it wants room for a token behind it.
+        return Description(f"{self._model} {found.get('root', '')}", n_ctx - 1, _MANY_PLACES)
 
     def tokenize(self, text: str) -> list[int]:
         """From /tokenize."""
