@@ -4,7 +4,9 @@ A field that is not supported and would change the answer is refused by its name
 Knows nothing of HTTP connections or of how replies are made.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +28,7 @@ _MOST_REPLIES = 128  # to one request
 _MOST_TEXTS = 10_000
 """Messages and further parts of them, in a conversation: what is checked and rendered for each takes its time."""
 _MOST_FIELDS = 256  # of an object: for each that is wrong a report is made
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_SHOWN = 80  # characters of a name that a client made up
 
 
@@ -33,11 +36,18 @@ class ApiError(Exception):
     """A request that is not answered: HTTP status, and what OpenAI's clients read of an error."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry: int | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {} if retry is None else {"Retry-After": str(retry)}
+        self.headers = dict(headers) if retry is None else {"Retry-After": str(retry), **headers}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
         if status in (408, 413):  # the rest of the body is not waited for
@@ -312,7 +322,7 @@ class CompletionRequest(_Request):
 def parse(kind: type[R], body: bytes) -> R:
     """A request from its JSON. Raises ApiError that names the first field that is wrong."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body.removeprefix(_BYTE_ORDER_MARK))
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 
