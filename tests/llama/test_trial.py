@@ -347,7 +347,7 @@ def test_the_variable(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch)
 def test_a_child_ends_also_where_nobody_waits_for_it(tiny: dict[str, Path]) -> None:
     member = trial._CONFIG.dump_python(MemberConfig(name="m", path=tiny["bpe_a"]), mode="json")
     entry = json.dumps({"extra_buffers": True, "member": member, "seconds": 1})
-    program = "import time; from me_local import trial; trial._use = lambda *a, **k: time.sleep(60); trial._main()"
+    program = "import time; from me_local.llama import trial as t; t._use = lambda *a, **k: time.sleep(60); t._main()"
     folders = os.pathsep.join(folder for folder in sys.path if folder)
     done = subprocess.run(
         [sys.executable, "-c", program],
