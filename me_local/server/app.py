@@ -154,7 +154,8 @@ class Routes:
     async def _answer(self, request: Request, asked: Asked) -> Response:
         asks = asked.asks(self._ensemble)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
-        answer = Answer(asked.model, chat=isinstance(asked, ChatRequest), logprobs=logprobs, n=asked.n or 1)
+        chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
+        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
         events = self._events(asks)
         if not asked.stream:
             replies = await _while_there(request, _replies(events))
@@ -213,7 +214,8 @@ async def _lines(
                 replies[index] = event
                 yield _line(answer.end(index, event))
             else:
-                yield _line(answer.piece(index, event, offsets[index]))
+                for chunk in answer.pieces(index, event, offsets[index]):
+                    yield _line(chunk)
                 offsets[index] += len(event.text)
         if usage:
             yield _line(answer.total(_in_order(replies)))

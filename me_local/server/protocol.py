@@ -4,7 +4,7 @@ A field that is not supported and would change the answer is refused by its name
 Knows nothing of HTTP connections or of how replies are made.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,7 +16,9 @@ from me_local.asking import Ask, check_conversation
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+from me_local.server import tools as toolbox
 from me_local.server.structure import Structure
+from me_local.text import constraints
 from me_local.text.messages import Message, Role
 
 MODEL = "me-local"
@@ -131,27 +133,40 @@ class TextPart(_Model):
     text: str
 
 
+def _as_parts(raw: Any) -> Any:
+    return [{"type": "text", "text": raw}] if isinstance(raw, str) else raw
+
+
 class ChatMessage(_Model):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        Field(fail_fast=True),
-        BeforeValidator(lambda raw: [{"type": "text", "text": raw}] if isinstance(raw, str) else raw),
-    ]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[TextPart] | None, Field(fail_fast=True), BeforeValidator(_as_parts)] = None
     name: _Ignored
     refusal: _Unsupported
-    tool_calls: _Unsupported
-    tool_call_id: _Unsupported
+    tool_calls: Annotated[list[toolbox.Called] | None, Field(max_length=128)] = None
+    tool_call_id: _Ignored
     function_call: _Unsupported
     audio: _Unsupported
     annotations: _Ignored
 
+    @model_validator(mode="after")
+    def _require_content(self) -> "ChatMessage":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content: is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only the assistant has them")
+        return self
+
     def as_message(self) -> Message:
         """The message as members see it."""
+        text = "\n".join(part.text for part in self.content or ())
+        if self.role == "tool":
+            return Message("user", toolbox.response(text))
+        if self.role == "assistant" and self.tool_calls:
+            return Message("assistant", toolbox.called(text, self.tool_calls))
         role: Role = "system" if self.role == "developer" else self.role
-        return Message(role, "\n".join(part.text for part in self.content))
+        return Message(role, text)
 
 
 class StreamOptions(_Model):
@@ -262,16 +277,16 @@ class ChatRequest(_Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     modalities: Annotated[Any, _no_effect_but(["text"])] = None
-    tool_choice: Annotated[Any, _no_effect_but("none", "auto")] = None
+    tool_choice: toolbox.Choice | None = None
     function_call: Annotated[Any, _no_effect_but("none", "auto")] = None
-    tools: Any = None
-    functions: Any = None
+    tools: Annotated[list[toolbox.Tool] | None, Field(max_length=128)] = None
+    functions: _Unsupported
     audio: _Unsupported
     prediction: _Unsupported
     reasoning_effort: _Unsupported
     verbosity: _Unsupported
     web_search_options: _Unsupported
-    parallel_tool_calls: _Ignored
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
@@ -279,10 +294,14 @@ class ChatRequest(_Request):
             raise ValueError("top_logprobs: only goes with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: contradicts max_tokens")
-        for field, choice in (("tools", self.tool_choice), ("functions", self.function_call)):
-            if getattr(self, field) not in _SAYS_NOTHING and choice != "none":
-                raise ValueError(f"{field}: is not supported; leave it out")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: there are no tools")
         return self
+
+    @property
+    def may_call(self) -> bool:
+        """Whether a reply may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     def limit(self) -> int | None:
         """The largest number of pieces in a reply."""
@@ -290,13 +309,43 @@ class ChatRequest(_Request):
 
     def prompts(self) -> list[str | tuple[Message, ...]]:
         """The conversation. Raises InputError when it cannot be answered."""
-        messages = tuple(message.as_message() for message in self.messages)
+        messages = _as_messages(self.messages)
+        if self.tools and self.may_call:
+            messages = toolbox.told(messages, self.tools)
         check_conversation(messages)
-        return [messages]
+        return [tuple(messages)]
+
+    def constraint(self) -> Constraint | None:
+        """What the reply has to be. Raises InputError."""
+        asked = super().constraint()
+        if not self.tools or not self.may_call:
+            return asked
+        if asked:
+            raise InputError("tools: either these or a structure of the reply can be kept")
+        parallel = self.parallel_tool_calls is not False
+        kept = toolbox.constraint(self.tools, self.tool_choice or "auto", parallel=parallel)
+        if kept:
+            try:
+                constraints.start(kept)
+            except InputError as error:
+                raise InputError(f"tools: {error}") from None
+        return kept
 
     def top(self) -> int:
         """How many of the likeliest pieces are wanted at each step."""
         return self.top_logprobs or 0
+
+
+def _as_messages(given: Sequence[ChatMessage]) -> list[Message]:
+    """The messages as members see them; results of tools, and what the user says behind them, are one turn."""
+    messages: list[Message] = []
+    for before, message in zip([None, *given], given, strict=False):
+        now = message.as_message()
+        if before is not None and before.role == "tool" and now.role == "user":
+            messages[-1] = Message("user", f"{messages[-1].content}\n{now.content}")
+        else:
+            messages.append(now)
+    return messages
 
 
 class CompletionRequest(_Request):

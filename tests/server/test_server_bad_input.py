@@ -71,6 +71,7 @@ def test_bodies_that_are_no_request(server: Served, name: str) -> None:
     is_alive(server)
 
 
+TOOL = {"type": "function", "function": {"name": "a"}}
 PART = {"type": "text", "text": "a"}
 MANY_FIELDS = {str(i): 1 for i in range(257)}
 FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
@@ -128,24 +129,28 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "Hi"}, "messages", "array"),
     ({"messages": None}, "messages", "array"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
+    ({"messages": [{"role": "user"}]}, "messages.0", "content: is missing"),
     ({"messages": [MESSAGES[0]] * 10_001}, "messages", "10,001 texts are too many, at most 10,000 are taken"),
     ({"messages": [{"role": "user", "content": [PART] * 9_999}, {}, {}]}, "messages", "10,001 texts are too many"),
     ({"messages": [{"role": "user", "content": [PART] * 9_999}, {}]}, "messages.1.role", "is missing"),
     ({"messages": [MANY_FIELDS]}, "messages.0", "257 fields are too many, at most 256 are taken"),
     ({"messages": [{"role": "user", "content": [MANY_FIELDS]}]}, "messages.0.content.0", "257 fields are too many"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "array"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0", "content: is missing"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "array"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system'"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'system'"),
     ({"messages": [{"role": "user", "content": " "}]}, None, "the prompt is empty"),
     ({"messages": [{"role": "system", "content": "x"}]}, None, "no user message"),
     ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, None, "ends with the assistant"),
     ({"messages": [{"role": "user", "content": "x", "file": "/etc/passwd"}]}, "messages.0.file", "no such field"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls", "not supp"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.function", "is missing"),
     ({"messages": [{"role": "user", "content": "cat " * 1000}]}, None, "whose context holds 512"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function", "is missing"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "match"),
+    ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice", "no tool 'b'"),
+    ({"tools": [TOOL], "json_schema": {}}, "tools", "either these or a structure"),
+    ({"tools": [TOOL | {"function": {"name": "a", "parameters": {"type": "spoon"}}}]}, "tools", "spoon"),
     ({"functions": [{}]}, "functions", "not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
