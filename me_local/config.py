@@ -15,7 +15,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -90,6 +90,9 @@ class MemberConfig:
     system: str | None = None  # None = the ensemble's
     chat_template: _Text | None = None  # None = the GGUF's; "plain"; a built-in's name; an absolute path
     tokenizer: _File | None = None  # tokenizer.json, absolute
+    llama: dict[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # llama.cpp's own parameters; `llama.options` checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +329,7 @@ def _number(text: str) -> object:
 
 _PROBLEMS = {
     "bool_type": "must be true or false",
+    "dict_type": "must be a table",
     "finite_number": "must be a finite number",
     "float_type": "must be a number",
     "greater_than": "must be above {gt}",

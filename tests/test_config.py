@@ -201,7 +201,7 @@ SMOL = 'models.toml: members[0] "smol"'
 NAME_RULE = 'must be a name without "=", ",", control characters and outer spaces'
 MEMBER_KEYS = (
     "name, path, hf, weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
-    "tensor_split, lora, system, chat_template, tokenizer, temperature, top_k, top_p, min_p"
+    "tensor_split, lora, system, chat_template, tokenizer, llama, temperature, top_k, top_p, min_p"
 )
 HF_RULE = 'must look like "owner/repo:file.gguf"'
 WORDS = 'unit "word" needs strategy "me"; "ce" averages members piece by piece, and cannot do so for whole words'

@@ -9,6 +9,7 @@ from typing import Literal
 from me_local.config import Config, MemberConfig
 from me_local.errors import ConfigError
 from me_local.llama.member import Member
+from me_local.llama.options import require_options
 from me_local.llama.trial import is_wanted, try_members
 from me_local.llama.weights import Shelf, Weights, supports_gpu
 from me_local.system.inflight import uninterrupted
@@ -48,6 +49,8 @@ def load_members(
     def make(member: MemberConfig, weights: Weights) -> Member:
         return stack.enter_context(Member(member, weights, sequences=batch))
 
+    for member in config.members:
+        require_options(member, f"{config.path}: ")
     found = try_members(config.members, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
     making: list[Future[Member]] = []
     try:

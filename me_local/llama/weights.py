@@ -16,6 +16,7 @@ import llama_cpp
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError
 from me_local.llama.native_log import native_log, send_log
+from me_local.llama.options import header_overrides, model_key, set_model
 from me_local.system.inflight import InFlight
 from me_local.text.vocabulary import Vocabulary
 
@@ -47,7 +48,7 @@ class Weights:
         self.pointer: Any = _load(config, self.path, extra_buffers=extra_buffers)
         self.warnings = _vocabulary_warnings(native_log.warnings)
         try:
-            self._read(config.tokenizer)
+            self._read(config.tokenizer, header_overrides(config))
         except MeLocalError as error:
             self.close()
             raise LoadError(f'member "{config.name}": {self.path}: {error}') from None
@@ -55,14 +56,14 @@ class Weights:
             self.close()
             raise
 
-    def _read(self, tokenizer: Path | None) -> None:
+    def _read(self, tokenizer: Path | None, replaced: dict[str, str]) -> None:
         model = self.pointer
-        self.metadata = _metadata(model)
+        self.metadata = _metadata(model) | replaced
         if self.metadata.get(f"{self.metadata.get('general.architecture')}.attention.causal") == "false":
             raise LoadError("it does not generate text (an embedding model?)")
         if llama_cpp.llama_model_has_encoder(model):
             raise LoadError("it has an encoder, as T5 does, and only models that are decoders alone can be members")
-        self.vocabulary = Vocabulary(model, tokenizer)
+        self.vocabulary = Vocabulary(model, tokenizer, replaced)
         self.trained_context: int = llama_cpp.llama_model_n_ctx_train(model)
         self.description = _text(llama_cpp.llama_model_desc, model)
         self.size: int = llama_cpp.llama_model_size(model)
@@ -114,7 +115,8 @@ class Shelf:
         path = checked_file(config)
         status = path.stat()
         layers = config.n_gpu_layers if supports_gpu() else 0
-        key = (status.st_dev, status.st_ino, config.tokenizer, layers, config.main_gpu, config.tensor_split)
+        place = (layers, config.main_gpu, config.tensor_split)
+        key = (status.st_dev, status.st_ino, config.tokenizer, *place, model_key(config))
         if key not in self._weights:
             self._weights[key] = Weights(config, extra_buffers=path not in self._without_extra_buffers)
         return self._weights[key]
@@ -189,7 +191,8 @@ def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp
     layers = config.n_gpu_layers if supports_gpu() else 0
     settings.n_gpu_layers = _ALL_LAYERS if layers < 0 else layers
     settings.main_gpu = config.main_gpu
-    settings.use_extra_bufts = extra_buffers
+    kept = set_model(settings, config)
+    settings.use_extra_bufts = settings.use_extra_bufts and extra_buffers
     if config.tensor_split:
         # llama.cpp reads as many numbers as it knows devices
         devices = llama_cpp.llama_max_devices()
@@ -201,10 +204,18 @@ def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp
         split = (ctypes.c_float * devices)(*config.tensor_split)
         settings.tensor_split = split
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
+    del kept
     if not model:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
+    for line in native_log.warnings:
+        if found := _BAD_OVERRIDE.search(line):  # llama.cpp goes on without it
+            llama_cpp.llama_model_free(model)
+            raise ConfigError(f'member "{config.name}".llama.kv_overrides."{found[1]}": must be {found[2]}')
     return model
+
+
+_BAD_OVERRIDE = re.compile(r"Bad metadata override type for key '(.*)', expected (\w+) but got")
 
 
 def _vocabulary_warnings(lines: Iterable[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 from me_local.decoding.losses import Loss
 from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
+from me_local.llama.options import longest_context
 from me_local.text.vocabulary import Vocabulary
 
 RISKY_AGREEMENT = 0.6
@@ -109,7 +110,7 @@ class PairReport:
 def inspect_member(member: Member, lost: Loss | None = None) -> MemberReport:
     """Report on a loaded member; `lost` is what `first_loss` gives of it."""
     weights = member.weights
-    cells = allocated_context(member.config.n_ctx, weights.trained_context)
+    cells = allocated_context(member.config.n_ctx, longest_context(member.config, weights.trained_context))
     kv_cache = kv_cache_bytes(weights.metadata, weights.memory, member.config, cells)
     vocabulary = member.vocabulary
     sizes = (weights.size, kv_cache, member.working_bytes)
