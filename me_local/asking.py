@@ -118,9 +118,10 @@ class Prompter:
         return [partial(watch, member, writes) for member, writes in pairs]
 
     def _too_long(self, length: str, member: Member, config: Config) -> PromptTooLongError:
+        remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
-            f"shorten it, or raise n_ctx in {config.path.name}"
+            f"shorten it, or {remedy}"
         )
 
 

@@ -99,7 +99,7 @@ class MemberConfig:
 class Config:
     """A checked models.toml."""
 
-    path: Path  # as it was given
+    path: Path | None  # as it was given; None = there is no file
     members: tuple[MemberConfig, ...]
     strategy: Strategy = "me"
     unit: Unit = "token"  # what a member is drawn for; "word" exists for "me" alone
@@ -112,6 +112,11 @@ class Config:
     system: str | None = None
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
+
+    @property
+    def place(self) -> str:
+        """What errors begin with."""
+        return f"{self.path}: " if self.path else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,19 @@ def load_config(path: Path) -> Config:
     _require_words_by_me(config, f"{path}: [ensemble].unit")
     _require_route(config, f"{path}: [ensemble].route")
     return config
+
+
+def config_of(members: Sequence[MemberConfig], place: str) -> Config:
+    """The config of these members, without a file. Raises ConfigError behind `place`, for what a user chose of them."""
+    checked = []
+    for member in members:
+        name, where = _check("name", member.name, f"{place}: the name of a member"), f"{place}: {_shown(member.name)}"
+        template = member.chat_template
+        template = template and _template(_check("chat_template", template, f"{where}.chat_template"), Path.cwd())
+        shape = {key: _check(key, getattr(member.sampling, key), f"{where}.{key}") for key in _SAMPLING_KEYS}
+        weight = _check("weight", member.weight, f"{where}.weight")
+        checked.append(replace(member, name=name, weight=weight, sampling=Sampling(**shape), chat_template=template))
+    return Config(path=None, members=_normalised(tuple(checked), place))
 
 
 def override(config: Config, overrides: Overrides) -> Config:
@@ -263,10 +281,14 @@ def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> Member
         raise ConfigError(f'{place}.type_v: "{values["type_v"]}" needs flash_attn = true')
     own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
     paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
-    template = values.get("chat_template", "")
-    if "/" in template or template.endswith((".jinja", ".j2", ".txt")):
-        values["chat_template"] = str(_absolute(template, folder))
+    if "chat_template" in values:
+        values["chat_template"] = _template(values["chat_template"], folder)
     return MemberConfig(sampling=replace(sampling, **own), **(values | paths))
+
+
+def _template(template: str, folder: Path) -> str:
+    is_file = "/" in template or template.endswith((".jinja", ".j2", ".txt"))
+    return str(_absolute(template, folder)) if is_file else template
 
 
 def _absolute(path: str | Path, folder: Path) -> Path:

@@ -21,6 +21,7 @@ ROOMS = (
     "_reference",
     "model",
     "llama",
+    "engines",
     "mixture",
     "decoding",
     "records",
@@ -37,7 +38,7 @@ ROOMS = (
 )
 """Packages and modules, the lowest first. Each may import those before it."""
 
-SPEAK_TO_LLAMA_CPP = ("llama", "text", "_reference")
+SPEAK_TO_LLAMA_CPP = ("llama", "text", "engines", "_reference")
 """The last of them is to be read, and what runs does not use it."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

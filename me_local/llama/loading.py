@@ -1,6 +1,6 @@
 """From a configuration to members that are loaded, and what is made of their vocabularies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def load_members(
         return stack.enter_context(Member(member, weights, sequences=batch))
 
     for member in config.members:
-        require_options(member, f"{config.path}: ")
+        require_options(member, config.place)
     found = try_members(config.members, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
     making: list[Future[Member]] = []
     try:
@@ -59,24 +59,33 @@ def load_members(
                 on_load(member, "loading")
                 making.append(beside.submit(make, member, shelf.weights(member)))
             weights = [shelf.weights(member) for member in config.members]
-            writers = [_writer(config, *pair) for pair in zip(config.members, weights, strict=True)]
+            writers = [prompt_writer(config, *pair) for pair in zip(config.members, weights, strict=True)]
             unified = UnifiedVocabulary([each.vocabulary for each in weights])
     finally:
         uninterrupted(lambda: wait(making))  # also where Ctrl-C ended the wait above: `stack` is about to be unwound
-    members = tuple(future.result() for future in making)
+    return put_together([future.result() for future in making], writers, unified, found)
+
+
+def put_together(
+    members: Sequence[Member],
+    writers: Sequence[tuple[PromptWriter, Template]],
+    unified: UnifiedVocabulary,
+    found: list[str],
+) -> Loaded:
+    """What is loaded, with what there is to say of it besides what was `found` before."""
     templates = [template for _, template in writers]
     plain = tuple(template.plain for template in templates)
     notices = found + [notice for member in members for notice in _notices(member)]
     of_templates = [notice for pair in zip(members, templates, strict=True) for notice in _template_notices(*pair)]
-    return Loaded(members, tuple(writer for writer, _ in writers), unified, plain, notices, of_templates)
+    return Loaded(tuple(members), tuple(writer for writer, _ in writers), unified, plain, notices, of_templates)
 
 
-def _writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[PromptWriter, Template]:
+def prompt_writer(config: Config, member: MemberConfig, weights: Weights) -> tuple[PromptWriter, Template]:
     """What writes the member's prompts, and the template it does so by."""
     try:
         template = choose_template(member.chat_template, weights.chat_template, weights.token_texts)
     except ConfigError as error:
-        raise ConfigError(f'{config.path}: member "{member.name}": {error}') from None
+        raise ConfigError(f'{config.place}member "{member.name}": {error}') from None
     return PromptWriter(weights.vocabulary, template.render), template
 
 

@@ -91,7 +91,6 @@ class Member:
         self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
         cells = allocated_context(config.n_ctx, longest_context(config, weights.trained_context))
-        require_memory(config, weights, cells, sequences)
         if sequences > MOST_SEQUENCES:
             raise LoadError(
                 f'member "{config.name}": llama.cpp has room for {MOST_SEQUENCES} replies at once, '
@@ -102,13 +101,24 @@ class Member:
         with weights.use():
             weights.require_open()
             weights.users.add(self)
-            self._context = make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
-            self.working_bytes = working_bytes()
+            self.working_bytes: int | None = None
+            self._context = self._make_context(cells, sequences)
             try:
                 self._read_context(sequences)
             except BaseException:
                 self.close()
                 raise
+
+    def _make_context(self, cells: int, sequences: int) -> llama_cpp.llama_context_p:
+        """A context with so many cells for each sequence."""
+        config, weights = self.config, self.weights
+        require_memory(config, weights, cells, sequences)
+        context = make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
+        self.working_bytes = working_bytes()
+        return context
+
+    def _free_context(self, context: llama_cpp.llama_context_p) -> None:
+        llama_cpp.llama_free(context)
 
     def _read_context(self, sequences: int) -> None:
         if llama_cpp.llama_get_memory(self._context) is None:
@@ -309,9 +319,9 @@ class Member:
         """Empty the cache."""
         self.caches[0].forget()
 
-    def close(self) -> None:
-        """Free the context; whatever is asked of the member then raises RunError."""
-        self._in_flight.end(self._free)
+    def close(self, reason: str | None = None) -> None:
+        """Free the context; whatever is asked of the member then raises RunError, which says the `reason`."""
+        self._in_flight.end(self._free, reason)
 
     def _free(self) -> None:
         # What is taken here and not freed, because Ctrl-C comes between, stays; to free it again would be worse.
@@ -321,7 +331,7 @@ class Member:
         if shortlister:
             shortlister.close()
         if context:
-            llama_cpp.llama_free(context)
+            self._free_context(context)
         if adapter:
             llama_cpp.llama_adapter_lora_free(adapter)
         self.weights.users.discard(self)

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,8 +28,8 @@ _SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\
 class User(Protocol):
     """What must be closed before the weights."""
 
-    def close(self) -> None:
-        """Let go of them."""
+    def close(self, reason: str | None = None) -> None:
+        """Let go of them; see `InFlight.end`."""
 
 
 class Weights:
@@ -38,15 +39,17 @@ class Weights:
     `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
     of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0; `warnings` are what
     llama.cpp finds wrong with its vocabulary, a line each. Without `extra_buffers` no weights are packed anew for the
-    processor. Raises LoadError when the file cannot be loaded.
+    processor. `loaded` is a model that somebody else has loaded, and frees. Raises LoadError when the file cannot be
+    loaded.
     """
 
-    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True) -> None:
-        self.path = checked_file(config)
+    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True, loaded: Any = None) -> None:
+        self.path = config.path if loaded and config.path else checked_file(config)
         self.users: set[User] = set()
         self._in_flight = InFlight(f'member "{config.name}": ')
-        self.pointer: Any = _load(config, self.path, extra_buffers=extra_buffers)
-        self.warnings = _vocabulary_warnings(native_log.warnings)
+        self._lent = loaded is not None
+        self.pointer: Any = loaded if self._lent else _load(config, self.path, extra_buffers=extra_buffers)
+        self.warnings = () if self._lent else _vocabulary_warnings(native_log.warnings)
         try:
             self._read(config.tokenizer, header_overrides(config))
         except MeLocalError as error:
@@ -74,9 +77,9 @@ class Weights:
         self.chat_template = _chat_template(model)
         self.token_texts = _token_texts(model, self.vocabulary)
 
-    def close(self) -> None:
-        """Free the model, once no evaluation of it is under way."""
-        self._in_flight.end(self._free)
+    def close(self, reason: str | None = None) -> None:
+        """Free the model, once no evaluation of it is under way; whoever asks for it later is told the `reason`."""
+        self._in_flight.end(partial(self._free, reason), reason)
 
     def use(self) -> threading.RLock:
         """What is to be held while a context is made; see `require_open`.
@@ -89,13 +92,13 @@ class Weights:
         """Raise RunError where the model is freed: to be asked by whoever holds it."""
         self._in_flight.require_open()
 
-    def _free(self) -> None:
+    def _free(self, reason: str | None) -> None:
         for user in list(self.users):  # those that an interrupted end has left
-            user.close()
+            user.close(reason)
         if hasattr(self, "vocabulary"):
-            self.vocabulary.close()
+            self.vocabulary.close(reason)
         pointer, self.pointer = self.pointer, None
-        if pointer:
+        if pointer and not self._lent:
             llama_cpp.llama_model_free(pointer)
 
 

@@ -14,7 +14,7 @@ import llama_cpp
 import numpy as np
 
 from me_local.errors import LoadError
-from me_local.system.inflight import InFlight
+from me_local.system.inflight import CLOSED, InFlight
 from me_local.text.encoders import Encoder, closed, digest, llama_encoder, read_tokenizer
 from me_local.text.parts import LONG, Fewest, Parts
 from me_local.text.pieces import find_end_ids, header_value, read_pieces, suppressed
@@ -81,6 +81,7 @@ class Vocabulary:
         self.markup = self._find_markup(brackets, template.decode("utf-8", "replace"))
         self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
         self._in_flight = InFlight()
+        self._closed = False
         encode = llama_encoder(self._pointer, self._in_flight) if tokenizer is None else self._own_encoder(tokenizer)
         self._encode: Encoder = encode
         # Between two seams stands a word or two, and words come back.
@@ -129,8 +130,8 @@ class Vocabulary:
         return ids
 
     def _encode_long(self, text: bytes, *, at_start: bool, watch: Watch) -> list[int]:
-        if self._encode is closed:  # what cuts texts is read from the model when it is first needed
-            closed(text)
+        if self._closed:  # what cuts texts is read from the model when it is first needed
+            self._encode(text)
         watch(self._fewest(text))
         ids: list[int] = []
         for part in self._parts.of(text):
@@ -165,12 +166,14 @@ class Vocabulary:
         """Equal for two vocabularies that number, render and tokenise alike."""
         return (self.kind, self._tokenizer, self.adds_space, tuple(self.pieces), tuple(self.encode(_PROBE)))
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """Note that the model is about to go: from now on `encode` raises RunError. Waits for one that is under way."""
-        self._in_flight.end(self._forget)
+        self._in_flight.end(functools.partial(self._forget, reason or CLOSED), reason)
 
-    def _forget(self) -> None:
-        self._encode = self._encode_word = closed
+    def _forget(self, reason: str) -> None:
+        if not self._closed:
+            self._encode = self._encode_word = closed(reason)
+            self._closed = True
 
     def _first_id(self) -> int | None:
         bos: int = llama_cpp.llama_vocab_bos(self._pointer)
