@@ -6,6 +6,7 @@ closed it, that is said. Besides, it is a member like those of `llama`: the same
 same numbers as a member from a file with equal options.
 """
 
+import gc
 import re
 import time
 import weakref
@@ -34,8 +35,8 @@ Result = TypeVar("Result")
 _PLACE = "Ensemble.of"
 _CODE = re.compile(r"llama_decode returned (-?\d+)")
 _ALL_LAYERS = 0x7FFFFFFF
-_taken: "weakref.WeakSet[llama_cpp.Llama]" = weakref.WeakSet()
-"""The instances of ensembles that are open."""
+_members: "weakref.WeakKeyDictionary[llama_cpp.Llama, weakref.ref[Instance]]" = weakref.WeakKeyDictionary()
+"""Those of ensembles that are open, by what they are on."""
 
 
 class Instance(Member):
@@ -52,7 +53,7 @@ class Instance(Member):
         self.n_ctx = min(self.n_ctx, len(llama.input_ids))  # llama.cpp's context may be longer, and that array not
         # What is pushed last is called first: before anything that is in use here is freed.
         llama._stack.callback(_closing, weakref.ref(self))
-        _taken.add(llama)
+        _members[llama] = weakref.ref(self)
 
     def prepare(
         self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0, alone: bool = False
@@ -69,7 +70,9 @@ class Instance(Member):
         self._driving(super().forget)
 
     def row(self, index: int) -> Row:
-        """As in `Member`."""
+        """As in `Member`; where its owner used it since the last `sync`, there are no logits. Raises RunError then."""
+        if self._left is None or self._llama.n_tokens != len(self._left):
+            raise RunError(f'member "{self.name}": its Llama was used by another while a step was under way')
         row = super().row(index)  # waits for a GPU, too: now all is counted
         self._count = _evaluations(self._context)
         return row
@@ -136,7 +139,7 @@ class Instance(Member):
         return self._llama.ctx
 
     def _free_context(self, context: llama_cpp.llama_context_p) -> None:
-        _taken.discard(self._llama)
+        _members.pop(self._llama, None)
         if is_open(self._llama):
             llama_cpp.llama_set_n_threads(context, self._llama.n_threads, self._llama.n_threads_batch)
 
@@ -153,6 +156,14 @@ def _closing(instance: "weakref.ref[Instance]") -> None:
 def is_open(llama: llama_cpp.Llama) -> bool:
     """Whether it has its model and its context."""
     return llama._model.model is not None and llama._ctx.ctx is not None
+
+
+def _is_member(llama: llama_cpp.Llama) -> bool:
+    """Whether it is in an ensemble that is open, and not merely forgotten."""
+    member = _members.get(llama)
+    if member and member():
+        gc.collect()
+    return member is not None and member() is not None
 
 
 def one_sequence(name: str) -> str:
@@ -218,7 +229,7 @@ def _problem(llama: object) -> str | None:
         return "gives embeddings and no logits: make it without embedding"
     if llama._logits_all:
         return "computes the logits of every token, of which the last ones are needed: make it without logits_all"
-    if llama in _taken:
+    if _is_member(llama):
         return "is in another ensemble, which is open: close that first"
     return None
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from me_local import (
     load_config,
 )
 from me_local.decoding.reply import Reply
+from me_local.measuring.inspection import inspect_member
 
 WriteModels = Callable[..., Path]
 MakeLlama = Callable[..., llama_cpp.Llama]
@@ -257,6 +259,31 @@ def test_an_evaluation_that_fails_or_is_interrupted(make_llama: MakeLlama, monke
                 stream.finish()
         assert llama.input_ids[: llama.n_tokens].tolist() == ensemble.members[0].caches[0].ids.tolist()
         assert said(replies(ensemble, "me", raw=True, seeds=[5])) == fresh
+
+
+def test_a_use_in_the_middle_of_a_step_is_no_reply_of_another(make_llama: MakeLlama) -> None:
+    llama = make_llama("bpe_a")
+    with Ensemble.of({"a": llama}) as ensemble:
+        member = ensemble.members[0]
+        member.sync(np.array([5, 6, 7], dtype=np.int32), lambda: False)
+        llama.eval([9])
+        with pytest.raises(RunError, match=r'^member "a": its Llama was used by another while a step was under way$'):
+            member.logits()
+
+
+def test_an_ensemble_that_is_forgotten_gives_its_instances_free(make_llama: MakeLlama) -> None:
+    llama = make_llama("bpe_a")
+    Ensemble.of({"a": llama}).generate("Hello", Overrides(seed=1, max_tokens=3))
+    with Ensemble.of({"b": llama}) as ensemble:
+        assert ensemble.generate("Hello", Overrides(seed=1, max_tokens=3)).text
+
+
+def test_verify_and_inspect_know_nothing_of_the_difference(make_llama: MakeLlama, write_models: WriteModels) -> None:
+    files, instances = write_models("bpe_a", "spm"), {name: make_llama(name) for name in ("bpe_a", "spm")}
+    with load(files) as loaded, Ensemble.of(instances) as ensemble:
+        for theirs, ours in zip(loaded.members, ensemble.members, strict=True):
+            expected = replace(inspect_member(theirs), working_bytes=None, total_bytes=None)
+            assert inspect_member(ours) == expected
 
 
 def problem(*arguments: Any, **settings: Any) -> str:
