@@ -13,11 +13,11 @@ from typing import TypeAlias
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import Config, Overrides
-from me_local.decoding.engine import Request
-from me_local.errors import InputError, PromptTooLongError
-from me_local.llama.member import Member
-from me_local.model import EvaluationInterruptedError
+from me_local.config import Config, Overrides, Sampling
+from me_local.decoding.engine import Engine, Request, needed_logits
+from me_local.errors import ConfigError, InputError, PromptTooLongError
+from me_local.mixture.alignment import top_k
+from me_local.model import EvaluationInterruptedError, LoadedModel
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS
@@ -41,10 +41,10 @@ class Ask:
 class Prompter:
     """Makes members' prompts, by their `writers`; `plain` says which of them see a plain transcript."""
 
-    def __init__(self, members: Sequence[Member], writers: Sequence[PromptWriter], plain: Sequence[bool]) -> None:
+    def __init__(self, members: Sequence[LoadedModel], writers: Sequence[PromptWriter], plain: Sequence[bool]) -> None:
         self._members = members
         self._writers = writers
-        self._plain = plain
+        self.plain = plain
 
     def asked(
         self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
@@ -102,13 +102,13 @@ class Prompter:
 
     def stops(self, config: Config) -> tuple[str, ...]:
         """The stop strings that members with a plain transcript need."""
-        plain = any(p and writes for p, writes in zip(self._plain, self.writing(config), strict=True))
+        plain = any(p and writes for p, writes in zip(self.plain, self.writing(config), strict=True))
         return PLAIN_STOPS if plain else ()
 
     def _watches(self, config: Config, interrupted: Callable[[], bool]) -> list[Watch]:
         """What ends the tokenising of a prompt: that it is `interrupted`, or far too long for a member that writes."""
 
-        def watch(member: Member, writes: bool, count: int) -> None:
+        def watch(member: LoadedModel, writes: bool, count: int) -> None:
             if interrupted():
                 raise EvaluationInterruptedError("stopped while the prompt was tokenised")
             if writes and count > member.n_ctx + _COUNTED:
@@ -117,7 +117,7 @@ class Prompter:
         pairs = zip(self._members, self.writing(config), strict=True)
         return [partial(watch, member, writes) for member, writes in pairs]
 
-    def _too_long(self, length: str, member: Member, config: Config) -> PromptTooLongError:
+    def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
         remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
@@ -141,6 +141,7 @@ def make_request(
         parallel=config.parallel,
         unit=config.unit,
         top=top,
+        constraint=config.constraint,
     )
 
 
@@ -154,3 +155,27 @@ def check_conversation(messages: Sequence[Message]) -> None:
         raise InputError(f"the conversation ends with the {messages[-1].role}, not with a user message to answer")
     if not messages[-1].content.strip():
         raise InputError("the prompt is empty")
+
+
+def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config) -> None:
+    """Raise ConfigError for what is asked and the engine of a member cannot do."""
+    for member, settings in zip(members, config.members, strict=True):
+        most = member.abilities.most_logits
+        needed = needed_logits(engine.alignment, config.strategy, config.unit, settings.sampling, config.constraint)
+        if most is not None and not 0 < needed <= most:
+            needing = _needing(engine, config, settings.sampling)
+            raise ConfigError(
+                f'member "{member.name}": {needing} needs {needed or "all"} logits, and its engine '
+                f"({member.abilities.engine}) gives the {most} largest"
+            )
+
+
+def _needing(engine: Engine, config: Config, sampling: Sampling) -> str:
+    """By what so many logits are needed."""
+    if config.constraint:
+        return config.constraint.kind
+    if engine.alignment is not top_k:
+        return f'alignment = "{config.alignment}"'
+    if config.strategy == "union":
+        return f'strategy = "{config.strategy}"'
+    return f'unit = "{config.unit}"' if config.unit == "word" else f"top_k = {sampling.top_k}"

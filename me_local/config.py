@@ -8,33 +8,36 @@ a `ConfigError` of one line that names the file and the key, or the option. Whet
 member's loader to say.
 """
 
-import json
 import math
 import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
 
+from me_local.checks import by_rule, nearest, number, require_known, shown
 from me_local.errors import ConfigError
 
 Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
+Engine = Literal["llama-server", "vllm"]
+ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 _UNQUANTISED = ("f32", "f16", "bf16")
 _INT32_MAX = 2**31 - 1  # llama.cpp's own sizes and indices are 32-bit
 _NAME = re.compile(r"(?!\s)[^=,\x00-\x1f\x7f-\x9f\u2028\u2029]+(?<!\s)")
 _HF_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*:(?:[^\s/:\\.][^\s/:\\]*/)*[^\s/:\\.][^\s/:\\]*\.gguf", re.ASCII)
+
+_URL = re.compile(r"https?://[^\s/?#@\x00-\x20]+(?:/[^\s?#@]*)?", re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def _must(problem: str, holds: Callable[[Any], object]) -> AfterValidator:
@@ -54,6 +57,8 @@ _Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: (raw,) if isin
 _Name = Annotated[str, _must('be a name without "=", ",", control characters and outer spaces', _NAME.fullmatch)]
 _HfFile = Annotated[str, _must('look like "owner/repo:file.gguf"', _HF_FILE.fullmatch)]
 _Split = Annotated[tuple[_AtLeast0, ...], _must("have a number above 0", any)]
+_Url = Annotated[str, _must('look like "http://host:port", without a key in it', _URL.fullmatch)]
+_Variable = Annotated[str, _must("be the name of an environment variable", _VARIABLE.fullmatch)]
 _File = Annotated[Path, _must("be the path of a file", lambda path: path.name and "\0" not in str(path))]
 
 
@@ -68,12 +73,28 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a reply has to be (`text.constraints`).
+
+    `text` is a JSON schema, nothing for any JSON object, a regular expression, a JSON list of texts to choose from, or
+    a grammar in llama.cpp's GBNF or in Lark's form.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class MemberConfig:
     """One model of the ensemble: which file, what share, how it is loaded and prompted."""
 
     name: _Name
     path: _File | None = None  # absolute; exactly one of path and hf is set
     hf: _HfFile | None = None  # "owner/repo:file.gguf"
+    url: _Url | None = None  # of the engine that runs it; the file is then its vocabulary alone
+    engine: Engine | None = None  # None = "llama-server", where there is a url
+    api_key_env: _Variable | None = None
+    model: _Text | None = None  # the name that the engine knows it by, where it has several
     weight: _AtLeast0 = 1.0  # in a loaded Config the weights sum to 1
     sampling: Sampling = Sampling()
     n_ctx: Annotated[_Int, Field(ge=0)] = 4096  # tokens; 0 = the length that the model was trained with
@@ -112,6 +133,7 @@ class Config:
     system: str | None = None
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
+    constraint: Constraint | None = None  # of this reply; not in the file
 
     @property
     def place(self) -> str:
@@ -136,6 +158,7 @@ class Overrides:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    constraint: Constraint | None = None
     weights: Mapping[str, float] | None = None  # member's name → weight; the members not named keep theirs
 
 
@@ -143,6 +166,11 @@ _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop")
 _ENSEMBLE_KEYS = ("strategy", "unit", "decode", "seed", "router", "alignment", "route", "parallel", "system")
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
+_ELSEWHERE = ("engine", "api_key_env", "model")
+_HERE = (
+    *("n_ctx", "n_gpu_layers", "n_threads", "n_batch", "flash_attn", "swa_full", "type_k", "type_v"),
+    *("main_gpu", "tensor_split", "lora", "llama"),
+)
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
 _SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit")
@@ -153,7 +181,7 @@ def load_config(path: Path) -> Config:
     document = _read_toml(path)
     for key, value in document.items():
         kind = "table" if isinstance(value, dict | list) else "key"
-        _require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
+        require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
     ensemble = _table(document.get("ensemble", {}), _ENSEMBLE_KEYS, f"{path}: [ensemble]")
     sampling = _table(document.get("sampling", {}), (*_SAMPLING_KEYS, *_REPLY_KEYS), f"{path}: [sampling]")
     reply = {key: sampling.pop(key) for key in _REPLY_KEYS if key in sampling}
@@ -165,19 +193,6 @@ def load_config(path: Path) -> Config:
     return config
 
 
-def config_of(members: Sequence[MemberConfig], place: str) -> Config:
-    """The config of these members, without a file. Raises ConfigError behind `place`, for what a user chose of them."""
-    checked = []
-    for member in members:
-        name, where = _check("name", member.name, f"{place}: the name of a member"), f"{place}: {_shown(member.name)}"
-        template = member.chat_template
-        template = template and _template(_check("chat_template", template, f"{where}.chat_template"), Path.cwd())
-        shape = {key: _check(key, getattr(member.sampling, key), f"{where}.{key}") for key in _SAMPLING_KEYS}
-        weight = _check("weight", member.weight, f"{where}.weight")
-        checked.append(replace(member, name=name, weight=weight, sampling=Sampling(**shape), chat_template=template))
-    return Config(path=None, members=_normalised(tuple(checked), place))
-
-
 def override(config: Config, overrides: Overrides) -> Config:
     """The config with the given options on top; raises ConfigError that names the option, such as --top-k.
 
@@ -186,7 +201,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     options = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     named = options.pop("weights") or {}
     given = {key: value for key, value in options.items() if value is not None}
-    given = {key: _check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
+    given = {key: check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
     shape = {key: given.pop(key) for key in _SAMPLING_KEYS if key in given}
     weights = _checked_weights(named, [member.name for member in config.members])
     members = tuple(
@@ -212,22 +227,22 @@ def parse_weights(text: str, names: Sequence[str]) -> dict[str, float]:
     """
     parts = [part.strip() for part in text.split(",")]
     if "=" not in text and len(parts) != len(names):
-        raise ConfigError(f"--weights: needs a weight for each of {', '.join(names)}, got {_shown(text)}")
+        raise ConfigError(f"--weights: needs a weight for each of {', '.join(names)}, got {shown(text)}")
     pairs = [part.partition("=")[::2] for part in parts] if "=" in text else zip(names, parts, strict=True)
     weights: dict[str, object] = {}
     for name, value in pairs:
         if name.strip() in weights:
-            raise ConfigError(f"--weights: {_shown(name.strip())} is named twice")
-        weights[name.strip()] = _number(value)
+            raise ConfigError(f"--weights: {shown(name.strip())} is named twice")
+        weights[name.strip()] = number(value)
     return _checked_weights(weights, names)
 
 
 def parse_setting(key: str, value: str) -> Overrides:
     """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
     if key not in _SETTINGS:
-        raise ConfigError(f"/set: unknown key {_shown(key)}; {_nearest(key, _SETTINGS)}")
-    typed = _number(value) if key in _NUMBER_SETTINGS else value
-    return Overrides(**{key: _check(key, typed, f"/set {key}")})
+        raise ConfigError(f"/set: unknown key {shown(key)}; {nearest(key, _SETTINGS)}")
+    typed = number(value) if key in _NUMBER_SETTINGS else value
+    return Overrides(**{key: check(key, typed, f"/set {key}")})
 
 
 def _read_toml(path: Path) -> dict[str, object]:
@@ -249,10 +264,10 @@ def _read_toml(path: Path) -> dict[str, object]:
 def _table(raw: object, allowed: Sequence[str], place: str) -> dict[str, Any]:
     """The checked values of one table of the file."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{place}: must be a table, got {_shown(raw)}")
+        raise ConfigError(f"{place}: must be a table, got {shown(raw)}")
     for key in raw:
-        _require_known(key, allowed, f"{place}.", "key")
-    return {key: _check(key, value, f"{place}.{key}") for key, value in raw.items()}
+        require_known(key, allowed, f"{place}.", "key")
+    return {key: check(key, value, f"{place}.{key}") for key, value in raw.items()}
 
 
 def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig, ...]:
@@ -263,7 +278,7 @@ def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig,
     members: dict[str, MemberConfig] = {}
     for index, table in enumerate(raw):
         name = table.get("name") if isinstance(table, dict) else None
-        place = f"{path}: members[{index}]" + (f" {_shown(name)}" if name and isinstance(name, str) else "")
+        place = f"{path}: members[{index}]" + (f" {shown(name)}" if name and isinstance(name, str) else "")
         member = _member(table, place, path.parent, sampling)
         if member.name in members:
             raise ConfigError(f"{place}.name: already used by members[{list(members).index(member.name)}]")
@@ -279,16 +294,26 @@ def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> Member
         raise ConfigError(f"{place}: needs exactly one of path and hf")
     if values.get("type_v", "f16") not in _UNQUANTISED and not values.get("flash_attn"):
         raise ConfigError(f'{place}.type_v: "{values["type_v"]}" needs flash_attn = true')
+    _require_one_place(values, place)
     own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
     paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
-    if "chat_template" in values:
-        values["chat_template"] = _template(values["chat_template"], folder)
+    if is_template_file(template := values.get("chat_template", "")):
+        values["chat_template"] = str(_absolute(template, folder))
     return MemberConfig(sampling=replace(sampling, **own), **(values | paths))
 
 
-def _template(template: str, folder: Path) -> str:
-    is_file = "/" in template or template.endswith((".jinja", ".j2", ".txt"))
-    return str(_absolute(template, folder)) if is_file else template
+def is_template_file(template: str) -> bool:
+    """Whether a chat template is named by its path."""
+    return "/" in template or template.endswith((".jinja", ".j2", ".txt"))
+
+
+def _require_one_place(values: Mapping[str, object], place: str) -> None:
+    """Raise ConfigError for a key that says how a member runs here, where it runs elsewhere, or the other way round."""
+    for key in values:
+        if "url" in values and key in _HERE:
+            raise ConfigError(f"{place}.{key}: the engine at the url decides this; leave it out")
+        if "url" not in values and key in _ELSEWHERE:
+            raise ConfigError(f"{place}.{key}: goes with url, the address of an engine")
 
 
 def _absolute(path: str | Path, folder: Path) -> Path:
@@ -299,8 +324,8 @@ def _absolute(path: str | Path, folder: Path) -> Path:
 def _checked_weights(weights: Mapping[str, object], names: Sequence[str]) -> dict[str, float]:
     for name in weights:
         if name not in names:
-            raise ConfigError(f"--weights: unknown member {_shown(name)}; {_nearest(name, names)}")
-    return {name: _check("weight", value, f"--weights: {_shown(name)}") for name, value in weights.items()}
+            raise ConfigError(f"--weights: unknown member {shown(name)}; {nearest(name, names)}")
+    return {name: check("weight", value, f"--weights: {shown(name)}") for name, value in weights.items()}
 
 
 def _normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberConfig, ...]:
@@ -330,66 +355,12 @@ def _require_route(config: Config, place: str) -> None:
         raise ConfigError(f'{place}: unit "word" needs route "own"; words begin at other steps in each reply')
 
 
-def _require_known(key: str, allowed: Sequence[str], place: str, kind: str) -> None:
-    if key not in allowed:
-        shown = key if re.fullmatch(r"[\w-]+", key) else _shown(key)
-        raise ConfigError(f"{place}{shown}: unknown {kind}; {_nearest(key, allowed)}")
-
-
-def _nearest(word: str, allowed: Sequence[str]) -> str:
-    near = get_close_matches(word, allowed, n=1)
-    return f"did you mean {_shown(near[0])}?" if near else f"allowed: {', '.join(allowed)}"
-
-
-def _number(text: str) -> object:
-    """The number that the text is; else the text, for the rule to word the error."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-_PROBLEMS = {
-    "bool_type": "must be true or false",
-    "dict_type": "must be a table",
-    "finite_number": "must be a finite number",
-    "float_type": "must be a number",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "int_type": "must be an integer",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}",
-    "path_type": "must be a string",
-    "string_too_short": "must not be empty",
-    "string_type": "must be a string",
-    "tuple_type": "must be a list",
-    "value_error": "{error}",
-}
-
-
 @cache
 def _rule(key: str) -> TypeAdapter[Any]:
     hints = [get_type_hints(kind, include_extras=True) for kind in (Sampling, MemberConfig, Config)]
     return TypeAdapter(next(hint[key] for hint in hints if key in hint))
 
 
-def _check(key: str, value: object, place: str) -> Any:
-    """The value, checked by the annotation of the field of that name."""
-    try:
-        return _rule(key).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-    context = {name: str(part).removesuffix(".0") for name, part in first.get("ctx", {}).items()}
-    if "expected" in context:
-        context["expected"] = context["expected"].replace("'", '"')
-    problem = _PROBLEMS.get(first["type"], "{msg}").format(msg=first["msg"], **context)
-    index = "".join(f"[{step}]" for step in first["loc"])
-    raise ConfigError(f"{place}{index}: {problem}, got {_shown(first['input'])}")
-
-
-def _shown(value: object) -> str:
-    """A value on one line, about as TOML writes it, cut where it is long."""
-    text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
-    if not text.isprintable():
-        text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def check(key: str, value: object, place: str) -> Any:
+    """The value, checked by the annotation of the field of that name. Raises ConfigError that begins with the place."""
+    return by_rule(_rule(key), value, place)

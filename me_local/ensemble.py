@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request
+from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request, require_able
 from me_local.config import Config, Overrides, Sampling, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
@@ -25,8 +25,8 @@ from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitS
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
 from me_local.engines.instances import instances_config, load_instances, one_sequence
+from me_local.engines.loading import OnLoad, load_members
 from me_local.errors import ConfigError, InputError, MeLocalError
-from me_local.llama.loading import OnLoad, load_members
 from me_local.llama.member import Member
 from me_local.llama.weights import Shelf
 from me_local.mixture.alignment import Alignment
@@ -94,8 +94,9 @@ class Ensemble:
             self._notices = loaded.notices
             self.template_notices = loaded.template_notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
+            require_able(self.engine, self.members, config)
             for i, member in enumerate(self.members):
-                if member.on_gpu:  # in replies, only the largest logits are handed over
+                if isinstance(member, Member) and member.on_gpu:  # in replies, only the largest logits are handed over
                     self.engine.losses[i] = first_loss(member, self.writers[i])
             self._stack = stack.pop_all()
 
@@ -124,6 +125,19 @@ class Ensemble:
         if batch > 1:
             raise ConfigError(one_sequence(config.members[0].name))
         return cls(override(config, overrides or Overrides()), batch=batch, instances=instances)
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """The names of the members that see a plain transcript."""
+        return tuple(name for name, plain in zip(self.names, self.prompter.plain, strict=True) if plain)
+
+    def with_overrides(self, overrides: Overrides | None) -> Config:
+        """The configuration with these before it. Raises ConfigError, also where a member's engine cannot do it."""
+        if overrides is None:
+            return self.config
+        config = override(self.config, overrides)
+        require_able(self.engine, self.members, config)
+        return config
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -159,7 +173,7 @@ class Ensemble:
         EvaluationInterruptedError. Raises ConfigError for overrides, InputError for a prompt that is empty or too long
         for a member.
         """
-        config, cancelled = override(self.config, overrides or Overrides()), cancelled or threading.Event()
+        config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
         head, prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
         return self.start(config, prompts, head, alone=alone, top=top, cancelled=cancelled)
 
@@ -185,7 +199,7 @@ class Ensemble:
         prompt that cannot be replied to is finished with its error, and so is a reply in which a member fails; the
         others go on. Raises ConfigError for overrides.
         """
-        config, earlier = override(self.config, overrides or Overrides()), earlier or {}
+        config, earlier = self.with_overrides(overrides), earlier or {}
         asks = (ask if isinstance(ask, Ask) else Ask(ask) for ask in prompts)
         if self.batch == 1:
             todo = ((index, ask) for index, ask in enumerate(asks) if index not in earlier)
@@ -305,8 +319,14 @@ class Ensemble:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        enter = self._stack.enter_context
-        members = [enter(Member(member.config, member.weights, outputs=OUTPUTS)) for member in self.members]
+        for member in self.members:
+            if not member.abilities.likelihoods:
+                raise InputError(
+                    f'member "{member.name}": its engine ({member.abilities.engine}) does not score texts: '
+                    "only members that run here have likelihoods"
+                )
+        enter, here = self._stack.enter_context, [member for member in self.members if isinstance(member, Member)]
+        members = [enter(Member(member.config, member.weights, outputs=OUTPUTS)) for member in here]
         return Scorer(members, same=self.engine.unified.same)
 
     def start(

@@ -6,7 +6,7 @@ process runs one kind (`llama.member`), servers run others (`engines`). Knows no
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -84,13 +84,15 @@ class Model(Protocol):
     n_ctx: int
     vocabulary: Vocabulary
 
-    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
+    def prepare(
+        self, ids: IntArray, interrupted: Callable[[], bool] = ..., *, final: int = 0, alone: bool = False
+    ) -> Evaluated:
         """Bring the member's cache to exactly `ids`; with `alone`, by an evaluation of nothing else.
 
         The first `final` ids stay as they are in this reply.
         """
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool] = ..., *, final: int = 0) -> Evaluated:
         """Bring the member's cache to exactly `ids`; `final` as in `prepare`."""
 
     def shorten(self, count: int, numbers: IntArray) -> None:
@@ -128,14 +130,26 @@ class Places(Protocol):
 
 
 class LoadedModel(Model, Protocol):
-    """What an ensemble needs of its members: each can make `places` replies at once, and is closed in the end."""
+    """What an ensemble needs of its members: each can make `places` replies at once, and is closed in the end.
+
+    `summary` says in a few words what it is; `wire_seconds` is the time that its predictions took on the way to an
+    engine and back, so far.
+    """
 
     config: MemberConfig
     abilities: Abilities
+    summary: str
+    wire_seconds: float
 
     @property
     def places(self) -> int:
         """How many replies at once it has caches for."""
+
+    def twin(self) -> "LoadedModel":
+        """Another context on the same model, which finds nothing in any cache but what it evaluated itself."""
+
+    def keep_states(self, states: Any) -> None:
+        """Keep what caches held (`llama.states`), for prompts that may come again, where the engine does not do so."""
 
     def several(self) -> Places:
         """Its caches, all empty, for several replies at once."""

@@ -15,8 +15,8 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from me_local.cli import main as me_local
 from me_local.cli.commands import COMMANDS
+from me_local.cli.program import main as me_local
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "commands.md"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from me_local.cli import main
+from me_local.cli.program import main
 
 WriteModels = Callable[..., Path]
 Run = Callable[..., Result]

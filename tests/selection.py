@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import build_llama_server
 import fetch_vocabularies
 import pytest
 
@@ -49,6 +50,8 @@ def _missing() -> Iterator[tuple[str, str]]:
         yield "demo", "no demo models: run scripts/fetch_demo_models.py"
     if not fetch_vocabularies.kept(fetch_vocabularies.folder()):
         yield "vocabularies", "no real vocabularies: run scripts/fetch_vocabularies.py"
+    if not build_llama_server.built(build_llama_server.folder()):
+        yield "llama_server", "no llama-server: run scripts/build_llama_server.py"
     if not shutil.which("chromium"):
         yield "browser", "no browser: apt-get install chromium"
 

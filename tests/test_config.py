@@ -200,10 +200,12 @@ def test_configs_are_frozen(tmp_path):
 SMOL = 'models.toml: members[0] "smol"'
 NAME_RULE = 'must be a name without "=", ",", control characters and outer spaces'
 MEMBER_KEYS = (
-    "name, path, hf, weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
+    "name, path, hf, url, engine, api_key_env, model, "
+    "weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
     "tensor_split, lora, system, chat_template, tokenizer, llama, temperature, top_k, top_p, min_p"
 )
 HF_RULE = 'must look like "owner/repo:file.gguf"'
+URL_RULE = 'must look like "http://host:port", without a key in it'
 WORDS = 'unit "word" needs strategy "me"; "ce" averages members piece by piece, and cannot do so for whole words'
 ARGMAX = 'decode "argmax" needs strategy "ce"; "me" runs one member per step and never sees the mixture'
 
@@ -252,6 +254,16 @@ ARGMAX = 'decode "argmax" needs strategy "ce"; "me" runs one member per step and
         ('hf = "a/b:c.gguf"', ": needs exactly one of path and hf"),
         ('hf = "https://huggingface.co/a/b"', f'.hf: {HF_RULE}, got "https://huggingface.co/a/b"'),
         ('hf = "a/b:../c.gguf"', f'.hf: {HF_RULE}, got "a/b:../c.gguf"'),
+        ('url = "box:8080"', f'.url: {URL_RULE}, got "box:8080"'),
+        ('url = "http://key@box"', f'.url: {URL_RULE}, got "http://key@box"'),
+        ('url = "http://box/?key=1"', f'.url: {URL_RULE}, got "http://box/?key=1"'),
+        ('url = "http://box"\nn_ctx = 512', ".n_ctx: the engine at the url decides this; leave it out"),
+        ('engine = "vllm"', ".engine: goes with url, the address of an engine"),
+        ('url = "http://box"\nengine = "ollama"', '.engine: must be "llama-server" or "vllm", got "ollama"'),
+        (
+            'url = "http://box"\napi_key_env = "a key"',
+            '.api_key_env: must be the name of an environment variable, got "a key"',
+        ),
         ('hf = "a/b:c.bin"', f'.hf: {HF_RULE}, got "a/b:c.bin"'),
     ],
 )

@@ -13,7 +13,7 @@ from conftest import logits_of
 from terminals import ask, spawn
 
 from me_local import Chat, Ensemble, Message, Overrides, load
-from me_local.cli import main
+from me_local.cli.program import main
 
 pytestmark = pytest.mark.demo
 MODELS = Path(__file__).parents[1] / "models.toml"

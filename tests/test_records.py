@@ -13,7 +13,7 @@ from commands import Run, jsonl, one_line
 
 from me_local import InputError, records
 from me_local.batch import RECORDS
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.records import open_records, write_record
 
 WriteModels = Callable[..., Path]

@@ -16,6 +16,7 @@ ROOMS = (
     "plugins",
     "jsonl",
     "system",
+    "checks",
     "config",
     "text",
     "_reference",

@@ -125,9 +125,12 @@ def _speeds(report: Report) -> Table:
     several = len(report.weights) > 1
     ce, best = report.speed("ce" if several else "single"), report.speed("single")
     titles = ["", "pieces/s", "bytes/s", "to CE", "to best single", "in decode", "prompt s"]
+    away = any(speed.wire_seconds for speed in report.speeds)
+    titles += ["on the wire"] if away else []
     table = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for speed in report.speeds:
-        table.add_row(*_speed_row(speed, ce, best))
+        wire = f"{1e3 * speed.wire_seconds:.1f} ms" if speed.wire_seconds else ""
+        table.add_row(*_speed_row(speed, ce, best), *([wire] if away else []))
     return table
 
 

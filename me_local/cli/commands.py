@@ -133,9 +133,8 @@ def _unit(session: Session, argument: str) -> None:
 def _members(session: Session, _: str) -> None:
     table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
     for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
-        template = settings.chat_template or ("GGUF" if member.weights.chat_template else "plain")
-        model = f"{member.weights.description}, {member.weights.parameters / 1e6:,.0f} M parameters"
-        table.add_row(member.name, f"{settings.weight:.3f}", model, str(member.n_ctx), template)
+        template = settings.chat_template or ("plain" if member.name in session.chat.ensemble.plain else "GGUF")
+        table.add_row(member.name, f"{settings.weight:.3f}", member.summary, str(member.n_ctx), template)
     session.notes.print(table)
 
 
@@ -146,7 +145,7 @@ def _stats(session: Session, _: str) -> None:
     titles = ("member", "pieces", "calls", "prompt new", "prompt cached", "text tokens", "prompt s", "text s")
     table = Table(*titles, box=None, pad_edge=False)
     for u in session.last.usage:
-        counts = (u.calls, u.prompt_evaluated, u.prompt_length - u.prompt_evaluated, u.text_evaluated)
+        counts = (u.calls, u.prompt_evaluated, u.prompt_cached, u.text_evaluated)
         seconds = (f"{u.prompt_seconds:.2f}", f"{u.text_seconds:.2f}")
         table.add_row(u.member, f"{u.pieces:.1f}", *map(str, counts), *seconds)
     session.notes.print(table)

@@ -114,9 +114,7 @@ def stats_line(reply: Reply) -> str:
     """
     pieces = len(reply.steps)
     shares = ", ".join(f"{u.member} {u.pieces / max(pieces, 1):.0%}" for u in reply.usage)
-    prompts = ", ".join(
-        f"{u.member} {u.prompt_evaluated}+{u.prompt_length - u.prompt_evaluated}" for u in reply.usage if u.calls
-    )
+    prompts = ", ".join(f"{u.member} {u.prompt_evaluated}+{u.prompt_cached}" for u in reply.usage if u.calls)
     text_seconds = sum(u.text_seconds for u in reply.usage)
     by_words = reply.unit == "word"
     calls = f", {reply.calls_per_piece:.2f} calls/piece" if by_words else ""

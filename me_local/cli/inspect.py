@@ -76,14 +76,36 @@ def _rows(member: MemberReport) -> list[tuple[str, str]]:
     return [
         ("file", Path(member.path).name),
         ("architecture", member.architecture),
-        ("size", f"{decimal(member.weights_bytes)}, {member.parameters:,} parameters"),
-        ("quantisation", member.quantisation),
+        *(_rows_of_engine(member) if member.address else _rows_of_weights(member)),
         ("context", f"{member.context:,} tokens, trained with {member.trained_context:,}"),
         ("vocabulary", f"{member.vocabulary}, {member.vocabulary_size:,} tokens"),
         ("template", Path(member.template).name),
         ("ends a reply", "  ".join(member.end_tokens) or "-"),
+        *([] if member.address else _rows_of_memory(member)),
+    ]
+
+
+def _rows_of_engine(member: MemberReport) -> list[tuple[str, str]]:
+    cache = {True: "on", False: "off", None: "it does not say"}[member.prefix_cache]
+    return [
+        ("engine", f"{member.engine} at {member.address}"),
+        ("slots", f"{member.slots:,}"),
+        ("a step", f"{1e3 * (member.step_seconds or 0):.1f} ms, the way there and back included"),
+        ("prefix cache", cache),
+    ]
+
+
+def _rows_of_weights(member: MemberReport) -> list[tuple[str, str]]:
+    return [
+        ("size", f"{_size(member.weights_bytes)}, {member.parameters:,} parameters"),
+        ("quantisation", str(member.quantisation)),
+    ]
+
+
+def _rows_of_memory(member: MemberReport) -> list[tuple[str, str]]:
+    return [
         ("cannot write", _lost(member.lost)),
-        ("attention", member.memory),
+        ("attention", str(member.memory)),
         ("KV cache", _size(member.kv_cache_bytes)),
         ("batch buffer", _size(member.working_bytes)),
         ("memory", _size(member.total_bytes)),

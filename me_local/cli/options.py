@@ -12,10 +12,10 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
+from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError, LoadError
 from me_local.llama.context import MOST_SEQUENCES
-from me_local.llama.loading import Doing
 from me_local.llama.weights import Shelf
 from me_local.measuring.cost import Way, choose_batch
 from me_local.mixture.routing import Stretch

@@ -12,9 +12,9 @@ from me_local.cli.interrupt import leaves_at_once
 from me_local.cli.options import load, models_option
 from me_local.config import load_config
 from me_local.ensemble import Ensemble
-from me_local.llama.member import Member
 from me_local.measuring.verify import DRAWS, FACTOR, FALSE_ALARM, PROMPTS, ROUNDING, Report, work
 from me_local.measuring.verify import verify as run_checks
+from me_local.model import LoadedModel
 
 _LEGEND = f"""\
 cache fidelity     total-variation distance of a prediction in the middle of ME from a fresh evaluation: mean and
@@ -37,7 +37,7 @@ def verify(models: Path, seed: int, as_json: bool) -> None:
     config = load_config(models)
     with load(config) as ensemble, ExitStack() as stack:
         with leaves_at_once(make_console(stderr=True)):
-            references = [stack.enter_context(Member(member.config, member.weights)) for member in ensemble.members]
+            references = [_twin(member, stack) for member in ensemble.members]
         report = _run(ensemble, references, seed)
     if as_json:
         print_json(report.as_dict())
@@ -47,7 +47,13 @@ def verify(models: Path, seed: int, as_json: bool) -> None:
         click.get_current_context().exit(1)
 
 
-def _run(ensemble: Ensemble, references: list[Member], seed: int) -> Report:
+def _twin(member: LoadedModel, stack: ExitStack) -> LoadedModel:
+    twin = member.twin()
+    stack.callback(twin.close)
+    return twin
+
+
+def _run(ensemble: Ensemble, references: list[LoadedModel], seed: int) -> Report:
     columns = (TextColumn("verifying"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=make_console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=work(ensemble))

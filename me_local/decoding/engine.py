@@ -11,10 +11,10 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.config import Sampling, Strategy, Unit
+from me_local.config import Constraint, Sampling, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
-from me_local.mixture.alignment import Alignment
+from me_local.mixture.alignment import Alignment, sufficient, top_k
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
@@ -36,7 +36,8 @@ class Request:
     document starts. With `alone`, prompts are evaluated in one go or found whole in the cache: the reply then does not
     depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
     its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
-    with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name.
+    with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name. A `constraint` says
+    what the reply has to be; the head does not count.
     """
 
     prompts: tuple[IntArray, ...]
@@ -50,10 +51,17 @@ class Request:
     parallel: bool | None = None
     unit: Unit = "token"
     top: int = 0
+    constraint: Constraint | None = None
+
+
+FORCED = -1
+"""Stands for the number of bytes that a constraint forces: they may be no piece of any member."""
 
 
 class Draw(NamedTuple):
-    """One sampled piece.
+    """One sampled piece, or bytes that a constraint forces.
+
+    The `number` of these is FORCED and their probability 1; no member was asked, and `shares` are the weights.
 
     `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
     where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
@@ -82,6 +90,14 @@ class Work:
     text_tokens: int = 0
     prompt_seconds: float = 0.0
     text_seconds: float = 0.0
+
+
+def needed_logits(
+    alignment: Alignment, strategy: Strategy, unit: Unit, sampling: Sampling, constraint: Constraint | None
+) -> int:
+    """How many of a member's largest logits are enough for its distribution; 0: none but all of them."""
+    truncates = alignment is top_k and strategy != "union" and unit == "token" and constraint is None
+    return sufficient(sampling) if truncates else 0
 
 
 class Engine:

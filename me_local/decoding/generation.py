@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.decoding.engine import Course, Draw, Engine, Request, Result, Work
+from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request, Result, Work, needed_logits
 from me_local.decoding.strategies import Sampler
-from me_local.mixture.alignment import Distribution, sufficient, top_k
+from me_local.mixture.alignment import Distribution
 from me_local.mixture.routing import route
 from me_local.model import Evaluated, Row
 from me_local.text.growing import SampledText, Text, TokenizedText
@@ -55,8 +55,10 @@ class Generation:
         # before, there may be more tokens than bytes.
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
-        truncates = engine.alignment is top_k and request.strategy != "union" and request.unit == "token"
-        self.sufficient = tuple(sufficient(sampling) if truncates else 0 for sampling in request.sampling)
+        self.sufficient = tuple(
+            needed_logits(engine.alignment, request.strategy, request.unit, each, request.constraint)
+            for each in request.sampling
+        )
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         self._sampler = Sampler(engine, request, self._text, route)
@@ -190,7 +192,9 @@ class Generation:
         if self._engine.unified.same:
             sampled = self._contexts[0]
             assert isinstance(sampled, SampledText)
-            sampled.append(draw.number - 1)
+            vocabulary = self._engine.models[0].vocabulary
+            for id_ in vocabulary.encode(draw.piece) if draw.number == FORCED else (draw.number - 1,):
+                sampled.append(id_)
 
     def _weights(self) -> FloatArray:
         strays = self._text.strays

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from me_local.errors import InputError
-from me_local.llama.member import Member
-from me_local.model import Shortlist
+from me_local.model import LoadedModel, Shortlist
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.vocabulary import Vocabulary
@@ -50,7 +49,7 @@ def measure(logits: npt.NDArray[np.float32], vocabulary: Vocabulary) -> Loss:
     return Loss(float(of_lost.sum() / weights.sum()), vocabulary.text_of(lost[int(of_lost.argmax())]))
 
 
-def first_loss(member: Member, writer: PromptWriter) -> Loss:
+def first_loss(member: LoadedModel, writer: PromptWriter) -> Loss:
     """What is lost of a member's first prediction in the reply to a short message, which is evaluated and forgotten.
 
     Nothing is known where its template refuses the message. Raises RunError when llama.cpp fails.

@@ -14,13 +14,18 @@ from itertools import chain
 
 import numpy as np
 
-from me_local.arrays import FloatArray, IntArray
-from me_local.decoding.engine import Course, Draw, Engine, Request
+from me_local.arrays import FloatArray, IntArray, LogitArray
+from me_local.config import Sampling
+from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request
 from me_local.errors import RunError
-from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample
+from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample, sufficient, top_k
+from me_local.mixture.permitting import permitted
 from me_local.mixture.words import is_free, may_end
 from me_local.model import Row, split
+from me_local.text import constraints
+from me_local.text.constraints import Matcher
 from me_local.text.growing import Text
+from me_local.text.unified import END
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +47,31 @@ class Sampler:
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_uniform = route or _uniforms(route_seed)
         self._piece_uniform = _uniforms(piece_seed)
+        self._matcher = constraints.start(request.constraint) if request.constraint else None
 
     def draw(self, weights: FloatArray) -> Course[Draw]:
         """The next piece, under these weights, float64 (members,). Raises RunError."""
-        draw = yield from self._draw(weights)
+        draw = self._forced(weights) or (yield from self._draw(weights))
         if self._request.unit == "word":
-            self.writer = draw.member
+            self.writer = None if draw.number == FORCED else draw.member
+        if self._matcher and draw.piece:
+            self._matcher.append(draw.piece)
         return draw
+
+    def _forced(self, weights: FloatArray) -> Draw | None:
+        """The bytes, or the end, that the constraint forces here.
+
+        No member is asked, and they take the random numbers of one piece: those of others stay where they are.
+        """
+        if self._matcher is None:
+            return None
+        piece, over = self._matcher.forced(), self._matcher.is_over()
+        if not piece and not over:
+            return None
+        self._route_uniform(), self._piece_uniform()
+        number, shares = FORCED if piece else END, tuple(weights.tolist())
+        top = ((piece, 1.0),) if self._request.top else ()
+        return Draw(number, piece, int(weights.argmax()), 1.0, shares, top)
 
     def mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         """The mixture, and the distribution of each member with a weight above 0."""
@@ -124,11 +147,21 @@ class Sampler:
         logits = (yield (member,))[member]
         return self._align(member, logits, self._engine.unified.numbers[member])
 
+    def _permitted(self, logits: LogitArray, numbers: IntArray, matcher: Matcher, sampling: Sampling) -> IntArray:
+        """The numbers of the pieces that the constraint allows; no more of them than the alignment looks at."""
+        pieces, may_end = self._engine.unified.pieces, matcher.may_end()
+        wanted = sufficient(sampling) if self._engine.alignment is top_k else 0
+        permits = lambda number: may_end if number == END else matcher.allows(pieces[number])  # noqa: E731
+        return permitted(logits, numbers, permits, wanted)
+
     def _align(self, member: int, row: Row, numbers: IntArray) -> Distribution:
         """The distribution over the pieces of these numbers that a member's logits stand for."""
         self._engine.note_loss(member, row)
         try:
-            return self._engine.alignment(*split(row, numbers), self._request.sampling[member])
+            logits, numbers = split(row, numbers)
+            if self._matcher:
+                numbers = self._permitted(logits, numbers, self._matcher, self._request.sampling[member])
+            return self._engine.alignment(logits, numbers, self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)
             name = self._engine.models[member].name

@@ -1,4 +1,5 @@
-"""Members that are evaluated by something that is there already, and that me-local only drives.
+"""Members that something else runs: a program's own `Llama` objects, a llama-server, or a vLLM with all its machines.
 
-Each module knows one such thing, and makes of it what `model` asks of a member. Knows nothing of how pieces are drawn.
+An engine elsewhere is sent ids and gives the largest logits after them; its own prefix cache is the synchronisation.
+Loads members, of whichever kind. Knows nothing of how pieces are drawn.
 """

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
@@ -19,11 +20,11 @@ import llama_cpp
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import CacheType, Config, MemberConfig, Sampling, config_of
+from me_local.config import CacheType, Config, MemberConfig, Overrides, Sampling, check, is_template_file, override
+from me_local.engines.loading import Loaded, prompt_writer, put_together
 from me_local.errors import ConfigError, RunError
 from me_local.llama.batch import Part
 from me_local.llama.context import cache_type
-from me_local.llama.loading import Loaded, prompt_writer, put_together
 from me_local.llama.member import Member
 from me_local.llama.options import context_table
 from me_local.llama.weights import Weights
@@ -197,22 +198,27 @@ def instances_config(
             raise ConfigError(
                 f'{_PLACE}: "{name}": is the same Llama as "{other}", whose cache holds one text: make another'
             )
+    for name, weight in weights.items():
+        check("weight", weight, f'{_PLACE}: "{name}".weight')
     members = [
-        _member_config(name, llama, weights.get(name, 1.0), sampling.get(name, Sampling()), templates.get(name))
-        for name, llama in instances.items()
+        _member_config(name, llama, sampling.get(name), templates.get(name)) for name, llama in instances.items()
     ]
-    return config_of(members, _PLACE)
+    shares = {name: weights.get(name, 1.0) for name in instances}
+    if not any(shares.values()):
+        raise ConfigError(f"{_PLACE}: weights: every one is 0; one must be above 0")
+    return override(Config(path=None, members=tuple(members)), Overrides(weights=shares))
 
 
 def load_instances(config: Config, instances: Mapping[str, llama_cpp.Llama], stack: ExitStack) -> Loaded:
     """Members on these `Llama` objects; `stack` lets go of them. Raises LoadError."""
     members: list[Member] = []
+    files: list[Weights] = []
     for member in config.members:
         llama = instances[member.name]
-        weights = stack.enter_context(closing(Weights(member, loaded=llama.model)))
-        members.append(stack.enter_context(Instance(member, weights, llama)))
-    writers = [prompt_writer(config, member.config, member.weights) for member in members]
-    return put_together(members, writers, UnifiedVocabulary([member.vocabulary for member in members]), [])
+        files.append(stack.enter_context(closing(Weights(member, lent=llama.model))))
+        members.append(stack.enter_context(Instance(member, files[-1], llama)))
+    writers = [prompt_writer(config, *pair) for pair in zip(config.members, files, strict=True)]
+    return put_together(members, files, writers, UnifiedVocabulary([file.vocabulary for file in files]), [])
 
 
 def _problem(llama: object) -> str | None:
@@ -234,22 +240,22 @@ def _problem(llama: object) -> str | None:
     return None
 
 
-def _member_config(
-    name: str, llama: llama_cpp.Llama, weight: float, sampling: Sampling, template: str | None
-) -> MemberConfig:
+def _member_config(name: str, llama: llama_cpp.Llama, sampling: Sampling | None, template: str | None) -> MemberConfig:
     """What a models.toml would say of it: other contexts on its model are made so."""
+    where = f'{_PLACE}: "{name}"'
     model, context = llama.model_params, llama.context_params
     table = context_table(context) | {"n_threads_batch": llama.n_threads_batch}
     if llama.kv_overrides:
         table["kv_overrides"] = dict(llama.kv_overrides)
     if llama.lora_path:
         table["lora_scale"] = llama.lora_scale
+    if template and is_template_file(check("chat_template", template, f"{where}.template")):
+        template = str(Path(template).expanduser().absolute())
     types = {cache_type(each): each for each in get_args(CacheType)}
     return MemberConfig(
-        name=name,
+        name=check("name", name, f"{_PLACE}: the name of a member"),
         path=Path(llama.model_path).absolute(),
-        weight=weight,
-        sampling=sampling,
+        sampling=check("sampling", asdict(sampling or Sampling()), where),
         n_ctx=context.n_ctx,
         n_gpu_layers=-1 if model.n_gpu_layers == _ALL_LAYERS else model.n_gpu_layers,
         n_threads=llama.n_threads,

@@ -82,6 +82,7 @@ class Member:
         self.name = config.name
         self.weights = weights
         self.vocabulary = weights.vocabulary
+        self.summary = f"{weights.description}, {weights.parameters / 1e6:,.0f} M parameters"
         self.states: States | None = None
         self.seconds = 0.0
         self.on_gpu = supports_gpu() and not 0 <= config.n_gpu_layers <= weights.layers
@@ -290,6 +291,15 @@ class Member:
 
     abilities = Abilities()
     local = True
+    wire_seconds = 0.0
+
+    def twin(self) -> "Member":
+        """Another context on the same weights."""
+        return Member(self.config, self.weights)
+
+    def keep_states(self, states: States) -> None:
+        """From now on, exchange what the cache holds with these."""
+        self.states = states
 
     @property
     def places(self) -> int:

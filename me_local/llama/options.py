@@ -8,12 +8,12 @@ parameters do.
 import ctypes
 import json
 import math
-from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
 import llama_cpp
 
+from me_local.checks import require_known, shown
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError
 
@@ -70,7 +70,7 @@ def require_options(member: MemberConfig, place: str = "") -> None:
         if key in _REASONS:
             raise ConfigError(f"{where}: cannot be set: {_REASONS[key]}")
         if key not in _KEYWORDS and key not in _MODEL | _CONTEXT:
-            raise ConfigError(f"{where}: unknown key; {_nearest(key)}")
+            require_known(key, _known(), f'{place}member "{member.name}".llama.', "key")
         if key not in _KEYWORDS and key not in _fields():
             raise ConfigError(f"{where}: cannot be set: it is a pointer, which a file cannot hold")
         try:
@@ -81,8 +81,8 @@ def require_options(member: MemberConfig, place: str = "") -> None:
         raise ConfigError(f'{place}member "{member.name}".llama.load_mode: goes without use_mmap and use_mlock')
 
 
-def set_model(settings: llama_cpp.llama_model_params, member: MemberConfig) -> object:
-    """Put what is said of the model into `settings`; what comes back must live as long as these are used.
+def set_model(settings: llama_cpp.llama_model_params, member: MemberConfig) -> None:
+    """Put what is said of the model into `settings`.
 
     NUMA is a matter of the whole process; llama.cpp takes the first word on it. Raises ConfigError.
     """
@@ -95,10 +95,8 @@ def set_model(settings: llama_cpp.llama_model_params, member: MemberConfig) -> o
         settings.load_mode = getattr(llama_cpp, f"LLAMA_LOAD_MODE_{mode}")
     if strategy := _number("numa", table.get("numa", False)):
         llama_cpp.llama_numa_init(strategy)
-    overrides = _kv_overrides(table.get("kv_overrides", {}))
-    if len(overrides) > 1:
-        settings.kv_overrides = overrides
-    return overrides
+    if table.get("kv_overrides"):
+        settings.kv_overrides = _kv_overrides(table["kv_overrides"])  # which ctypes keeps as long as `settings`
 
 
 def set_context(settings: llama_cpp.llama_context_params, member: MemberConfig) -> None:
@@ -144,11 +142,11 @@ def _number(key: str, value: object) -> Any:
         value = int(value)  # true: distribute
     if key == "lora_scale" or kind is ctypes.c_float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f": must be a finite number, got {_shown(value)}")
+            raise ValueError(f": must be a finite number, got {shown(value)}")
         return float(value)
     if kind is ctypes.c_bool:
         if not isinstance(value, bool):
-            raise ValueError(f": must be true or false, got {_shown(value)}")
+            raise ValueError(f": must be true or false, got {shown(value)}")
         return value
     return _integer(key, value, *_LIMITS.get(key, _INTEGERS[kind]))
 
@@ -158,9 +156,9 @@ def _integer(key: str, value: object, least: int, most: int) -> int:
     if isinstance(value, str) and value.lower() in names:
         return names[value.lower()]
     if names and (isinstance(value, bool) or value not in names.values()):
-        raise ValueError(f": must be one of {', '.join(_shown(name) for name in names)}, got {_shown(value)}")
+        raise ValueError(f": must be one of {', '.join(shown(name) for name in names)}, got {shown(value)}")
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f": must be an integer, got {_shown(value)}")
+        raise ValueError(f": must be an integer, got {shown(value)}")
     if not least <= value <= most:
         raise ValueError(f": must be from {least} to {most}, got {value}")
     return value
@@ -178,19 +176,19 @@ def _names(key: str) -> dict[str, int]:
 def _kv_overrides(table: object) -> Any:
     """llama.cpp's array of overrides, which ends with an empty one. Raises ValueError like `_number`."""
     if not isinstance(table, dict):
-        raise ValueError(f": must be a table, got {_shown(table)}")
+        raise ValueError(f": must be a table, got {shown(table)}")
     array = (llama_cpp.llama_model_kv_override * (len(table) + 1))()
     for entry, (key, value) in zip(array, table.items(), strict=False):
         name = key.encode()
         if isinstance(value, dict):
             raise ValueError(f'.{key}: a key with dots stands in quotes: "{key}. ..." = ...')
         if not 0 < len(name) <= _MOST_BYTES or b"\0" in name:
-            raise ValueError(f".{_shown(key)}: a key has at most {_MOST_BYTES} bytes")
+            raise ValueError(f".{shown(key)}: a key has at most {_MOST_BYTES} bytes")
         entry.key = name
         try:
             entry.tag = _fill(entry.value, value)
         except ValueError as error:
-            raise ValueError(f".{_shown(key)}{error}") from None
+            raise ValueError(f".{shown(key)}{error}") from None
     return array
 
 
@@ -208,17 +206,8 @@ def _fill(room: Any, value: object) -> int:
     if isinstance(value, str) and len(value.encode()) <= _MOST_BYTES and "\0" not in value:
         room.val_str = value.encode()
         return int(llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR)
-    raise ValueError(
-        f": must be true or false, a number, or a text of at most {_MOST_BYTES} bytes, got {_shown(value)}"
-    )
+    raise ValueError(f": must be true or false, a number, or a text of at most {_MOST_BYTES} bytes, got {shown(value)}")
 
 
-def _nearest(key: str) -> str:
-    known = [*_KEYWORDS, *(field for field in _fields() if field not in _OWN_KEYS | _REASONS)]
-    near = get_close_matches(key, [*known, *_OWN_KEYS, *_REASONS], n=1)
-    return f'did you mean "{near[0]}"?' if near else f"allowed: {', '.join(sorted(known))}"
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=not str(value).isprintable(), default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _known() -> list[str]:
+    return sorted({*_KEYWORDS, *_fields()} - _OWN_KEYS.keys() - _REASONS.keys())

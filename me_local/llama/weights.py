@@ -32,23 +32,24 @@ class User(Protocol):
         """Let go of them; see `InFlight.end`."""
 
 
-class Weights:
-    """One GGUF model in memory. `close` frees it, after the contexts of all its members.
+class VocabularyFile:
+    """What a GGUF file says of text, without its tensors, which it may have or not.
 
-    `users` are the members that have such contexts; one is made within `use`, which keeps the model where it is.
-    `metadata` holds the single values of its header, as text; `size` is in bytes; `memory` says what a context keeps
-    of its tokens: "full", "sliding window N", "recurrent" or "hybrid"; `window` is that N, or 0; `warnings` are what
-    llama.cpp finds wrong with its vocabulary, a line each. Without `extra_buffers` no weights are packed anew for the
-    processor. `loaded` is a model that somebody else has loaded, and frees. Raises LoadError when the file cannot be
-    loaded.
+    `metadata` holds the single values of its header, as text; `warnings` are what llama.cpp finds wrong with its
+    vocabulary, a line each; `trained_context` is 0 where the header does not tell. `close` frees it. Raises LoadError
+    when the file cannot be loaded.
     """
 
-    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True, loaded: Any = None) -> None:
-        self.path = config.path if loaded and config.path else checked_file(config)
-        self.users: set[User] = set()
+    def __init__(self, config: MemberConfig) -> None:
+        settings = llama_cpp.llama_model_default_params()
+        settings.vocab_only = True
+        self._open(config, settings)
+
+    def _open(self, config: MemberConfig, settings: llama_cpp.llama_model_params | None, lent: Any = None) -> None:
+        self.path = config.path if lent and config.path else checked_file(config)
         self._in_flight = InFlight(f'member "{config.name}": ')
-        self._lent = loaded is not None
-        self.pointer: Any = loaded if self._lent else _load(config, self.path, extra_buffers=extra_buffers)
+        self._lent = lent is not None
+        self.pointer: Any = lent if self._lent else _load(config, self.path, settings)
         self.warnings = () if self._lent else _vocabulary_warnings(native_log.warnings)
         try:
             self._read(config.tokenizer, header_overrides(config))
@@ -62,18 +63,15 @@ class Weights:
     def _read(self, tokenizer: Path | None, replaced: dict[str, str]) -> None:
         model = self.pointer
         self.metadata = _metadata(model) | replaced
-        if self.metadata.get(f"{self.metadata.get('general.architecture')}.attention.causal") == "false":
+        architecture = self.metadata.get("general.architecture", "")
+        if self.metadata.get(f"{architecture}.attention.causal") == "false":
             raise LoadError("it does not generate text (an embedding model?)")
         if llama_cpp.llama_model_has_encoder(model):
             raise LoadError("it has an encoder, as T5 does, and only models that are decoders alone can be members")
         self.vocabulary = Vocabulary(model, tokenizer, replaced)
-        self.trained_context: int = llama_cpp.llama_model_n_ctx_train(model)
-        self.description = _text(llama_cpp.llama_model_desc, model)
-        self.size: int = llama_cpp.llama_model_size(model)
-        self.parameters: int = llama_cpp.llama_model_n_params(model)
-        self.layers: int = llama_cpp.llama_model_n_layer(model)
-        self.window: int = llama_cpp.llama_model_n_swa(model)
-        self.memory = _memory_kind(model)
+        # Without its tensors llama.cpp does not read these itself.
+        self.trained_context = _number(self.metadata.get(f"{architecture}.context_length", ""))
+        self.description = " ".join(filter(None, [architecture, self.metadata.get("general.size_label")]))
         self.chat_template = _chat_template(model)
         self.token_texts = _token_texts(model, self.vocabulary)
 
@@ -93,13 +91,41 @@ class Weights:
         self._in_flight.require_open()
 
     def _free(self, reason: str | None) -> None:
-        for user in list(self.users):  # those that an interrupted end has left
-            user.close(reason)
         if hasattr(self, "vocabulary"):
             self.vocabulary.close(reason)
         pointer, self.pointer = self.pointer, None
         if pointer and not self._lent:
             llama_cpp.llama_model_free(pointer)
+
+
+class Weights(VocabularyFile):
+    """One GGUF model in memory. `close` frees it, after the contexts of all its members.
+
+    `users` are the members that have such contexts; one is made within `use`, which keeps the model where it is.
+    `size` is in bytes; `memory` says what a context keeps of its tokens: "full", "sliding window N", "recurrent" or
+    "hybrid"; `window` is that N, or 0. Without `extra_buffers` no weights are packed anew for the processor. `lent` is
+    a model that somebody else has loaded, and frees.
+    """
+
+    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True, lent: Any = None) -> None:
+        self.users: set[User] = set()
+        self._open(config, None if lent else _settings(config, extra_buffers=extra_buffers), lent)
+
+    def _read(self, tokenizer: Path | None, replaced: dict[str, str]) -> None:
+        super()._read(tokenizer, replaced)
+        model = self.pointer
+        self.trained_context = llama_cpp.llama_model_n_ctx_train(model)
+        self.description = _text(llama_cpp.llama_model_desc, model)
+        self.size: int = llama_cpp.llama_model_size(model)
+        self.parameters: int = llama_cpp.llama_model_n_params(model)
+        self.layers: int = llama_cpp.llama_model_n_layer(model)
+        self.window: int = llama_cpp.llama_model_n_swa(model)
+        self.memory = _memory_kind(model)
+
+    def _free(self, reason: str | None) -> None:
+        for user in list(self.users):  # those that an interrupted end has left
+            user.close(reason)
+        super()._free(reason)
 
 
 class Shelf:
@@ -185,16 +211,14 @@ def part_names(file: str) -> list[str]:
     return [f"{start}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
 
 
-def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp.llama_model_p:
-    send_log()
-    native_log.first_errors.clear()
-    native_log.warnings.clear()
-    llama_cpp.llama_backend_init()
+def _settings(config: MemberConfig, *, extra_buffers: bool) -> llama_cpp.llama_model_params:
+    """How the tensors of a member are loaded. Raises ConfigError."""
     settings = llama_cpp.llama_model_default_params()
     layers = config.n_gpu_layers if supports_gpu() else 0
     settings.n_gpu_layers = _ALL_LAYERS if layers < 0 else layers
     settings.main_gpu = config.main_gpu
-    kept = set_model(settings, config)
+    llama_cpp.llama_backend_init()
+    set_model(settings, config)
     settings.use_extra_bufts = settings.use_extra_bufts and extra_buffers
     if config.tensor_split:
         # llama.cpp reads as many numbers as it knows devices
@@ -206,8 +230,15 @@ def _load(config: MemberConfig, path: Path, *, extra_buffers: bool) -> llama_cpp
             )
         split = (ctypes.c_float * devices)(*config.tensor_split)
         settings.tensor_split = split
+    return settings
+
+
+def _load(config: MemberConfig, path: Path, settings: llama_cpp.llama_model_params | None) -> llama_cpp.llama_model_p:
+    send_log()
+    native_log.first_errors.clear()
+    native_log.warnings.clear()
+    llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
-    del kept
     if not model:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
@@ -234,6 +265,11 @@ _PUT_RIGHT = re.compile(
     "control-looking token|dummy tokens|^setting token|^override|is a normal token here|removing '<\\|end\\|>'"
     "|special_pad_id|disabling|using default id"
 )
+
+
+def _number(text: str) -> int:
+    """A number of the header, 0 where it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def _metadata(model: llama_cpp.llama_model_p) -> dict[str, str]:

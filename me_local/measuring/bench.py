@@ -24,6 +24,7 @@ from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.llama.member import Member
 from me_local.measuring.inspection import inspect_member
+from me_local.model import LoadedModel
 from me_local.system.machine import processor, usable_cores
 from me_local.text.unified import END
 
@@ -59,7 +60,8 @@ class Speed:
     """Medians over the rounds of one contestant: a single member, CE or ME.
 
     `pieces` and `bytes` are per second of generation, the prompt left out; `prompt_seconds` is the prompt's time;
-    `decode_share` the part of the generation inside `llama_decode`, None where several run at a time.
+    `decode_share` the part of the generation inside `llama_decode`, None where several run at a time; `wire_seconds`
+    what a piece took on the way to engines elsewhere and back, as far as these say what they took themselves.
     """
 
     kind: Kind
@@ -68,6 +70,7 @@ class Speed:
     bytes: float
     prompt_seconds: float
     decode_share: float | None
+    wire_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,7 @@ class _Run:
     seconds: float
     decode_seconds: float
     prompt_seconds: float
+    wire_seconds: float
 
 
 def endless(engine: Engine) -> Engine:
@@ -209,12 +213,12 @@ def _contestants(ensemble: Ensemble) -> list[_Contestant]:
     return found
 
 
-def _contexts(member: Member) -> Iterator[int]:
+def _contexts(member: LoadedModel) -> Iterator[int]:
     return (context for context in CONTEXTS if context + max(TOKENS) <= member.n_ctx)
 
 
 def _call_times(
-    members: Sequence[Member], advance: Callable[[], object]
+    members: Sequence[LoadedModel], advance: Callable[[], object]
 ) -> Iterator[tuple[tuple[int, int, int], float]]:
     """Seconds of an evaluation by (member, context, tokens)."""
     for i, member in enumerate(members):
@@ -226,7 +230,7 @@ def _call_times(
                 advance()
 
 
-def _ids(member: Member, count: int) -> IntArray:
+def _ids(member: LoadedModel, count: int) -> IntArray:
     ids = member.vocabulary.encode(sample_text(2 * count).encode(), at_start=True)
     return np.array(ids[:count], dtype=np.int32)
 
@@ -240,24 +244,29 @@ def _run(engine: Engine, ensemble: Ensemble, contestant: _Contestant, seed: int)
         parallel=contestant.parallel,
         seed=seed,
     )
-    for model in engine.models:
-        assert isinstance(model, Member)
-        model.forget()
+    for member in ensemble.members:
+        member.forget()
     # In ME a member that is not drawn yet would pay for its prompt later.
     generation.prepare()
     prompt = sum(work.prompt_seconds for work in generation.work)
     for _ in range(_WARM_UP):
         generation.step()
-    inside, length = _inside(generation), len(generation.text)
+    inside, length, wire = _inside(generation), len(generation.text), _on_the_wire(ensemble)
     started = time.perf_counter()
     for _ in range(STEPS - _WARM_UP):
         generation.step()
     seconds = time.perf_counter() - started
-    return _Run(STEPS - _WARM_UP, len(generation.text) - length, seconds, _inside(generation) - inside, prompt)
+    on_the_wire = _on_the_wire(ensemble) - wire
+    written = len(generation.text) - length
+    return _Run(STEPS - _WARM_UP, written, seconds, _inside(generation) - inside, prompt, on_the_wire)
 
 
 def _inside(generation: Generation) -> float:
     return sum(work.text_seconds for work in generation.work)
+
+
+def _on_the_wire(ensemble: Ensemble) -> float:
+    return sum(member.wire_seconds for member in ensemble.members)
 
 
 def _report(
@@ -291,6 +300,7 @@ def _speed(contestant: _Contestant, runs: Sequence[_Run]) -> Speed:
         bytes=median(run.bytes / run.seconds for run in runs),
         prompt_seconds=median(run.prompt_seconds for run in runs),
         decode_share=None if contestant.parallel else median(run.decode_seconds / run.seconds for run in runs),
+        wire_seconds=median(run.wire_seconds / run.pieces for run in runs),
     )
 
 
@@ -330,9 +340,10 @@ def machine() -> dict[str, Any]:
 
 def _memory(ensemble: Ensemble) -> int | None:
     """Weights once for each file; caches and buffers of all members."""
-    reports = [inspect_member(member) for member in ensemble.members]
+    here = [member for member in ensemble.members if isinstance(member, Member)]
+    reports = [inspect_member(member) for member in here]
     parts = [(report.kv_cache_bytes, report.working_bytes) for report in reports]
-    files = {id(member.weights): member.weights.size for member in ensemble.members}
+    files = {id(member.weights): member.weights.size for member in here}
     if any(part is None for pair in parts for part in pair):
         return None
     return sum(files.values()) + sum(part or 0 for pair in parts for part in pair)

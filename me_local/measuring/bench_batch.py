@@ -19,7 +19,8 @@ from me_local.decoding.batching import Batching
 from me_local.decoding.engine import Request
 from me_local.decoding.reply import Draft
 from me_local.ensemble import Ensemble
-from me_local.errors import RunError
+from me_local.errors import InputError, RunError
+from me_local.llama.member import Member
 from me_local.llama.weights import Shelf
 from me_local.measuring.bench import BatchSpeed, endless, sample_text
 from me_local.measuring.cost import CallCost, Way, measure, pieces_per_second
@@ -45,8 +46,12 @@ class _Contestant:
 def bench_batches(config: Config, counts: Sequence[int], advance: Callable[[], object]) -> tuple[BatchSpeed, ...]:
     """Measure each of these numbers of replies; `advance` is called `batch_work(config, counts)` times.
 
-    Raises LoadError where the memory has no room for all of them.
+    Raises LoadError where the memory has no room for all of them, InputError where a member runs elsewhere.
     """
+    if away := [member.name for member in config.members if member.url]:
+        raise InputError(
+            f'--batch: member "{away[0]}" runs elsewhere, and what several replies cost it is not known here'
+        )
     cells = _CELLS * (_PROMPT + STEPS)
     short = replace(
         config, members=tuple(replace(m, n_ctx=min(m.n_ctx, cells) if m.n_ctx else cells) for m in config.members)
@@ -55,7 +60,8 @@ def bench_batches(config: Config, counts: Sequence[int], advance: Callable[[], o
     with ExitStack() as stack:
         shelf = stack.enter_context(closing(Shelf()))
         ensembles = [stack.enter_context(Ensemble(short, batch=count, shelf=shelf)) for count in counts]
-        costs: list[CallCost] = [measure(member, max(counts)) for member in ensembles[0].members]
+        here = [member for member in ensembles[0].members if isinstance(member, Member)]
+        costs: list[CallCost] = [measure(member, max(counts)) for member in here]
         for round_ in range(ROUNDS + 1):
             for ensemble in ensembles:
                 # The speed of a machine goes up and down, so few replies are measured several times.

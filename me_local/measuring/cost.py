@@ -21,13 +21,14 @@ from typing import Literal
 import numpy as np
 
 from me_local.arrays import FloatArray
-from me_local.errors import LoadError
+from me_local.errors import InputError, LoadError
 from me_local.llama.batch import Part
 from me_local.llama.context import CELL_BYTES
 from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
 from me_local.llama.options import longest_context
 from me_local.llama.weights import supports_gpu
+from me_local.model import LoadedModel
 from me_local.system.machine import available_memory
 
 Way = Literal["me shared", "me own", "ce"]
@@ -168,12 +169,20 @@ def _timed(probe: Member, count: int, tokens: int, context: int) -> float:
     return median(seconds[1:])  # the first warms up
 
 
-def choose_batch(members: Sequence[Member], weights: Sequence[float], way: Way, most: int) -> int:
-    """How many replies at once, up to `most`: a power of two, the least that is nearly as fast as any that fits."""
-    room = _that_fit(members)
+def choose_batch(members: Sequence[LoadedModel], weights: Sequence[float], way: Way, most: int) -> int:
+    """How many replies at once, up to `most`: a power of two, the least that is nearly as fast as any that fits.
+
+    Raises InputError where a member runs elsewhere, whose costs are not known here.
+    """
+    here = [member for member in members if isinstance(member, Member)]
+    if len(here) < len(members):
+        raise InputError(
+            "--batch auto: what several replies cost a member that runs elsewhere is not known: give a number"
+        )
+    room = _that_fit(here)
     most = max(1, min(most, MOST, room))
     counts = [2**i for i in range(most.bit_length())]
-    costs = [measure(member, most) for member in members]
+    costs = [measure(member, most) for member in here]
     speeds = {count: pieces_per_second(costs, weights, count, way) for count in counts}
     enough = _ENOUGH * max(speeds.values())
     chosen: int = next(count for count in counts if speeds[count] >= enough)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from me_local.decoding.losses import Loss
+from me_local.engines.remote import RemoteModel
 from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
 from me_local.llama.options import longest_context
+from me_local.model import LoadedModel
 from me_local.text.vocabulary import Vocabulary
 
 RISKY_AGREEMENT = 0.6
@@ -72,25 +74,35 @@ The budget rose from 1,204,500 to 3,250,075 euros (+169.8 %) between 2009-03-31 
 
 @dataclass(frozen=True, slots=True)
 class MemberReport:
-    """What a member is and takes up: sizes in bytes, contexts in tokens; None for what cannot be computed."""
+    """What a member is and takes up: sizes in bytes, contexts in tokens; None for what cannot be computed.
+
+    Of one that runs elsewhere, at `address`, only what the file of its vocabulary and its engine say; `step_seconds` is
+    the median of 20 steps there, `slots` how many contexts the engine has, `prefix_cache` whether it finds earlier ones
+    again.
+    """
 
     name: str
     path: str
     architecture: str
-    parameters: int
-    quantisation: str  # in llama.cpp's words
+    engine: str
+    address: str | None
+    parameters: int | None
+    quantisation: str | None  # in llama.cpp's words
     context: int
     trained_context: int
-    memory: str  # "full", "sliding window N", "recurrent" or "hybrid"
+    memory: str | None  # "full", "sliding window N", "recurrent" or "hybrid"
     vocabulary: str  # "BPE", "SPM", ...
     vocabulary_size: int
     template: str  # "GGUF", "plain", the name of a built-in or a path
     end_tokens: tuple[str, ...]
-    weights_bytes: int
+    weights_bytes: int | None
     kv_cache_bytes: int | None
     working_bytes: int | None  # llama.cpp's buffers for a batch
     total_bytes: int | None
     lost: Loss | None  # of its first prediction
+    slots: int | None = None
+    step_seconds: float | None = None
+    prefix_cache: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +119,11 @@ class PairReport:
     risky: bool
 
 
-def inspect_member(member: Member, lost: Loss | None = None) -> MemberReport:
-    """Report on a loaded member; `lost` is what `first_loss` gives of it."""
+def inspect_member(member: LoadedModel, lost: Loss | None = None) -> MemberReport:
+    """Report on a loaded member; `lost` is what `first_loss` gives of it. Raises RunError."""
+    if isinstance(member, RemoteModel):
+        return _inspect_remote(member)
+    assert isinstance(member, Member)
     weights = member.weights
     cells = allocated_context(member.config.n_ctx, longest_context(member.config, weights.trained_context))
     kv_cache = kv_cache_bytes(weights.metadata, weights.memory, member.config, cells)
@@ -118,6 +133,8 @@ def inspect_member(member: Member, lost: Loss | None = None) -> MemberReport:
         name=member.name,
         path=str(weights.path),
         architecture=weights.metadata.get("general.architecture", "unknown"),
+        engine=member.abilities.engine,
+        address=None,
         parameters=weights.parameters,
         quantisation=quantisation(weights.description),
         context=member.n_ctx,
@@ -135,7 +152,36 @@ def inspect_member(member: Member, lost: Loss | None = None) -> MemberReport:
     )
 
 
-def compare(a: Member, b: Member) -> PairReport:
+def _inspect_remote(member: RemoteModel) -> MemberReport:
+    file, vocabulary = member.file, member.vocabulary
+    seconds, cached = member.measure()
+    return MemberReport(
+        name=member.name,
+        path=str(file.path),
+        architecture=file.metadata.get("general.architecture", "unknown"),
+        engine=member.abilities.engine,
+        address=member.config.url,
+        parameters=None,
+        quantisation=None,
+        context=member.n_ctx,
+        trained_context=file.trained_context,
+        memory=None,
+        vocabulary=vocabulary.kind,
+        vocabulary_size=vocabulary.size,
+        template=member.config.chat_template or ("GGUF" if file.chat_template else "plain"),
+        end_tokens=tuple(vocabulary.text_of(token) for token in vocabulary.end_ids),
+        weights_bytes=None,
+        kv_cache_bytes=None,
+        working_bytes=None,
+        total_bytes=None,
+        lost=None,
+        slots=member.description.places,
+        step_seconds=seconds,
+        prefix_cache=cached,
+    )
+
+
+def compare(a: LoadedModel, b: LoadedModel) -> PairReport:
     """Report on how the vocabularies of two loaded members go together."""
     same = a.vocabulary.identity == b.vocabulary.identity
     pieces, others = sampleable(a.vocabulary), sampleable(b.vocabulary)

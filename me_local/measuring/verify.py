@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from me_local.arrays import FloatArray, IntArray
 from me_local.asking import make_request
@@ -22,9 +22,8 @@ from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.ensemble import Ensemble
 from me_local.errors import RunError
-from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution
-from me_local.model import Evaluated, Model, Row, split
+from me_local.model import Evaluated, LoadedModel, Row, Shortlist
 from me_local.text.unified import END
 from me_local.text.utf8 import utf8_runs
 
@@ -50,6 +49,7 @@ ROUNDING = 0.002
 """A total-variation distance that is always allowed: models without noise of their own still round."""
 FALSE_ALARM = 1e-4
 """How often strategy equality fails although it holds."""
+_COMPARED_LOGITS = 100  # of a member that does not give all of them
 _SMALLEST_CELL = 10  # expected draws; below it the chi-square approximation gets worse
 
 
@@ -118,24 +118,32 @@ class Report:
         return {"passed": self.passed, **asdict(self)}
 
 
-class _Witness:
-    """A model that remembers the last ids it was synchronised with, and gives all logits."""
+def most_compared(model: LoadedModel) -> int:
+    """How many of the largest logits are compared; 0: all of them, where there are all."""
+    most = model.abilities.most_logits
+    return 0 if most is None else min(_COMPARED_LOGITS, most)
 
-    def __init__(self, model: Model) -> None:
+
+class _Witness:
+    """A model that remembers the last ids it was synchronised with, and gives as many logits as are compared."""
+
+    def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.name, self.n_ctx, self.vocabulary = model.name, model.n_ctx, model.vocabulary
         self.divisible, self.local = model.divisible, model.local
         self.ids: IntArray = np.empty(0, dtype=np.int32)
 
-    def prepare(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int, alone: bool) -> Evaluated:
+    def prepare(
+        self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0, alone: bool = False
+    ) -> Evaluated:
         return self.model.prepare(ids, interrupted, final=final, alone=alone)
 
-    def sync(self, ids: IntArray, interrupted: Callable[[], bool], *, final: int) -> Evaluated:
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
         self.ids = ids
         return self.model.sync(ids, interrupted, final=final)
 
     def shorten(self, count: int, numbers: IntArray) -> None:
-        self.model.shorten(0, numbers)
+        self.model.shorten(most_compared(self.model), numbers)
 
     def logits(self) -> Row:
         return self.model.logits()
@@ -149,7 +157,7 @@ def work(ensemble: Ensemble) -> int:
     return len(PROMPTS) * (STEPS + STEPPED * len(ensemble.members) + DRAWS)
 
 
-def verify(ensemble: Ensemble, references: Sequence[Member], seed: int, advance: Callable[[], object]) -> Report:
+def verify(ensemble: Ensemble, references: Sequence[LoadedModel], seed: int, advance: Callable[[], object]) -> Report:
     """Run the three checks; `references` are members with contexts of their own, one for each of the ensemble's.
 
     What is written and which steps are compared follows from `seed`. Raises RunError.
@@ -159,12 +167,14 @@ def verify(ensemble: Ensemble, references: Sequence[Member], seed: int, advance:
 
 class _Verification:
     def __init__(
-        self, ensemble: Ensemble, references: Sequence[Member], seed: int, advance: Callable[[], object]
+        self, ensemble: Ensemble, references: Sequence[LoadedModel], seed: int, advance: Callable[[], object]
     ) -> None:
         self._ensemble, self._references, self._seed, self._advance = ensemble, references, seed, advance
         engine = ensemble.engine
-        self._witnesses = [_Witness(model) for model in engine.models]
+        self._witnesses = [_Witness(member) for member in ensemble.members]
         self._engine = Engine(self._witnesses, engine.router, engine.alignment)
+        for reference, numbers in zip(references, self._engine.unified.numbers, strict=True):
+            reference.shorten(most_compared(reference), numbers)
         self._random = np.random.default_rng(seed)
         self._distances: list[list[tuple[float, int, int]]] = [[] for _ in references]
         self._stepping: list[list[float]] = [[] for _ in references]
@@ -237,9 +247,15 @@ class _Verification:
 
         At the edge of a truncation a low bit would count as much as a token's whole probability.
         """
-        logits, _ = split(row, self._engine.unified.numbers[member])
-        scores = logits.astype(np.float64) / (self._ensemble.config.members[member].sampling.temperature or 1.0)
-        scores[self._engine.unified.numbers[member] < 0] = -np.inf
+        numbers = self._engine.unified.numbers[member]
+        if isinstance(row, Shortlist):
+            logits = np.full(len(numbers), -np.inf)
+            known = row.ids < len(numbers)
+            logits[row.ids[known]] = row.logits[known]
+        else:
+            logits = row.astype(np.float64)
+        scores: FloatArray = logits / (self._ensemble.config.members[member].sampling.temperature or 1.0)
+        scores[numbers < 0] = -np.inf
         weights: FloatArray = np.exp(scores - scores.max())
         weights /= weights.sum()
         return weights
@@ -285,8 +301,8 @@ class _Verification:
         tests = [self._draw(prefix, 1_000_000 * number) for number, prefix in enumerate(prefixes, start=1)]
         statistic, freedom = sum(test[0] for test in tests), sum(test[1] for test in tests)
         strangers = sum(test[2] for test in tests)
-        p_value = float(stats.chi2.sf(statistic, freedom)) if freedom else 1.0
-        p_values = tuple(float(stats.chi2.sf(g, n)) if n else 1.0 for g, n, _ in tests)
+        p_value = float(special.chdtrc(freedom, statistic)) if freedom else 1.0
+        p_values = tuple(float(special.chdtrc(n, g)) if n else 1.0 for g, n, _ in tests)
         passed = p_value >= FALSE_ALARM and strangers == 0
         return Equality(len(tests) * DRAWS, p_values, statistic, freedom, p_value, strangers, passed)
 

@@ -78,7 +78,7 @@ class OneByOne:
         self._ensemble = ensemble
         self._running: tuple[Job, ReplyStream] | None = None
         for member in ensemble.members:
-            member.states = states
+            member.keep_states(states)
 
     @property
     def busy(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from me_local.asking import Ask, check_conversation
-from me_local.config import Overrides, Strategy, Unit, override
+from me_local.config import Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
 from me_local.text.messages import Message, Role
@@ -202,7 +202,7 @@ class _Request(_Model):
             min_p=self.min_p,
             weights=self._weights(ensemble),
         )
-        override(ensemble.config, overrides)
+        ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
         if len(given) * n > _MOST_REPLIES:
             raise ApiError(400, f"n: that makes {len(given) * n} replies, at most {_MOST_REPLIES} are given", param="n")

@@ -15,7 +15,7 @@ import processes
 import pytest
 from click.testing import CliRunner
 
-from me_local.cli import main
+from me_local.cli.program import main
 
 WriteModels = Callable[..., Path]
 
@@ -26,7 +26,7 @@ KEYS = ("text", "finish_reason", "seed", "route", "error")
 DRIVER = """
 import os, signal, sys
 from me_local import records
-from me_local.cli import generate, main
+from me_local.cli.program import main
 from me_local.llama.member import Member
 
 kill_at, *arguments = sys.argv[1:]

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from commands import Run, jsonl, one_line, records
 
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.llama.member import Member
 
 WriteModels = Callable[..., Path]

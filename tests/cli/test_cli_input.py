@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from commands import Run, jsonl, one_line, records
 
 from me_local import InputError
-from me_local.cli import main
 from me_local.cli.input import argument_text
 from me_local.cli.options import variable_of
+from me_local.cli.program import main
 
 WriteModels = Callable[..., Path]
 

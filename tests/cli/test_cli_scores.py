@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from commands import one_line
 
 from me_local import Ensemble
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.config import load_config
 
 OpenEnsemble = Callable[..., Ensemble]

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from commands import jsonl, one_line
 from terminals import ME_LOCAL, spawn
 
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.cli.streams import printable
 
 WriteModels = Callable[..., Path]

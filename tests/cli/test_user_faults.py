@@ -18,7 +18,7 @@ from selection import slow_but
 from terminals import ME_LOCAL
 
 from me_local import Chat, Ensemble, Overrides
-from me_local.cli import main
+from me_local.cli.program import main
 
 WriteModels = Callable[..., Path]
 OpenEnsemble = Callable[..., Ensemble]

@@ -13,7 +13,7 @@ from tiny_architectures import CONSTANT, llama_model
 from tiny_vocabularies import chatml_vocab, control
 
 from me_local import Message, Overrides, load
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.decoding.losses import Loss, first_loss, measure
 
 

@@ -7,8 +7,8 @@ import click
 import pytest
 import update_docs
 
-from me_local.cli import main
 from me_local.cli.commands import COMMANDS
+from me_local.cli.program import main
 
 ROOT = Path(__file__).parents[2]
 PAGE = update_docs.PAGE.read_text()

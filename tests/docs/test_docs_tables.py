@@ -50,7 +50,7 @@ def test_every_key_is_in_the_tables_and_no_other() -> None:
     page = documented()
     shape = names(Sampling)
     assert set(page["members"]) == names(MemberConfig) - {"sampling"} | shape
-    assert set(page["ensemble"]) | set(page["sampling"]) == names(Config) - {"path", "members"} | shape
+    assert set(page["ensemble"]) | set(page["sampling"]) == names(Config) - {"path", "members", "constraint"} | shape
     assert set(page["ensemble"]) & set(page["sampling"]) == set()
 
 

@@ -314,7 +314,7 @@ def test_what_cannot_be_a_member_is_one_line(make_llama: MakeLlama, tiny: dict[s
     assert problem({"a": llama}, sampling={"b": Sampling()}) == 'Ensemble.of: sampling: "b" is no member; there are a'
     assert problem({"a": llama}, templates={"b": "plain"}) == 'Ensemble.of: templates: "b" is no member; there are a'
     assert problem({"a": llama}, {"a": -1.0}) == 'Ensemble.of: "a".weight: must be at least 0, got -1.0'
-    assert problem({"a": llama}, {"a": 0.0}) == "Ensemble.of: every weight is 0; one must be above 0"
+    assert problem({"a": llama}, {"a": 0.0}) == "Ensemble.of: weights: every one is 0; one must be above 0"
     assert problem({"a": llama}, sampling={"a": Sampling(top_p=2)}).startswith('Ensemble.of: "a".top_p: must be')
     assert 'member "a": chat_template' in problem({"a": llama}, templates={"a": "no-such"})
     assert "must be a name" in problem({"a=b": llama})

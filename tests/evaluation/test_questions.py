@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from commands import one_line
 
 from me_local import ConfigError, Ensemble, Overrides, load
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.evaluation.questions import ACCURACY, Cell, Job, Likelihood, Row, Sampling, markdown, spread, tabulate
 from me_local.evaluation.tasks import TASKS, Question, read_questions
 

@@ -62,7 +62,7 @@ def test_each_parameter_reaches_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> No
         n_threads_batch=3,
         kv_overrides={"a.b": True, "c": 7, "d": 0.5, "e": "word"},
     )
-    kept = options.set_model(model, member)
+    options.set_model(model, member)
     options.set_context(context, member)
     assert (model.split_mode, model.load_mode, model.check_tensors) == (2, 3, True)  # MMAP_MLOCK
     assert began == [2]
@@ -74,7 +74,6 @@ def test_each_parameter_reaches_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> No
     assert entries[0].value.val_bool is True
     assert (entries[1].value.val_i64, entries[2].value.val_f64, entries[3].value.val_str) == (7, 0.5, b"word")
     assert [entry.tag for entry in entries[:4]] == [2, 0, 1, 3]
-    del kept
 
 
 @pytest.mark.parametrize(
@@ -142,7 +141,7 @@ def test_an_embedding_model_by_its_header_is_refused(open_member: OpenMember) ->
         ({"devices": []}, "cannot be set: it is a pointer, which a file cannot hold"),
         ({"rope_freq_base": "x"}, 'llama.rope_freq_base: must be a finite number, got "x"'),
         ({"rope_freq_base": True}, "llama.rope_freq_base: must be a finite number, got true"),
-        ({"yarn_ext_factor": float("nan")}, "must be a finite number, got NaN"),
+        ({"yarn_ext_factor": float("nan")}, "must be a finite number, got nan"),
         ({"lora_scale": "x"}, "llama.lora_scale: must be a finite number"),
         ({"offload_kqv": 1}, "llama.offload_kqv: must be true or false, got 1"),
         ({"use_mmap": "no"}, 'llama.use_mmap: must be true or false, got "no"'),

@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from conftest import OpenEnsemble
 from gguf import GGUFReader
 
-from me_local.cli import main
 from me_local.cli.bench import remarks
+from me_local.cli.program import main
 from me_local.measuring.bench import bench, endless, limit, make_generation, work
 from me_local.text.unified import END
 

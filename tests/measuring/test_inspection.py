@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from gguf import GGUFReader
 
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.measuring import inspection
 from me_local.measuring.inspection import (
     SAMPLE,

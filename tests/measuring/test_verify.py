@@ -15,7 +15,7 @@ from scipy import stats
 
 from me_local import Ensemble
 from me_local.arrays import FloatArray, IntArray
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.decoding.engine import Course, Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.decoding.strategies import Sampler

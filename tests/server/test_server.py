@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from served import MESSAGES, Served, Tap, served
 
 from me_local import Message, Overrides
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.server.app import Access
 from me_local.server.serving import Limits, bind
 

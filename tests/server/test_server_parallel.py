@@ -19,7 +19,7 @@ from served import Served, Tap, served
 from test_server import started
 
 from me_local import Ensemble, Message, Overrides, load
-from me_local.cli import main
+from me_local.cli.program import main
 from me_local.server.serving import Limits
 
 PLENTY = 10**6  # pieces

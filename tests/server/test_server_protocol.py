@@ -130,11 +130,9 @@ def test_only_the_first_fault_of_many_is_looked_into(messages: list[object]) -> 
 
 
 def test_replies_that_are_asked_for() -> None:
-    ensemble = SimpleNamespace(names=("a", "b"), config=None)
+    ensemble = SimpleNamespace(names=("a", "b"), config=None, with_overrides=lambda _: None)
     request = parsed(CompletionRequest, '{"model": "me-local/b", "prompt": ["x", "y"], "n": 2, "seed": 5, "stop": "z"}')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("me_local.server.protocol.override", lambda *_: None)
-        asks = request.asks(ensemble)
+    asks = request.asks(ensemble)
     assert [(ask.prompt, ask.overrides.seed) for ask in asks] == [("x", 5), ("x", 6), ("y", 7), ("y", 8)]
     assert {ask.overrides.stop for ask in asks} == {("z",)}
     assert asks[0].overrides.weights == {"a": 0.0, "b": 1.0}
