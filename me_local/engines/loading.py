@@ -66,8 +66,7 @@ def load_members(
 
     for member in config.members:
         require_options(member, config.place)
-    here = [member for member in config.members if member.url is None]
-    found = try_members(here, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
+    found = try_members(config.members, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
     making: list[Future[LoadedModel]] = []
     files: list[VocabularyFile] = []
     try:
