@@ -120,8 +120,8 @@ class Prompter:
     def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
         remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
         return PromptTooLongError(
-            f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
-            f"shorten it, or {remedy}"
+            f'the prompt has {length} tokens for member "{member.name}", which exceeds the available context size of '
+            f"{member.n_ctx}: shorten it, or {remedy}"
         )
 
 

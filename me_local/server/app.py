@@ -22,7 +22,7 @@ from me_local.decoding.reply import Reply
 from me_local.errors import MeLocalError
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer
-from me_local.server.guard import Gate, KeyCheck, read_body, refusal
+from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body, refusal
 from me_local.server.making import Event
 from me_local.server.metrics import Metrics
 from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
@@ -39,11 +39,18 @@ Events = AsyncGenerator[tuple[int, Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: with which key, if any; by which further names of this machine; pages of which other origins."""
+    """Who may ask: with which key, if any; by which further names of this machine; pages of which other origins.
+
+    Names are brought into the form in which browsers send them. Raises ConfigError for what is none.
+    """
 
     key: str | None = None
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hosts", tuple(map(host_of, self.hosts)))
+        object.__setattr__(self, "origins", tuple(map(origin_of, self.origins)))
 
 
 def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -> Starlette:
@@ -52,7 +59,13 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
     middleware = [Middleware(Gate, metrics, access.hosts, access.origins)]
     if access.origins:
         middleware.append(
-            Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
+            Middleware(
+                CORSMiddleware,
+                allow_origins=access.origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                allow_private_network=True,  # pages of these sites may ask a server at home
+            )
         )
     if access.key is not None:
         middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics", "/models", "/chat", "/completions")))

@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from me_local.errors import ConfigError
 from me_local.server.metrics import Metrics
 from me_local.server.protocol import ApiError
 
@@ -140,6 +142,33 @@ def _too_large() -> ApiError:
     return ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes", code="body_too_large")
 
 
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def origin_of(site: str) -> str:
+    """An origin as browsers send it. Raises ConfigError for what is none."""
+    try:
+        parts = urlsplit(site.lower())
+        fits = parts.scheme in _DEFAULT_PORTS and parts.hostname and parts.path in ("", "/") and "@" not in site
+        fits = fits and not parts.query and not parts.fragment and (parts.port is None or parts.port > 0)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigError(f"--cors: a site looks like https://example.org, got {site[:80]!r}")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(_DEFAULT_PORTS[parts.scheme])}"
+
+
+def host_of(name: str) -> str:
+    """The name of a machine, without a port. Raises ConfigError for what is none."""
+    try:
+        host = urlsplit(f"//{name.lower()}").hostname or ""
+    except ValueError:
+        host = ""
+    if not re.fullmatch(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?\.?|[0-9a-f:.]+", host) or "/" in name or "@" in name:
+        raise ConfigError(f"--allow-host: a name looks like box.example.org, got {name[:80]!r}")
+    return host
+
+
 def _netloc(origin: str) -> str:
     """The host and port of an origin; empty where it is none."""
     try:
@@ -150,7 +179,7 @@ def _netloc(origin: str) -> str:
 
 def _names(host: str, origin: str) -> tuple[str, str]:
     """What the host calls itself, and the same without the port that goes without saying."""
-    port = {"https": ":443", "http": ":80"}.get(origin.partition(":")[0], "")
+    port = _DEFAULT_PORTS.get(origin.partition(":")[0], "")
     return host, host.removesuffix(port) if port else host
 
 

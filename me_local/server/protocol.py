@@ -101,6 +101,15 @@ def _listed(raw: Any) -> Any:
     return [raw] if isinstance(raw, str) else raw
 
 
+def _stops(raw: Any) -> Any:
+    return None if raw == "" else _listed(raw)
+
+
+def _without(*off: object) -> BeforeValidator:
+    """Values by which clients say that they want nothing."""
+    return BeforeValidator(lambda raw: None if not isinstance(raw, bool) and raw in off else raw)
+
+
 _SAYS_NOTHING: tuple[Any, ...] = (None, [], {}, "")
 _Ignored = Annotated[Any, Field(default=None)]
 _Unsupported = Annotated[Any, Field(default=None), _no_effect_but([], {}, "")]
@@ -108,9 +117,10 @@ _Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
 _Factor = Annotated[float | None, Field(default=None), _no_effect_but(1)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-_Stops = Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)]
+_Stops = Annotated[list[_Stop], Field(max_length=16)]
 _Weights = Annotated[dict[str, _Finite], BeforeValidator(_bounded_fields)]
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Limit = Annotated[_Count | None, _without(-1)]
 
 
 class _Model(BaseModel):
@@ -183,11 +193,11 @@ class _Request(Structure, _Model):
     model: str = MODEL
     temperature: _Finite | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1), BeforeValidator(lambda raw: 0 if raw == -1 else raw)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: _Count | None = None
-    stop: _Stops | None = None
-    seed: Annotated[int, Field(ge=0, le=2**62)] | None = None
+    max_tokens: _Limit = None
+    stop: Annotated[_Stops | None, BeforeValidator(_stops)] = None
+    seed: Annotated[int | None, Field(ge=0, le=2**62), _without(-1)] = None
     n: _Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -273,7 +283,7 @@ class ChatRequest(_Request):
     """A body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_texts)]
-    max_completion_tokens: _Count | None = None
+    max_completion_tokens: _Limit = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     modalities: Annotated[Any, _no_effect_but(["text"])] = None

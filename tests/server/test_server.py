@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from served import MESSAGES, Served, Tap, served
 
-from me_local import Message, Overrides
+from me_local import ConfigError, Message, Overrides
 from me_local.cli.program import main
 from me_local.server.app import Access
 from me_local.server.serving import Limits, bind
@@ -472,3 +472,43 @@ def test_what_proxies_send(server: Served) -> None:
     with server.http.stream("POST", "/v1/chat/completions", json={"messages": MESSAGES, "stream": True}) as streamed:
         assert streamed.headers["X-Accel-Buffering"] == "no"
     assert server.http.put("/v1/chat/completions").headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://Chat.Example.org/", "https://chat.example.org"),
+        ("https://chat.example.org:443", "https://chat.example.org"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:80", "http://[::1]"),
+    ],
+)
+def test_sites_are_brought_into_the_form_of_browsers(given: str, origin: str) -> None:
+    assert Access(origins=[given]).origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    ("given", "host"), [("Box:8000", "box"), ("box.example.org", "box.example.org"), ("[::1]", "::1")]
+)
+def test_names_are_taken_without_their_port(given: str, host: str) -> None:
+    assert Access(hosts=[given]).hosts == (host,)
+
+
+@pytest.mark.parametrize("site", ["*", "a.example.org", "https://a/b", "ftp://a", "https://u:p@a", "https://a:x", ""])
+def test_what_is_no_site_is_refused(site: str) -> None:
+    with pytest.raises(ConfigError, match="--cors: a site looks like"):
+        Access(origins=[site])
+
+
+@pytest.mark.parametrize("name", ["*", "http://box:8000", "a b", "", "a/b", "user@box"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-host: a name looks like"):
+        Access(hosts=[name])
+
+
+def test_a_site_that_is_allowed_may_ask_a_server_at_home(two_models: Path) -> None:
+    headers = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST"}
+    headers |= {"Access-Control-Request-Private-Network": "true", "Access-Control-Request-Headers": "content-type"}
+    with served(two_models, Access(origins=["https://chat.example.org/"])) as running:
+        answer = running.http.options("/v1/chat/completions", headers=headers)
+        assert (answer.status_code, answer.headers["Access-Control-Allow-Private-Network"]) == (200, "true")
