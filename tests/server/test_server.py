@@ -19,10 +19,11 @@ import pytest
 from click.testing import CliRunner
 from served import MESSAGES, Served, Tap, served
 
-from me_local import ConfigError, Message, Overrides
+from me_local import ConfigError, Message, Overrides, load
 from me_local.cli.program import main
+from me_local.server import connections
 from me_local.server.app import Access
-from me_local.server.serving import Limits, bind
+from me_local.server.serving import Limits, Loading, Server, address_of, bind
 
 ASK = {"model": "me-local", "messages": MESSAGES, "max_tokens": 20, "seed": 1}
 
@@ -512,3 +513,33 @@ def test_a_site_that_is_allowed_may_ask_a_server_at_home(two_models: Path) -> No
     with served(two_models, Access(origins=["https://chat.example.org/"])) as running:
         answer = running.http.options("/v1/chat/completions", headers=headers)
         assert (answer.status_code, answer.headers["Access-Control-Allow-Private-Network"]) == (200, "true")
+
+
+def test_while_models_are_loaded_it_says_when_to_come_again(two_models: Path) -> None:
+    with bind("127.0.0.1", 0, guarded=False) as listener:
+        url = address_of(listener)
+        with Loading(listener):
+            for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/")):
+                answer = httpx.request(method, f"{url}{path}", timeout=30)
+                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+                assert answer.json()["error"]["code"] == "loading"
+            socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=30).close()
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 503
+        with load(two_models) as ensemble:
+            ready = threading.Event()
+            server = Server(ensemble, Access(), Limits(), ready.set)
+            thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
+            thread.start()
+            assert ready.wait(60)
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+            server.should_exit = True
+            thread.join(60)
+
+
+def test_a_connection_is_kept_for_the_next_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+        for _ in range(2):
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in raw.recv(4096)
+            threading.Event().wait(0.3)  # longer than a head may take
