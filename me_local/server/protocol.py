@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from me_local.asking import Ask, check_conversation
+from me_local.asking import Ask, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
@@ -297,6 +297,8 @@ class ChatRequest(_Request):
     verbosity: _Unsupported
     web_search_options: _Unsupported
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: _Ignored
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
@@ -322,7 +324,10 @@ class ChatRequest(_Request):
         messages = _as_messages(self.messages)
         if self.tools and self.may_call:
             messages = toolbox.told(messages, self.tools)
-        check_conversation(messages)
+        answered, head = parted(messages)
+        check_conversation(answered)
+        if self.continue_final_message and not head:
+            raise InputError("continue_final_message: the last message is not the assistant's")
         return [tuple(messages)]
 
     def constraint(self) -> Constraint | None:

@@ -536,10 +536,11 @@ def test_while_models_are_loaded_it_says_when_to_come_again(two_models: Path) ->
             thread.join(60)
 
 
+@pytest.mark.slow
 def test_a_connection_is_kept_for_the_next_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "_HEAD_SECONDS", 1.0)
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
         for _ in range(2):
             raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in raw.recv(4096)
-            threading.Event().wait(0.3)  # longer than a head may take
+            threading.Event().wait(1.3)  # longer than a head may take
