@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 STATIC = Path(__file__).parent / "static"
 
+BEAT = 15.0
+"""Seconds without a word in a stream, after which it says that it goes on."""
+
 T = TypeVar("T")
 Asked = ChatRequest | CompletionRequest
 Events = AsyncGenerator[tuple[int, Event], None]
@@ -173,9 +176,19 @@ class Routes:
         if not asked.stream:
             replies = await _while_there(request, _replies(events))
             return JSONResponse(answer.whole(replies))
-        first = await _while_there(request, anext(events))
+        first = asyncio.ensure_future(anext(events))
+        try:
+            # What is refused has a status of its own, unless it waits so long that proxies would give it up.
+            await _while_there(request, asyncio.wait({first}, timeout=BEAT))
+            if first.done():
+                first.result()
+        except BaseException:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+            await events.aclose()
+            raise
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_lines(answer, first, events, chat=isinstance(asked, ChatRequest), usage=usage))
+        return EventStream(_beating(_lines(answer, first, events, chat=isinstance(asked, ChatRequest), usage=usage)))
 
     async def _events(self, asks: Sequence[Ask]) -> Events:
         """What happens to all choices, each with its index. Raises ApiError."""
@@ -211,8 +224,27 @@ class EventStream(StreamingResponse):
             await self.body_iterator.aclose()
 
 
+async def _beating(lines: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """The lines, and a comment wherever none came for a while: so that nobody takes the connection for a dead one."""
+    following: asyncio.Future[str] | None = None
+    try:
+        while True:
+            following = asyncio.ensure_future(anext(lines))
+            while not (await asyncio.wait({following}, timeout=BEAT))[0]:
+                yield ": there is more to come\n\n"
+            try:
+                yield following.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        if following:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+        await lines.aclose()
+
+
 async def _lines(
-    answer: Answer, first: tuple[int, Event], events: Events, *, chat: bool, usage: bool
+    answer: Answer, first: Awaitable[tuple[int, Event]], events: Events, *, chat: bool, usage: bool
 ) -> AsyncGenerator[str, None]:
     """The chunks of an answer as server-sent events; a failure is the last of them."""
     replies: dict[int, Reply] = {}
@@ -241,8 +273,8 @@ async def _lines(
         await events.aclose()
 
 
-async def _chained(first: tuple[int, Event], rest: Events) -> AsyncIterator[tuple[int, Event]]:
-    yield first
+async def _chained(first: Awaitable[tuple[int, Event]], rest: Events) -> AsyncIterator[tuple[int, Event]]:
+    yield await first
     async for event in rest:
         yield event
 

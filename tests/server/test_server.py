@@ -544,3 +544,16 @@ def test_a_connection_is_kept_for_the_next_request(server: Served, monkeypatch: 
             raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in raw.recv(4096)
             threading.Event().wait(1.3)  # longer than a head may take
+
+
+def test_a_stream_that_waits_says_so(two_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("me_local.server.app.BEAT", 0.05)
+    with served(two_models) as running:
+        tap = Tap(running.ensemble)
+        body = {"model": "me-local", "messages": MESSAGES, "max_tokens": 3, "stream": True}
+        with running.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            lines = response.iter_lines()
+            assert next(lines) == ": there is more to come"
+            tap.let(3)
+            assert "data: [DONE]" in list(lines)
