@@ -88,6 +88,7 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
 def _api(routes: "Routes", prefix: str) -> list[Route]:
     return [
         Route(f"{prefix}/models", routes.models),
+        Route(f"{prefix}/models/", routes.models),
         Route(f"{prefix}/models/{{model:path}}", routes.model),
         Route(f"{prefix}/chat/completions", routes.chat, methods=["POST"]),
         Route(f"{prefix}/completions", routes.complete, methods=["POST"]),

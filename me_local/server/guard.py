@@ -61,6 +61,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith("//"):  # of a base URL with a slash at its end
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
         started, status = time.monotonic(), 499
 
         async def watched(message: Message) -> None:

@@ -162,7 +162,7 @@ class ChatMessage(_Model):
 
     @model_validator(mode="after")
     def _require_content(self) -> "ChatMessage":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError("content: is missing")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only the assistant has them")
@@ -302,7 +302,7 @@ class ChatRequest(_Request):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only goes with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: contradicts max_tokens")

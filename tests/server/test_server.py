@@ -436,10 +436,17 @@ def test_serve_without_its_extra(two_models: Path) -> None:
     assert (result.returncode, result.stderr) == (2, 'Error: serve needs uvicorn: pip install "me-local[server]"\n')
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
-def test_paths_with_and_without_their_version(server: Served, path: str) -> None:
-    assert server.http.post(path, json={"messages": MESSAGES, "max_tokens": 2}).status_code == 200
-    assert server.http.get(path.replace("chat/completions", "models")).json()["data"][0]["id"] == "me-local"
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "//v1/chat/completions"])
+def test_paths_as_clients_write_them(server: Served, path: str) -> None:
+    assert server.http.post(f"{server.url}{path}", json={"messages": MESSAGES, "max_tokens": 2}).status_code == 200
+    for models in ("models", "models/"):
+        url = server.url + path.replace("chat/completions", models)
+        assert server.http.get(url).json()["data"][0]["id"] == "me-local"
+
+
+def test_an_assistant_that_said_nothing(server: Served) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": None}, *MESSAGES]
+    assert server.chat(messages=messages, logprobs=False, top_logprobs=0).status_code == 200
 
 
 @pytest.mark.parametrize(
