@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply
+from me_local.ensemble import Ensemble
 from me_local.errors import MeLocalError
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer
@@ -26,9 +28,16 @@ from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body,
 from me_local.server.making import Event
 from me_local.server.metrics import Metrics
 from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.tokens import ApplyTemplate, Detokenize, Tokenize, apply_template, detokenize, props, tokenize
 from me_local.server.worker import Worker
 
 log = logging.getLogger(__name__)
+
+_CLOSED = (
+    *("/v1", "/metrics", "/models", "/chat/", "/completions"),
+    *("/tokenize", "/detokenize", "/apply-template", "/props"),
+)
+"""Behind these paths something of the ensemble is given away."""
 
 STATIC = Path(__file__).parent / "static"
 
@@ -36,6 +45,8 @@ BEAT = 15.0
 """Seconds without a word in a stream, after which it says that it goes on."""
 
 T = TypeVar("T")
+R = TypeVar("R", bound=BaseModel)
+Handler = Callable[[Request], Awaitable[Response]]
 Asked = ChatRequest | CompletionRequest
 Events = AsyncGenerator[tuple[int, Event], None]
 
@@ -71,7 +82,7 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
             )
         )
     if access.key is not None:
-        middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics", "/models", "/chat", "/completions")))
+        middleware.append(Middleware(KeyCheck, access.key, _CLOSED))
     return Starlette(
         routes=[
             *(route for prefix in ("/v1", "") for route in _api(routes, prefix)),  # some clients leave /v1 out
@@ -92,6 +103,10 @@ def _api(routes: "Routes", prefix: str) -> list[Route]:
         Route(f"{prefix}/models/{{model:path}}", routes.model),
         Route(f"{prefix}/chat/completions", routes.chat, methods=["POST"]),
         Route(f"{prefix}/completions", routes.complete, methods=["POST"]),
+        Route(f"{prefix}/tokenize", routes.tokens(Tokenize, tokenize), methods=["POST"]),
+        Route(f"{prefix}/detokenize", routes.tokens(Detokenize, detokenize), methods=["POST"]),
+        Route(f"{prefix}/apply-template", routes.tokens(ApplyTemplate, apply_template), methods=["POST"]),
+        Route(f"{prefix}/props", routes.props),
     ]
 
 
@@ -114,6 +129,27 @@ class Routes:
         if name not in model_names(self._ensemble):
             raise ApiError(404, "there is no such model", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
+
+    def tokens(self, kind: type[R], answer: Callable[[Ensemble, R], dict[str, Any]]) -> Handler:
+        """What POST /tokenize and its kin answer."""
+
+        async def respond(request: Request) -> Response:
+            try:
+                asked = parse(kind, await read_body(request))
+                # A long text takes long, and other requests are not to wait for it.
+                return JSONResponse(await asyncio.to_thread(answer, self._ensemble, asked))
+            except MeLocalError as error:
+                return refusal(api_error(error))
+            except ApiError as error:
+                return refusal(error)
+            except Exception as error:
+                return refusal(_unexpected(error))
+
+        return respond
+
+    async def props(self, _: Request) -> Response:
+        """GET /props."""
+        return JSONResponse(props(self._ensemble))
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""

@@ -321,7 +321,7 @@ class ChatRequest(_Request):
 
     def prompts(self) -> list[str | tuple[Message, ...]]:
         """The conversation. Raises InputError when it cannot be answered."""
-        messages = _as_messages(self.messages)
+        messages = as_messages(self.messages)
         if self.tools and self.may_call:
             messages = toolbox.told(messages, self.tools)
         answered, head = parted(messages)
@@ -351,7 +351,7 @@ class ChatRequest(_Request):
         return self.top_logprobs or 0
 
 
-def _as_messages(given: Sequence[ChatMessage]) -> list[Message]:
+def as_messages(given: Sequence[ChatMessage]) -> list[Message]:
     """The messages as members see them; results of tools, and what the user says behind them, are one turn."""
     messages: list[Message] = []
     for before, message in zip([None, *given], given, strict=False):
