@@ -38,16 +38,15 @@ _SURELY = 1e9  # is added to its logit, behind the probabilities that are report
 class LlamaServer:
     """A llama-server, and the model of this name in it, where it is a router of several.
 
-    Without `caches` it evaluates each prompt whole. `harmless` is an id whose piece is whole characters.
+    `harmless` is an id whose piece is whole characters.
     """
 
-    def __init__(
-        self, connection: Connection, model: str | None = None, *, harmless: int = 0, caches: bool = True
-    ) -> None:
+    def __init__(self, connection: Connection, model: str | None = None, *, harmless: int = 0) -> None:
         self._connection = connection
         self._named = {} if model is None else {"model": model}
         self._props = "/props" if model is None else f"/props?model={quote(model, safe='')}"
-        self._always = _ALWAYS | self._named | {"cache_prompt": caches, "logit_bias": [[harmless, _SURELY]]}
+        self._always = _ALWAYS | self._named | {"logit_bias": [[harmless, _SURELY]]}
+        self._caches = True
 
     def describe(self, interrupted: Interrupted | None = None) -> Description:
         """From /props: its n_ctx is that of one slot, of which it leaves the last to what it samples."""
@@ -66,12 +65,16 @@ class LlamaServer:
         answer, _ = self._connection.ask("/tokenize", body, interrupted=interrupted)
         return checked_ids(answer.get("tokens"), self._connection.where, "/tokenize")
 
+    def forget(self) -> None:
+        """The next prompt is evaluated whole, which empties the cache of its slot before."""
+        self._caches = False
+
     def predict(self, ids: Sequence[int], count: int, place: int, interrupted: Interrupted | None) -> Prediction:
         """From /completion."""
-        body = self._always | {"prompt": ids, "n_probs": count, "id_slot": place}
+        body = self._always | {"prompt": ids, "n_probs": count, "id_slot": place, "cache_prompt": self._caches}
         began = time.monotonic()
         answer, opened = self._connection.ask("/completion", body, interrupted=interrupted)
-        took = time.monotonic() - began
+        took, self._caches = time.monotonic() - began, True
         where = self._connection.where
         timings = checked_object(answer.get("timings", {}), where, "/completion")
         seconds = checked_seconds([timings.get("prompt_ms"), timings.get("predicted_ms")], took)

@@ -44,9 +44,9 @@ _PROBED = (4, 9, 14)  # tokens after which a model is known again
 class RemoteModel:
     """A member of an ensemble behind the address in its configuration; `file` has its vocabulary, and stays open.
 
-    Without `caches` the engine evaluates each context from its beginning. `wire_seconds` is what requests took beyond
-    what the engine says that it took itself, in the `steps` of which it says so. Raises LoadError where the engine is
-    not there, runs another model, or has no room for `places` replies at once.
+    One that `forgets` finds nothing in the engine's caches but what it evaluated itself since then. `wire_seconds` is
+    what requests took beyond what the engine says that it took itself, in the `steps` of which it says so. Raises
+    LoadError where the engine is not there, runs another model, or has no room for `places` replies at once.
 
     What an engine answers after it may have been started again counts only once it is seen to be the same model.
     """
@@ -54,7 +54,7 @@ class RemoteModel:
     local = False
     divisible = True
 
-    def __init__(self, config: MemberConfig, file: VocabularyFile, *, places: int = 1, caches: bool = True) -> None:
+    def __init__(self, config: MemberConfig, file: VocabularyFile, *, places: int = 1, forgets: bool = False) -> None:
         assert config.url is not None
         self.file = file
         self.config = config
@@ -63,6 +63,7 @@ class RemoteModel:
         self.places = places
         self.seconds = self.wire_seconds = 0.0
         self.steps = 0
+        self._forgets = forgets
         self._checks_text = config.tokenizer is None
         self._count, self._numbers = 1, np.zeros(self.vocabulary.size, dtype=np.int32)
         self._spare = _SPARE
@@ -72,9 +73,9 @@ class RemoteModel:
         self._row: Row | None = None
         self._connection = Connection(self.name, config.url, _key(config), config.api_key_env)
         self.server: Server = (
-            Vllm(self._connection, config.model, caches=caches)
+            Vllm(self._connection, config.model)
             if config.engine == "vllm"
-            else LlamaServer(self._connection, config.model, harmless=_harmless(self.vocabulary), caches=caches)
+            else LlamaServer(self._connection, config.model, harmless=_harmless(self.vocabulary))
         )
         try:
             self._meet()
@@ -169,8 +170,9 @@ class RemoteModel:
         return evaluated
 
     def shorten(self, count: int, numbers: IntArray) -> None:
-        """Ask for so many log-probabilities, from now on, of ids whose number is not negative."""
-        self._count, self._numbers = count, numbers
+        """Ask for so many log-probabilities, from now on, of ids whose number is not negative; 0: for all of them."""
+        self._count = count or int(np.count_nonzero(numbers >= 0))
+        self._numbers = numbers
 
     def logits(self) -> Row:
         """The largest log-probabilities after the last `sync`."""
@@ -182,11 +184,13 @@ class RemoteModel:
 
     def forget(self) -> None:
         """Evaluate whole prompts again, as far as the engine has not kept them."""
+        if self._forgets:
+            self.server.forget()
         self._held = [np.empty(0, dtype=np.int32)] * self.places
 
     def twin(self) -> "RemoteModel":
-        """The same engine by connections of their own, and without its caches."""
-        return RemoteModel(self.config, self.file, caches=False)
+        """The same engine by connections of their own; what others had it evaluate counts for nothing."""
+        return RemoteModel(self.config, self.file, forgets=True)
 
     def keep_states(self, states: object) -> None:
         """The engine has caches of its own."""

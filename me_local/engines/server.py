@@ -56,6 +56,9 @@ class Server(Protocol):
     def tokenize(self, text: str, interrupted: Interrupted | None = None) -> list[int]:
         """The ids of a text in which nothing becomes a control token."""
 
+    def forget(self) -> None:
+        """Have the next prediction find nothing in any cache, and those after it nothing from before."""
+
     def predict(self, ids: Sequence[int], count: int, place: int, interrupted: Interrupted | None) -> Prediction:
         """The `count` largest log-probabilities after `ids`, which go into the cache of a place."""
 

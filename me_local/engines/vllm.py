@@ -21,12 +21,12 @@ _MANY_PLACES = 256  # requests that it runs at once, unless it is told otherwise
 
 
 class Vllm:
-    """A vLLM, and the model of this name in it; None: its first. Without `caches` it evaluates each prompt whole."""
+    """A vLLM, and the model of this name in it; None: its first."""
 
-    def __init__(self, connection: Connection, model: str | None = None, *, caches: bool = True) -> None:
+    def __init__(self, connection: Connection, model: str | None = None) -> None:
         self._connection = connection
         self._model = model
-        self._caches = caches
+        self._salt: dict[str, str] = {}
 
     def describe(self, interrupted: Interrupted | None = None) -> Description:
         """From /v1/models: the model of the configured name, or the first. It wants room for the token it samples."""
@@ -50,6 +50,10 @@ class Vllm:
         answer, _ = self._connection.ask("/tokenize", body, interrupted=interrupted)
         return checked_ids(answer.get("tokens"), self._connection.where, "/tokenize")
 
+    def forget(self) -> None:
+        """Its cache is by salts: nothing in there was evaluated with this one."""
+        self._salt = {"cache_salt": secrets.token_hex(16)}
+
     def predict(self, ids: Sequence[int], count: int, place: int, interrupted: Interrupted | None) -> Prediction:
         """From /v1/completions; the sampled token stands among the others, and is dropped where it is one too many."""
         body: dict[str, Any] = {
@@ -59,9 +63,7 @@ class Vllm:
             "logprobs": count,
             "temperature": 1.0,
             "return_tokens_as_token_ids": True,
-        }
-        if not self._caches:
-            body["cache_salt"] = secrets.token_hex(16)  # nothing in its prefix cache was evaluated with this
+        } | self._salt
         answer, opened = self._connection.ask("/v1/completions", body, interrupted=interrupted)
         where = self._connection.where
         try:
