@@ -6,6 +6,7 @@ an error is cut and made printable. Knows nothing of models.
 
 import json
 import math
+import os
 import ssl
 import threading
 import time
@@ -61,6 +62,7 @@ class Connection:
         self._key, self._variable = key, variable
         self._library = httpcore
         self._closed = threading.Event()
+        self._process = os.getpid()
         self._patience = Patience()
         self._url = url.rstrip("/")
         try:
@@ -111,6 +113,10 @@ class Connection:
         http, patience = self._library, self._patience
         if self._closed.is_set():
             raise RunError(_CLOSED)
+        if self._process != os.getpid():
+            raise RunError(
+                f"{self.where}: is asked by the process that loaded the ensemble, and not by one forked off it"
+            )
         patience.until = time.monotonic() + ANSWER_SECONDS
         patience.interrupted = lambda: self._closed.is_set() or interrupted()
         limits = {"timeout": {"connect": CONNECT_SECONDS, "pool": ANSWER_SECONDS}}
@@ -188,9 +194,10 @@ class Connection:
         return plain(text.replace(self._key, "***") if self._key else text)
 
     def close(self) -> None:
-        """Close all connections; what is asked, or asks already, then raises RunError."""
-        self._closed.set()
-        self._pool.close()
+        """Close all connections; what is asked, or asks already, then raises RunError. Does nothing in a fork."""
+        if self._process == os.getpid():
+            self._closed.set()
+            self._pool.close()
 
 
 def _never() -> bool:

@@ -67,6 +67,7 @@ class RemoteModel:
         self._checks_text = config.tokenizer is None
         self._count, self._numbers = 1, np.zeros(self.vocabulary.size, dtype=np.int32)
         self._spare = _SPARE
+        self._abandoned = 0
         self._lock = threading.Lock()  # several replies at once count in several threads
         self._meeting = threading.Lock()
         self._held: list[IntArray] = [np.empty(0, dtype=np.int32)] * places
@@ -192,6 +193,10 @@ class RemoteModel:
         """The same engine by connections of their own; what others had it evaluate counts for nothing."""
         return RemoteModel(self.config, self.file, forgets=True)
 
+    def abandon(self) -> None:
+        """End what is being asked, by EvaluationInterruptedError in the threads that ask."""
+        self._abandoned += 1
+
     def keep_states(self, states: object) -> None:
         """The engine has caches of its own."""
 
@@ -263,14 +268,18 @@ class RemoteModel:
         return median(each.seconds for each in found), cached or (None if self.config.engine == "vllm" else False)
 
     def _ask(self, ids: IntArray, count: int, place: int, interrupted: Interrupted) -> Prediction:
-        began, common = time.monotonic(), _common(self._held[place], ids)
-        prediction = self.server.predict(ids.tolist(), count, place, interrupted)
+        began, common, abandoned = time.monotonic(), _common(self._held[place], ids), self._abandoned
+
+        def given_up() -> bool:
+            return self._abandoned != abandoned or interrupted()
+
+        prediction = self.server.predict(ids.tolist(), count, place, given_up)
         if prediction.opened >= self._met or prediction.model != self._called:
             found = len(ids) - prediction.tokens
             if prediction.model == self._called and found >= max(_TELLING, common // 2) and common >= _TELLING:
                 self._met = max(self._met, began)  # only the one that it was has this in its cache
             else:
-                self._require_same_model(prediction, interrupted)
+                self._require_same_model(prediction, given_up)
         self._held[place] = ids.copy()
         return prediction
 
