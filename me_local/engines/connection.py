@@ -223,13 +223,13 @@ def _proxy(scheme: str, host: str, port: int | None) -> dict[str, Any] | None:
     return {"proxy_url": f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", "proxy_auth": auth}
 
 
-def _seconds(text: bytes | None) -> float:
-    """The seconds that a Retry-After header gives, within reason."""
+def _seconds(text: bytes | None) -> float | None:
+    """The seconds that a Retry-After header gives, within reason; None where it gives none, or a date."""
     try:
-        seconds = float(text or 1.0)
-    except ValueError:  # a date
-        seconds = 1.0
-    return min(max(seconds, _LOOK), PATIENCE) if math.isfinite(seconds) else 1.0
+        seconds = float(text or "")
+    except ValueError:
+        return None
+    return min(max(seconds, _SOON), PATIENCE) if math.isfinite(seconds) else None
 
 
 def _words(content: bytes) -> str:

@@ -89,7 +89,6 @@ class RemoteModel:
 
     def _meet(self) -> None:
         where = self._connection.where
-        self._met = time.monotonic()
         self.description = self.server.describe()
         self.n_ctx = self.description.n_ctx
         self._aside = min(self.places, self.description.places - 1)  # a slot for probes, with a cache of nobody's
@@ -104,6 +103,7 @@ class RemoteModel:
         self._probe = np.array(text if self.vocabulary.bos is None else [self.vocabulary.bos, *text], dtype=np.int32)
         self._most = self._find_most()
         self.abilities = Abilities(self.config.engine or "llama-server", self._most - _SPARE, likelihoods=False)
+        self._met = time.monotonic()  # what comes over connections that are there already is known from here on
         self._fingerprint, self._called = self._predict_probe()
 
     def _require_same_text(self, interrupted: Interrupted | None = None) -> None:
@@ -145,11 +145,12 @@ class RemoteModel:
         with self._meeting:
             if prediction.opened < self._met and prediction.model == self._called:
                 return  # another reply has looked meanwhile
-            where, met = self._connection.where, time.monotonic()
+            where = self._connection.where
             now = self.server.describe(interrupted)
             if now.n_ctx < self.n_ctx or now.places < self.places:
                 raise RunError(f"{where}: was started again with less room: load the ensemble again")
             self._require_same_text(interrupted)
+            met = time.monotonic()
             found, called = self._predict_probe(interrupted)
             if max(_distance(*pair) for pair in zip(found, self._fingerprint, strict=True)) > _SAME:
                 raise RunError(f"{where}: runs another model than before: load the ensemble again")

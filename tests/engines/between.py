@@ -56,10 +56,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Between
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self._pass()
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         self._pass()
 
     def _pass(self) -> None:
@@ -67,6 +67,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.seen.append(self.path)
         self.server.headers.append(dict(self.headers))
         fault = self.server.fault(self.path)
+        if fault is not None and self.path.startswith("http://"):  # as a proxy is asked
+            fault(self, b"")
+            return
         answer = self.server.client.request(
             self.command, self.server.target + self.path, content=body, headers={"Content-Type": "application/json"}
         )
