@@ -357,6 +357,9 @@ class Ensemble:
 
     def close(self) -> None:
         """Free all members; what is asked of the ensemble then raises RunError."""
+        for member in self.members:
+            if not member.local:  # may be away, and a step that waits for it is not waited for
+                member.close()
         self.engine.steps.end(self._stack.close)
 
     def __enter__(self) -> "Ensemble":
