@@ -27,7 +27,8 @@ from me_local.server.answers import Answer
 from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body, refusal
 from me_local.server.making import Event
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse
+from me_local.server.refusals import ApiError, api_error
 from me_local.server.tokens import ApplyTemplate, Detokenize, Tokenize, apply_template, detokenize, props, tokenize
 from me_local.server.worker import Worker
 
