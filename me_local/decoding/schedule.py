@@ -12,7 +12,7 @@ elsewhere are always asked at the same time, and take none of the cores.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from statistics import median
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -21,6 +21,7 @@ from me_local.system.inflight import uninterrupted
 Result = TypeVar("Result")
 
 _TRIALS = 5  # of each way
+_LOOK = 0.1  # seconds
 
 
 class Shares(Protocol):
@@ -118,6 +119,9 @@ class Schedule:
                 self._pool = ThreadPoolExecutor(len(self._models))
             futures = {key: self._pool.submit(task.run) for key, task in tasks.items()}
             results = {key: evaluate[key]() for key in here}
+            waiting = set(futures.values())
+            while waiting:  # not in one wait: where the system gives Ctrl-C to another thread, it would not end
+                waiting = wait(waiting, _LOOK).not_done
             return results | {key: future.result() for key, future in futures.items()}
         except BaseException:
             for key in tasks.keys() - local:

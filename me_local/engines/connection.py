@@ -57,7 +57,7 @@ class Connection:
 
             from me_local.engines.wire import Backend, Patience
         except ImportError:
-            raise LoadError(f'member "{name}": url needs httpx: pip install "me-local[remote]"') from None
+            raise LoadError(f'member "{name}": url needs httpcore: pip install "me-local[remote]"') from None
         self.where = f'member "{name}": {url}'
         self._key, self._variable = key, variable
         self._library = httpcore

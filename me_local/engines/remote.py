@@ -31,6 +31,7 @@ _PART = 1024
 _COUNTS = (512, 128, 64, 20, 5)
 """How many log-probabilities an engine is asked for at first, to see how many it gives."""
 _SPARE = 4  # so many more than are wanted: some may never be sampled
+_LOOK = 0.1  # seconds
 _SAME = 0.15
 """Total-variation distance of two predictions of one model after the same ids; batches make it some 0.05."""
 _TELLING = 16
@@ -327,6 +328,9 @@ class RemotePlaces:
             return {places[0]: one(places[0])}
         futures = {place: self._pool.submit(one, place) for place in places}
         try:
+            waiting = set(futures.values())
+            while waiting:  # not in one wait: where the system gives Ctrl-C to another thread, it would not end
+                waiting = wait(waiting, _LOOK).not_done
             return {place: future.result() for place, future in futures.items()}
         except BaseException:
             stopped.set()
