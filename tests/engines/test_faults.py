@@ -29,7 +29,7 @@ from me_local import Ensemble, LoadError, Overrides, RunError, load
 from me_local.decoding.reply import ReplyStream
 from me_local.engines import connection
 
-pytestmark = [pytest.mark.llama_server, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.llama_server, pytest.mark.slow, pytest.mark.timeout(90)]
 
 OPTIONS = ("-np", "3", "-c", "1536", "-ctk", "f32", "-ctv", "f32", "-fa", "off")
 SETTINGS = Overrides(seed=4, max_tokens=12)
@@ -552,19 +552,33 @@ def test_a_reply_is_cancelled_while_an_engine_is_away(
 def test_ctrl_c_ends_a_batch_while_an_engine_is_away(
     open_faulty: OpenFaulty, server: Between, strategy: Any, batch: int
 ) -> None:
+    """It is given again, as a user would: where Python is about to throw an object away, it is lost."""
     ensemble = open_faulty(batch=batch)
     finished = ensemble.generate_many([PROMPT] * 9, Overrides(seed=4, max_tokens=4, strategy=strategy), raw=True)
     next(finished)
     server.reached.clear()
     server.always = faults.hanging
-    interrupt = threading.Thread(
-        target=lambda: server.reached.wait(LIMIT) and (time.sleep(0.2) or os.kill(os.getpid(), signal.SIGINT))
-    )
-    interrupt.start()
+    ended = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if not ended.is_set():
+            raise KeyboardInterrupt
+
+    def press() -> None:
+        assert server.reached.wait(LIMIT)
+        while not ended.wait(1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before, keys = signal.signal(signal.SIGINT, interrupt), threading.Thread(target=press)
     began = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        list(finished)
-    interrupt.join(LIMIT)
+    try:
+        keys.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(finished)
+    finally:
+        ended.set()
+        keys.join(LIMIT)
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - began < LIMIT / 3  # it hangs for longer
     server.always = None
     server.release.set()
