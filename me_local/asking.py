@@ -52,9 +52,7 @@ class Prompter:
         """The bytes to complete, and each member's ids in front of them. Raises InputError."""
         if raw:
             return self.raw_prompts(prompt, config, interrupted)
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        check_conversation(messages)
-        prompts = self.prompts(messages, config, interrupted)
+        prompts = self.prompts(conversation(prompt), config, interrupted)
         self.check_lengths([len(ids) for ids in prompts], config)
         return b"", prompts
 
@@ -143,6 +141,13 @@ def make_request(
         top=top,
         constraint=config.constraint,
     )
+
+
+def conversation(prompt: Prompt) -> list[Message]:
+    """The messages of a prompt. Raises InputError for a conversation that cannot be answered."""
+    messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+    check_conversation(messages)
+    return messages
 
 
 def check_conversation(messages: Sequence[Message]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request, require_able
+from me_local.asking import Ask, Prompt, Prompter, check_conversation, conversation, make_request, require_able
 from me_local.config import Config, Overrides, Sampling, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
@@ -210,6 +210,15 @@ class Ensemble:
         if self.shares_route(config):
             config = replace(config, seed=seed)  # so that an earlier run without a seed can be gone on with, too
         return self._finish_many(config, enumerate(asks), batching, earlier, raw=raw)
+
+    def prompt_lengths(self, ask: Ask) -> tuple[int, ...]:
+        """The tokens of a conversation's prompt for each member that may write, whether they fit its context or not.
+
+        Raises what `stream` raises for the rest.
+        """
+        config = self.with_overrides(ask.overrides)
+        prompts = self.prompter.prompts(conversation(ask.prompt), config)
+        return tuple(len(ids) for ids, w in zip(prompts, self.prompter.writing(config), strict=True) if w)
 
     def batching(self, config: Config, *, seed: int | None = None) -> Batching:
         """Places for `batch` replies, with the route that the configuration wants; `seed` is that of a shared one."""

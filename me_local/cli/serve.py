@@ -27,6 +27,7 @@ class _Port(click.Option):
 @named("--api-key", help="What clients must give as key; better in the environment, where others do not see it.")
 @named("--insecure", is_flag=True, help="Listen without a key where other machines reach it.")
 @named("--allow-host", multiple=True, metavar="NAME", help="A name by which clients may call this machine.")
+@named("--alias", multiple=True, metavar="NAME", help="A further name of the ensemble, for clients that have theirs.")
 @named("--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org.")
 @click.option(
     "--parallel",
@@ -58,6 +59,7 @@ def serve(
     api_key: str | None,
     insecure: bool,
     allow_host: tuple[str, ...],
+    alias: tuple[str, ...],
     cors: tuple[str, ...],
     parallel: int,
     queue: int,
@@ -93,4 +95,4 @@ def serve(
             click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
         limits = Limits(queue, cache_mb * 2**20, timeout, grace)
-        Server(ensemble, Access(api_key, allow_host, cors), limits, ready, notices.tell).serve_on(listener)
+        Server(ensemble, Access(api_key, allow_host, cors, alias), limits, ready, notices.tell).serve_on(listener)

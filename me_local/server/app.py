@@ -19,13 +19,18 @@ from starlette.types import Receive, Scope, Send
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply
-from me_local.errors import MeLocalError
+from me_local.errors import ConfigError, MeLocalError
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer
 from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body, refusal
 from me_local.server.making import Event
+from me_local.server.messages_answers import MessageAnswer
+from me_local.server.messages_protocol import CountRequest, MessagesRequest
 from me_local.server.metrics import Metrics
 from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.responses_answers import ResponseAnswer
+from me_local.server.responses_protocol import ResponsesRequest
+from me_local.server.waiting import with_pauses
 from me_local.server.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -34,6 +39,7 @@ STATIC = Path(__file__).parent / "static"
 
 T = TypeVar("T")
 Asked = ChatRequest | CompletionRequest
+Translated = MessagesRequest | ResponsesRequest
 Events = AsyncGenerator[tuple[int, Event], None]
 
 
@@ -41,21 +47,26 @@ Events = AsyncGenerator[tuple[int, Event], None]
 class Access:
     """Who may ask: with which key, if any; by which further names of this machine; pages of which other origins.
 
-    Names are brought into the form in which browsers send them. Raises ConfigError for what is none.
+    Names are brought into the form in which browsers send them. `aliases` are further names of the ensemble. Raises
+    ConfigError for what is none.
     """
 
     key: str | None = None
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
+    aliases: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hosts", tuple(map(host_of, self.hosts)))
         object.__setattr__(self, "origins", tuple(map(origin_of, self.origins)))
+        for alias in self.aliases:
+            if not alias.strip() or not alias.isprintable() or alias.startswith(MODEL):
+                raise ConfigError(f"--alias: {alias!r:.80} is no further name of the ensemble")
 
 
 def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -> Starlette:
     """The application; a request is given up after `timeout` seconds."""
-    routes = Routes(worker, metrics, timeout)
+    routes = Routes(worker, metrics, timeout, access.aliases)
     middleware = [Middleware(Gate, metrics, access.hosts, access.origins)]
     if access.origins:
         middleware.append(
@@ -68,7 +79,7 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
             )
         )
     if access.key is not None:
-        middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics", "/models", "/chat", "/completions")))
+        middleware.append(Middleware(KeyCheck, access.key, _CLOSED))
     return Starlette(
         routes=[
             *(route for prefix in ("/v1", "") for route in _api(routes, prefix)),  # some clients leave /v1 out
@@ -82,39 +93,49 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
     )
 
 
+_CLOSED = ("/v1", "/metrics", "/models", "/chat", "/completions", "/messages", "/responses")
+"""What such paths begin with wants the key."""
+
+
 def _api(routes: "Routes", prefix: str) -> list[Route]:
     return [
         Route(f"{prefix}/models", routes.models),
         Route(f"{prefix}/models/{{model:path}}", routes.model),
         Route(f"{prefix}/chat/completions", routes.chat, methods=["POST"]),
         Route(f"{prefix}/completions", routes.complete, methods=["POST"]),
+        Route(f"{prefix}/messages", routes.messages, methods=["POST"]),
+        Route(f"{prefix}/messages/count_tokens", routes.count_tokens, methods=["POST"]),
+        Route(f"{prefix}/responses", routes.responses, methods=["POST"]),
     ]
 
 
 class Routes:
     """What each path answers."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, timeout: float) -> None:
+    def __init__(self, worker: Worker, metrics: Metrics, timeout: float, aliases: Sequence[str]) -> None:
         self._worker = worker
+        self._aliases = aliases
         self._ensemble = worker.ensemble
         self._metrics = metrics
         self._timeout = timeout
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models: the ensemble, and each of its members."""
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in model_names(self._ensemble)]})
+        listed = [self._model(name) for name in model_names(self._ensemble, self._aliases)]
+        return JSONResponse({"object": "list", "data": listed, "has_more": False})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["model"]
-        if name not in model_names(self._ensemble):
+        if name not in model_names(self._ensemble, self._aliases):
             raise ApiError(404, "there is no such model", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""
         path = request.url.path.removeprefix("/v1")
-        allowed = {"/chat/completions": "POST", "/completions": "POST", "/models": "GET, HEAD"}.get(path)
+        posted = ("/chat/completions", "/completions", "/messages", "/messages/count_tokens", "/responses")
+        allowed = "POST" if path in posted else "GET, HEAD" if path == "/models" else None
         if allowed:
             raise ApiError(405, f"only {allowed} is answered here", headers={"Allow": allowed})
         raise ApiError(404, f"there is no {request.method} of this path", code="unknown_path")
@@ -136,10 +157,23 @@ class Routes:
         """POST /v1/completions."""
         return await self._respond(request, CompletionRequest)
 
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages."""
+        return await self._respond(request, MessagesRequest)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens."""
+        return await self._respond(request, CountRequest)
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        return await self._respond(request, ResponsesRequest)
+
     def _model(self, name: str) -> dict[str, Any]:
         config = self._ensemble.config
         described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": MODEL}
-        if name == MODEL:
+        described |= {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}  # for Anthropic's
+        if name in (MODEL, *self._aliases):
             described["strategy"], described["unit"] = config.strategy, config.unit
             described["max_tokens"] = config.max_tokens
             described["seed"] = config.seed
@@ -154,18 +188,43 @@ class Routes:
             ]
         return described
 
-    async def _respond(self, request: Request, kind: type[Asked]) -> Response:
+    async def _respond(self, request: Request, kind: type[Asked | Translated]) -> Response:
+        path = request.url.path
         try:
-            return await self._answer(request, parse(kind, await read_body(request)))
+            asked = parse(kind, await read_body(request))
+            if isinstance(asked, Translated):
+                return await self._translate(request, asked)
+            return await self._answer(request, asked)
         except MeLocalError as error:
-            return refusal(api_error(error))
+            return refusal(api_error(error), path)
         except ApiError as error:
-            return refusal(error)
+            return refusal(error, path)
         except Exception as error:
-            return refusal(_unexpected(error))
+            return refusal(_unexpected(error), path)
+
+    async def _translate(self, request: Request, asked: Translated) -> Response:
+        """The answer to a request of another protocol."""
+        chat, ask = asked.asked(self._ensemble, self._aliases)
+        if isinstance(asked, CountRequest):
+            return JSONResponse({"input_tokens": await self._prompt_tokens(request, ask)})
+        answer: MessageAnswer | ResponseAnswer
+        if isinstance(asked, ResponsesRequest):
+            answer = ResponseAnswer(asked, chat)
+        else:
+            answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, ask) if asked.stream else 0)
+        events = self._events([ask])
+        if not asked.stream:
+            [reply] = await _while_there(request, _replies(events))
+            return JSONResponse(answer.whole(reply))
+        paused = with_pauses(events)
+        return EventStream(_told(answer, await _while_there(request, anext(paused)), paused))
+
+    async def _prompt_tokens(self, request: Request, ask: Ask) -> int:
+        """How many the member has that has most of them."""
+        return max(await _while_there(request, asyncio.to_thread(self._ensemble.prompt_lengths, ask)))
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
-        asks = asked.asks(self._ensemble)
+        asks = asked.asks(self._ensemble, self._aliases)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
         chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
         answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
@@ -241,7 +300,32 @@ async def _lines(
         await events.aclose()
 
 
-async def _chained(first: tuple[int, Event], rest: Events) -> AsyncIterator[tuple[int, Event]]:
+async def _told(
+    answer: MessageAnswer | ResponseAnswer,
+    first: tuple[int, Event] | None,
+    events: AsyncGenerator[tuple[int, Event] | None, None],
+) -> AsyncGenerator[str, None]:
+    """The events of an answer in another protocol; None is a pause, and a failure the last of them."""
+    try:
+        for told in answer.opening():
+            yield told
+        async for event in _chained(first, events):
+            if event is None:
+                yield answer.waiting()
+                continue
+            for told in answer.end(event[1]) if isinstance(event[1], Reply) else answer.piece(event[1]):
+                yield told
+    except ApiError as error:
+        for told in answer.failure(error):
+            yield told
+    except Exception as error:
+        for told in answer.failure(_unexpected(error)):
+            yield told
+    finally:
+        await events.aclose()
+
+
+async def _chained(first: T, rest: AsyncGenerator[T, None]) -> AsyncIterator[T]:
     yield first
     async for event in rest:
         yield event
@@ -289,11 +373,11 @@ def _unexpected(error: Exception) -> ApiError:
     return ApiError(500, f"an error of the server ({type(error).__name__}); its log at -vv has more")
 
 
-async def _on_api_error(_: Request, error: ApiError) -> Response:
-    return refusal(error)
+async def _on_api_error(request: Request, error: ApiError) -> Response:
+    return refusal(error, request.url.path)
 
 
-async def _on_http_error(_: Request, error: HTTPException) -> Response:
-    response = refusal(ApiError(error.status_code, error.detail))
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    response = refusal(ApiError(error.status_code, error.detail), request.url.path)
     response.headers.update(error.headers or {})
     return response
