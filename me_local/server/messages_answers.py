@@ -11,7 +11,7 @@ from typing import Any
 from me_local.decoding.reply import Reply, Step
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer, Object
-from me_local.server.messages_protocol import MessagesRequest
+from me_local.server.messages_protocol import THREADS, MessagesRequest
 from me_local.server.protocol import ApiError, ChatRequest
 
 _KINDS = {
@@ -31,7 +31,10 @@ def error_dict(error: ApiError) -> Object:
     kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     # By these words clients know that the conversation has to become shorter.
     long = "prompt is too long: " if error.code == "context_length_exceeded" else ""
-    return {"type": "error", "error": {"type": kind, "message": long + error.message}}
+    told: Object = {"type": kind, "message": long + error.message}
+    if error.code == THREADS:
+        told["details"] = {"error_code": THREADS, "unsupported": ["thread"]}
+    return {"type": "error", "error": told}
 
 
 class MessageAnswer:

@@ -10,11 +10,14 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from me_local.server.protocol import _Ignored, _Model, _Unsupported
 from me_local.server.translation import Loose, SentOn, Translated
 
+THREADS = "thread_unsupported_request"
+"""Says a client's package that it has to send whole conversations, which it then does."""
 _THOUGHTS = ("thinking", "redacted_thinking")
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -22,6 +25,12 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "tool_result": ("tool_use_id",),
 }
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def _refuse_thread(value: object) -> object:
+    if value is not None:
+        raise PydanticCustomError(THREADS, "nothing is stored; send the whole conversation")
+    return value
 
 
 def _as_blocks(raw: Any) -> Any:
@@ -134,6 +143,7 @@ class MessagesRequest(Translated):
     service_tier: _Ignored
     cache_control: _Ignored
     inference_geo: _Ignored
+    thread: Annotated[Any, Field(default=None), AfterValidator(_refuse_thread)]
     container: _Unsupported
     mcp_servers: _Unsupported
     context_management: _Unsupported
