@@ -41,7 +41,7 @@ class MemberUsage:
     `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
     `text_evaluated` the tokens of the reply that went through it; `calls` counts the predictions that it was asked for,
     `pieces` the pieces that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's last
-    token, whose evaluation gives the first piece.
+    token, whose evaluation gives the first piece; `weight` is the configured one.
     """
 
     member: str
@@ -52,6 +52,7 @@ class MemberUsage:
     text_evaluated: int
     prompt_seconds: float
     text_seconds: float
+    weight: float = 1.0
 
     @property
     def prompt_cached(self) -> int:
@@ -255,6 +256,7 @@ class Draft:
             text_evaluated=work.text_tokens,
             prompt_seconds=work.prompt_seconds,
             text_seconds=work.text_seconds,
+            weight=float(self._request.weights[member]),
         )
 
 

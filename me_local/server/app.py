@@ -2,23 +2,24 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply
+from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, MeLocalError
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer
@@ -30,17 +31,27 @@ from me_local.server.metrics import Metrics
 from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
 from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
-from me_local.server.waiting import with_pauses
+from me_local.server.streams import EventStream, chained, while_there, with_beats
+from me_local.server.tokens import ApplyTemplate, Detokenize, Tokenize, apply_template, detokenize, props, tokenize
 from me_local.server.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_CLOSED = (
+    *("/v1", "/metrics", "/models", "/chat/", "/completions", "/messages", "/responses"),
+    *("/tokenize", "/detokenize", "/apply-template", "/props"),
+)
+"""Behind these paths something of the ensemble is given away."""
+
 STATIC = Path(__file__).parent / "static"
 
 T = TypeVar("T")
+R = TypeVar("R", bound=BaseModel)
+Handler = Callable[[Request], Awaitable[Response]]
 Asked = ChatRequest | CompletionRequest
 Translated = MessagesRequest | ResponsesRequest
 Events = AsyncGenerator[tuple[int, Event], None]
+Beating = AsyncGenerator[tuple[int, Event] | None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +104,20 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
     )
 
 
-_CLOSED = ("/v1", "/metrics", "/models", "/chat", "/completions", "/messages", "/responses")
-"""What such paths begin with wants the key."""
-
-
 def _api(routes: "Routes", prefix: str) -> list[Route]:
     return [
         Route(f"{prefix}/models", routes.models),
+        Route(f"{prefix}/models/", routes.models),
         Route(f"{prefix}/models/{{model:path}}", routes.model),
         Route(f"{prefix}/chat/completions", routes.chat, methods=["POST"]),
         Route(f"{prefix}/completions", routes.complete, methods=["POST"]),
         Route(f"{prefix}/messages", routes.messages, methods=["POST"]),
         Route(f"{prefix}/messages/count_tokens", routes.count_tokens, methods=["POST"]),
         Route(f"{prefix}/responses", routes.responses, methods=["POST"]),
+        Route(f"{prefix}/tokenize", routes.tokens(Tokenize, tokenize), methods=["POST"]),
+        Route(f"{prefix}/detokenize", routes.tokens(Detokenize, detokenize), methods=["POST"]),
+        Route(f"{prefix}/apply-template", routes.tokens(ApplyTemplate, apply_template), methods=["POST"]),
+        Route(f"{prefix}/props", routes.props),
     ]
 
 
@@ -130,6 +142,27 @@ class Routes:
         if name not in model_names(self._ensemble, self._aliases):
             raise ApiError(404, "there is no such model", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
+
+    def tokens(self, kind: type[R], answer: Callable[[Ensemble, R], dict[str, Any]]) -> Handler:
+        """What POST /tokenize and its kin answer."""
+
+        async def respond(request: Request) -> Response:
+            try:
+                asked = parse(kind, await read_body(request))
+                # A long text takes long, and other requests are not to wait for it.
+                return JSONResponse(await asyncio.to_thread(answer, self._ensemble, asked))
+            except MeLocalError as error:
+                return refusal(api_error(error))
+            except ApiError as error:
+                return refusal(error)
+            except Exception as error:
+                return refusal(_unexpected(error))
+
+        return respond
+
+    async def props(self, _: Request) -> Response:
+        """GET /props."""
+        return JSONResponse(props(self._ensemble))
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""
@@ -202,6 +235,19 @@ class Routes:
         except Exception as error:
             return refusal(_unexpected(error), path)
 
+    async def _answer(self, request: Request, asked: Asked) -> Response:
+        asks = asked.asks(self._ensemble, self._aliases)
+        logprobs = asked.logprobs is not None and asked.logprobs is not False
+        chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
+        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
+        events = self._events(asks)
+        if not asked.stream:
+            replies = await while_there(request, _replies(events))
+            return JSONResponse(answer.whole(replies))
+        first, beating = await self._begin(request, events)
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        return EventStream(_lines(answer, first, beating, chat=isinstance(asked, ChatRequest), usage=usage))
+
     async def _translate(self, request: Request, asked: Translated) -> Response:
         """The answer to a request of another protocol."""
         chat, ask = asked.asked(self._ensemble, self._aliases)
@@ -214,27 +260,18 @@ class Routes:
             answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, ask) if asked.stream else 0)
         events = self._events([ask])
         if not asked.stream:
-            [reply] = await _while_there(request, _replies(events))
+            [reply] = await while_there(request, _replies(events))
             return JSONResponse(answer.whole(reply))
-        paused = with_pauses(events)
-        return EventStream(_told(answer, await _while_there(request, anext(paused)), paused))
+        return EventStream(_told(answer, *await self._begin(request, events)))
 
     async def _prompt_tokens(self, request: Request, ask: Ask) -> int:
         """How many the member has that has most of them."""
-        return max(await _while_there(request, asyncio.to_thread(self._ensemble.prompt_lengths, ask)))
+        return max(await while_there(request, asyncio.to_thread(self._ensemble.prompt_lengths, ask)))
 
-    async def _answer(self, request: Request, asked: Asked) -> Response:
-        asks = asked.asks(self._ensemble, self._aliases)
-        logprobs = asked.logprobs is not None and asked.logprobs is not False
-        chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
-        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
-        events = self._events(asks)
-        if not asked.stream:
-            replies = await _while_there(request, _replies(events))
-            return JSONResponse(answer.whole(replies))
-        first = await _while_there(request, anext(events))
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_lines(answer, first, events, chat=isinstance(asked, ChatRequest), usage=usage))
+    async def _begin(self, request: Request, events: Events) -> tuple[tuple[int, Event] | None, Beating]:
+        """The first event and the others; what is refused has a status of its own, unless it waits for long."""
+        beating = with_beats(events)
+        return await while_there(request, anext(beating)), beating
 
     async def _events(self, asks: Sequence[Ask]) -> Events:
         """What happens to all choices, each with its index. Raises ApiError."""
@@ -253,31 +290,18 @@ class Routes:
             await made.aclose()
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; however the response ends, what makes them is closed."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
-        super().__init__(lines, headers={"X-Accel-Buffering": "no"})  # nginx would hold pieces back
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send what is made."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            assert isinstance(self.body_iterator, AsyncGenerator)
-            await self.body_iterator.aclose()
-
-
 async def _lines(
-    answer: Answer, first: tuple[int, Event], events: Events, *, chat: bool, usage: bool
+    answer: Answer, first: tuple[int, Event] | None, events: Beating, *, chat: bool, usage: bool
 ) -> AsyncGenerator[str, None]:
     """The chunks of an answer as server-sent events; a failure is the last of them."""
     replies: dict[int, Reply] = {}
     offsets: dict[int, int] = {}  # of the choices that have begun, in characters
     try:
-        async for index, event in _chained(first, events):
+        async for heard in chained(first, events):
+            if heard is None:
+                yield ": there is more to come\n\n"
+                continue
+            index, event = heard
             if index not in offsets:
                 offsets[index] = 0
                 if chat:
@@ -301,34 +325,30 @@ async def _lines(
 
 
 async def _told(
-    answer: MessageAnswer | ResponseAnswer,
-    first: tuple[int, Event] | None,
-    events: AsyncGenerator[tuple[int, Event] | None, None],
+    answer: MessageAnswer | ResponseAnswer, first: tuple[int, Event] | None, events: Beating
 ) -> AsyncGenerator[str, None]:
-    """The events of an answer in another protocol; None is a pause, and a failure the last of them."""
+    """The events of an answer in another protocol; a failure is the last of them."""
     try:
-        for told in answer.opening():
-            yield told
-        async for event in _chained(first, events):
-            if event is None:
-                yield answer.waiting()
-                continue
-            for told in answer.end(event[1]) if isinstance(event[1], Reply) else answer.piece(event[1]):
-                yield told
+        for line in answer.opening():
+            yield line
+        async for heard in chained(first, events):
+            for line in _lines_of(answer, heard):
+                yield line
     except ApiError as error:
-        for told in answer.failure(error):
-            yield told
+        for line in answer.failure(error):
+            yield line
     except Exception as error:
-        for told in answer.failure(_unexpected(error)):
-            yield told
+        for line in answer.failure(_unexpected(error)):
+            yield line
     finally:
         await events.aclose()
 
 
-async def _chained(first: T, rest: AsyncGenerator[T, None]) -> AsyncIterator[T]:
-    yield first
-    async for event in rest:
-        yield event
+def _lines_of(answer: MessageAnswer | ResponseAnswer, heard: tuple[int, Event] | None) -> Iterator[str]:
+    if heard is None:
+        return iter((answer.waiting(),))
+    _, event = heard
+    return answer.end(event) if isinstance(event, Reply) else answer.piece(event)
 
 
 async def _replies(events: Events) -> list[Reply]:
@@ -337,29 +357,6 @@ async def _replies(events: Events) -> list[Reply]:
 
 def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:
     return [replies[index] for index in sorted(replies)]
-
-
-async def _while_there(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, which is given up when the client goes away."""
-
-    async def working() -> T:
-        return await work
-
-    task, gone = asyncio.create_task(working()), asyncio.create_task(_gone(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client has gone")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _line(chunk: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ _HEADERS = {
 }
 
 
-def refusal(error: ApiError, path: str) -> JSONResponse:
+def refusal(error: ApiError, path: str = "") -> JSONResponse:
     """The response that an error becomes, in the shape that clients of this path read."""
     anthropic = path.removeprefix("/v1").startswith("/messages")
     return JSONResponse(error_dict(error) if anthropic else error.as_dict(), error.status, error.headers)
@@ -72,6 +72,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith("//"):  # of a base URL with a slash at its end
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
         started, status = time.monotonic(), 499
 
         async def watched(message: Message) -> None:

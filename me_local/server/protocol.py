@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from me_local.asking import Ask, check_conversation
+from me_local.asking import Ask, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
@@ -162,7 +162,7 @@ class ChatMessage(_Model):
 
     @model_validator(mode="after")
     def _require_content(self) -> "ChatMessage":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError("content: is missing")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only the assistant has them")
@@ -297,10 +297,12 @@ class ChatRequest(_Request):
     verbosity: _Unsupported
     web_search_options: _Unsupported
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: _Ignored
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only goes with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: contradicts max_tokens")
@@ -319,10 +321,13 @@ class ChatRequest(_Request):
 
     def prompts(self) -> list[str | tuple[Message, ...]]:
         """The conversation. Raises InputError when it cannot be answered."""
-        messages = _as_messages(self.messages)
+        messages = as_messages(self.messages)
         if self.tools and self.may_call:
             messages = toolbox.told(messages, self.tools)
-        check_conversation(messages)
+        answered, head = parted(messages)
+        check_conversation(answered)
+        if self.continue_final_message and not head:
+            raise InputError("continue_final_message: the last message is not the assistant's")
         return [tuple(messages)]
 
     def constraint(self) -> Constraint | None:
@@ -346,7 +351,7 @@ class ChatRequest(_Request):
         return self.top_logprobs or 0
 
 
-def _as_messages(given: Sequence[ChatMessage]) -> list[Message]:
+def as_messages(given: Sequence[ChatMessage]) -> list[Message]:
     """The messages as members see them; results of tools, and what the user says behind them, are one turn."""
     messages: list[Message] = []
     for before, message in zip([None, *given], given, strict=False):
