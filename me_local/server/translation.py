@@ -46,15 +46,19 @@ class Translated(_Model):
         """The fields of the request for a conversation, but for those that are here as well; None says nothing."""
         raise NotImplementedError
 
-    def asked(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> tuple[ChatRequest, Ask]:
-        """The request for a conversation, and the reply that it asks for.
-
-        Raises ApiError that names the first field that is wrong.
-        """
+    def chat(self) -> ChatRequest:
+        """The request for a conversation. Raises ApiError that names the first field that is wrong."""
         same = {name: getattr(self, name) for name in Translated.model_fields if name != "stream"}
         fields = {name: value for name, value in (same | self.as_chat()).items() if value is not None}
         try:
-            chat = parse(ChatRequest, json.dumps(fields).encode())
+            return parse(ChatRequest, json.dumps(fields).encode())
+        except ApiError as error:
+            raise self._renamed(error) from None
+
+    def asked(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> tuple[ChatRequest, Ask]:
+        """The same, and the reply that it asks for. Raises ApiError as well."""
+        chat = self.chat()
+        try:
             [ask] = chat.asks(ensemble, aliases)
         except MeLocalError as error:
             raise self._renamed(api_error(error)) from None
