@@ -33,6 +33,17 @@ def _refuse_thread(value: object) -> object:
     return value
 
 
+def _require_thoughts(value: Any) -> Any:
+    """To clear thoughts changes nothing where there are none; to clear anything else does."""
+    edits = value.get("edits") or [] if isinstance(value, dict) else value or []
+    kinds = (
+        [edit.get("type") if isinstance(edit, dict) else None for edit in edits] if isinstance(edits, list) else [None]
+    )
+    if not all(str(kind).startswith("clear_thinking") for kind in kinds):
+        raise PydanticCustomError("unsupported", "is not supported; leave it out")
+    return value
+
+
 def _as_blocks(raw: Any) -> Any:
     return [{"type": "text", "text": raw}] if isinstance(raw, str) else raw
 
@@ -146,7 +157,7 @@ class MessagesRequest(Translated):
     thread: Annotated[Any, Field(default=None), AfterValidator(_refuse_thread)]
     container: _Unsupported
     mcp_servers: _Unsupported
-    context_management: _Unsupported
+    context_management: Annotated[Any, Field(default=None), AfterValidator(_require_thoughts)]
 
     def as_chat(self) -> dict[str, Any]:
         """The fields of the request for a conversation."""

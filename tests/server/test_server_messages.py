@@ -245,6 +245,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"temperature": -1}, "temperature: "),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}, "output_config.format: "),
         ({"container": "c"}, "container: is not supported"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management: is not"),
         ({"frobnicate": 1}, "frobnicate: there is no such field"),
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, "prompt is too long: "),
     ],
@@ -260,7 +261,8 @@ def test_what_is_not_supported_is_refused_in_anthropics_shape(server: Served, fi
 
 def test_what_means_nothing_is_accepted(server: Served) -> None:
     fields = {"thinking": {"type": "disabled"}, "metadata": {"user_id": "x"}, "service_tier": "auto", "mcp_servers": []}
-    assert ask(server, **fields).status_code == 200
+    cleared = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    assert ask(server, **fields, context_management=cleared).status_code == 200
 
 
 def test_a_thread_is_refused_so_that_its_package_goes_on_without(server: Served) -> None:
