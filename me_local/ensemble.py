@@ -213,15 +213,6 @@ class Ensemble:
             config = replace(config, seed=seed)  # so that an earlier run without a seed can be gone on with, too
         return self._finish_many(config, enumerate(asks), batching, earlier, raw=raw)
 
-    def prompt_lengths(self, ask: Ask) -> tuple[int, ...]:
-        """The tokens of a conversation's prompt for each member that may write, whether they fit its context or not.
-
-        Raises what `stream` raises for the rest.
-        """
-        config = self.with_overrides(ask.overrides)
-        _, _, lengths = self.prompter.conversation(ask.prompt, config)
-        return tuple(length for length, w in zip(lengths, self.prompter.writing(config), strict=True) if w)
-
     def batching(self, config: Config, *, seed: int | None = None) -> Batching:
         """Places for `batch` replies, with the route that the configuration wants; `seed` is that of a shared one."""
         route = SharedRoute(secrets.randbits(32) if seed is None else seed) if self.shares_route(config) else None
@@ -366,6 +357,9 @@ class Ensemble:
 
     def close(self) -> None:
         """Free all members; what is asked of the ensemble then raises RunError."""
+        for member in self.members:
+            if not member.local:  # may be away, and a step that waits for it is not waited for
+                member.close()
         self.engine.steps.end(self._stack.close)
 
     def __enter__(self) -> "Ensemble":

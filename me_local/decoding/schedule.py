@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from statistics import median
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from me_local.system.inflight import uninterrupted
 
@@ -36,6 +36,13 @@ class Shares(Protocol):
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
+
+
+class _Elsewhere(Protocol):
+    """What runs on other machines, and may be long in coming."""
+
+    def abandon(self) -> None:
+        """End what is being asked."""
 
 
 class _Task(Generic[Result]):
@@ -112,6 +119,10 @@ class Schedule:
             futures = {key: self._pool.submit(task.run) for key, task in tasks.items()}
             results = {key: evaluate[key]() for key in here}
             return results | {key: future.result() for key, future in futures.items()}
+        except BaseException:
+            for key in tasks.keys() - local:
+                cast(_Elsewhere, self._models[key]).abandon()
+            raise
         finally:
             # Before an error, or Ctrl-C, goes on: a member must not be evaluated behind the back of what comes next.
             self._settle()

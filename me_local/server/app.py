@@ -28,11 +28,13 @@ from me_local.server.making import Event
 from me_local.server.messages_answers import MessageAnswer
 from me_local.server.messages_protocol import CountRequest, MessagesRequest
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse
+from me_local.server.refusals import ApiError, api_error
 from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
 from me_local.server.streams import EventStream, chained, while_there, with_beats
 from me_local.server.tokens import ApplyTemplate, Detokenize, Tokenize, apply_template, detokenize, props, tokenize
+from me_local.server.translation import prompt_tokens
 from me_local.server.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -265,8 +267,8 @@ class Routes:
         return EventStream(_told(answer, *await self._begin(request, events)))
 
     async def _prompt_tokens(self, request: Request, ask: Ask) -> int:
-        """How many the member has that has most of them."""
-        return max(await while_there(request, asyncio.to_thread(self._ensemble.prompt_lengths, ask)))
+        # A long text takes long, and other requests are not to wait for it.
+        return await while_there(request, asyncio.to_thread(prompt_tokens, self._ensemble, ask))
 
     async def _begin(self, request: Request, events: Events) -> tuple[tuple[int, Event] | None, Beating]:
         """The first event and the others; what is refused has a status of its own, unless it waits for long."""

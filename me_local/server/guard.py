@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from me_local.errors import ConfigError
 from me_local.server.messages_answers import error_dict
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError
+from me_local.server.refusals import ApiError
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from me_local.decoding.reply import Reply, Step
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer, Object
 from me_local.server.messages_protocol import THREADS, MessagesRequest
-from me_local.server.protocol import ApiError, ChatRequest
+from me_local.server.protocol import ChatRequest
+from me_local.server.refusals import ApiError
 
 _KINDS = {
     401: "authentication_error",

@@ -4,9 +4,8 @@ A field that is not supported and would change the answer is refused by its name
 Knows nothing of HTTP connections or of how replies are made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -15,8 +14,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from me_local.asking import Ask, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
-from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+from me_local.errors import InputError
 from me_local.server import tools as toolbox
+from me_local.server.refusals import ApiError
 from me_local.server.structure import Structure
 from me_local.text import constraints
 from me_local.text.messages import Message, Role
@@ -32,44 +32,6 @@ _MOST_TEXTS = 10_000
 _MOST_FIELDS = 256  # of an object: for each that is wrong a report is made
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_SHOWN = 80  # characters of a name that a client made up
-
-
-class ApiError(Exception):
-    """A request that is not answered: HTTP status, and what OpenAI's clients read of an error."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry: int | None = None,
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers) if retry is None else {"Retry-After": str(retry), **headers}
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
-        if status in (408, 413):  # the rest of the body is not waited for
-            self.headers["Connection"] = "close"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The body of the answer."""
-        kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def api_error(error: MeLocalError) -> ApiError:
-    """The refusal that one of me-local's errors becomes."""
-    if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, ConfigError):  # of an option, such as "--weights: unknown member"
-        text = str(error).removeprefix("--")
-        return ApiError(400, text, param=text.partition(":")[0])
-    return ApiError(400 if isinstance(error, InputError) else 500, str(error))
 
 
 def _no_effect_but(*neutral: object) -> AfterValidator:

@@ -11,7 +11,8 @@ from typing import Any
 from me_local.decoding.reply import Reply, Step
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer, Object
-from me_local.server.protocol import ApiError, ChatRequest
+from me_local.server.protocol import ChatRequest
+from me_local.server.refusals import ApiError
 from me_local.server.responses_protocol import ResponsesRequest
 
 

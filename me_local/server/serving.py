@@ -17,7 +17,7 @@ from me_local.jsonl import json_text
 from me_local.server.app import Access, make_app
 from me_local.server.connections import MOST_CONNECTIONS, Connection
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError
+from me_local.server.refusals import ApiError
 from me_local.server.worker import Worker
 
 _LARGEST_HEAD = 32 * 2**10  # bytes

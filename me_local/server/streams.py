@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from me_local.server.protocol import ApiError
+from me_local.server.refusals import ApiError
 
 BEAT = 15.0
 """Seconds without a word in a stream, after which it says that it goes on."""

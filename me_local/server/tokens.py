@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from me_local.asking import check_conversation, parted
 from me_local.ensemble import Ensemble
-from me_local.server.protocol import MODEL, ApiError, ChatMessage, as_messages, model_names
+from me_local.server.protocol import MODEL, ChatMessage, as_messages, model_names
+from me_local.server.refusals import ApiError
 
 _MOST_TOKENS = 1 << 20
 

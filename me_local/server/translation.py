@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from me_local.asking import Ask
 from me_local.ensemble import Ensemble
 from me_local.errors import MeLocalError
-from me_local.server.protocol import MODEL, ApiError, ChatRequest, _Model, api_error, parse
+from me_local.server.protocol import MODEL, ChatRequest, _Model, parse
+from me_local.server.refusals import ApiError, api_error
 
 SentOn = Annotated[Any, Field(default=None)]
 """A field that the conversation has, too, and that is checked there."""
@@ -75,3 +76,13 @@ class Translated(_Model):
         if error.param and text.startswith(error.param):
             text = name + text.removeprefix(error.param)
         return ApiError(error.status, text, param=name or None, code=error.code)
+
+
+def prompt_tokens(ensemble: Ensemble, ask: Ask) -> int:
+    """The tokens of a conversation's prompt, whether they fit or not: of the member that has most, of those that write.
+
+    Raises MeLocalError.
+    """
+    config = ensemble.with_overrides(ask.overrides)
+    _, _, lengths = ensemble.prompter.conversation(ask.prompt, config)
+    return max(length for length, writes in zip(lengths, ensemble.prompter.writing(config), strict=True) if writes)

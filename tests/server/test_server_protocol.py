@@ -14,7 +14,8 @@ from me_local.server.answers import Answer, timings
 from me_local.server.app import Access
 from me_local.server.guard import Gate
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError, ChatRequest, CompletionRequest, api_error, parse
+from me_local.server.protocol import ChatRequest, CompletionRequest, parse
+from me_local.server.refusals import ApiError, api_error
 
 
 def usage(
