@@ -55,14 +55,21 @@ class Prompter:
         """
         if raw:
             return self.raw_prompts(prompt, config, interrupted)
+        head, prompts, lengths = self.conversation(prompt, config, interrupted)
+        self.check_lengths(lengths, config)
+        return head, prompts
+
+    def conversation(
+        self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, tuple[IntArray, ...], list[int]]:
+        """The same for a conversation, and how many ids that makes for each member, whether they fit or not."""
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         messages, head = parted(messages)
         check_conversation(messages)
         prompts = self.prompts(messages, config, interrupted)
         watched = zip(self._members, self._watches(config, interrupted), strict=True)
         heads = [member.vocabulary.encode(head, watch=watch) if head else [] for member, watch in watched]
-        self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
-        return head, prompts
+        return head, prompts, [len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)]
 
     def prompts(
         self, messages: Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False

@@ -28,6 +28,7 @@ class _Port(click.Option):
 @named("--api-key", help="What clients must give as key; better in the environment, where others do not see it.")
 @named("--insecure", is_flag=True, help="Listen without a key where other machines reach it.")
 @named("--allow-host", multiple=True, metavar="NAME", help="A name by which clients may call this machine.")
+@named("--alias", multiple=True, metavar="NAME", help="A further name of the ensemble, for clients that have theirs.")
 @named("--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org.")
 @click.option(
     "--parallel",
@@ -59,6 +60,7 @@ def serve(
     api_key: str | None,
     insecure: bool,
     allow_host: tuple[str, ...],
+    alias: tuple[str, ...],
     cors: tuple[str, ...],
     parallel: int,
     queue: int,
@@ -81,7 +83,7 @@ def serve(
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise ConfigError("--api-key: must be printable ASCII, and not empty")
     config = configured(models, given)
-    access = Access(api_key, allow_host, cors)
+    access = Access(api_key, allow_host, cors, alias)
     with ExitStack() as stack:
         listener = stack.enter_context(bind(host, port, guarded=insecure or api_key is not None))
         with Loading(listener):

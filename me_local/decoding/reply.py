@@ -69,7 +69,7 @@ class Reply:
 
     `text` leaves out a character that was not completed. `finish_reason`: "stop" (end of generation or a stop
     string), "length" (max_tokens, or a context is full), "cancelled" or "error". `seconds` is the time of the whole
-    reply, prompt included.
+    reply, prompt included; `stop` the stop string that ended it.
     """
 
     text: str
@@ -80,6 +80,7 @@ class Reply:
     steps: tuple[Step, ...]
     usage: tuple[MemberUsage, ...]
     seconds: float
+    stop: str | None = None
 
     @property
     def prompt_seconds(self) -> float:
@@ -136,7 +137,12 @@ class StopFilter:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = [stop.encode() for stop in stops]
         self._held: list[Draw] = []
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one is complete: `found`."""
+        return self.found is not None
 
     def push(self, draw: Draw) -> list[Draw]:
         """Pieces that may be shown after this one; the last of them is cut when `stopped` becomes true."""
@@ -144,10 +150,11 @@ class StopFilter:
             return [draw]
         self._held.append(draw)
         text = b"".join(held.piece for held in self._held)
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._release(min(found), cut=True)
+            at, stop = min(found)
+            self.found = stop.decode()
+            return self._release(at, cut=True)
         return self._release(len(text) - self._longest_start(text), cut=False)
 
     def flush(self) -> list[Draw]:
@@ -229,6 +236,7 @@ class Draft:
             steps=tuple(self.steps),
             usage=tuple(self._usage(i, work) for i, work in enumerate(self.generation.work)),
             seconds=self.seconds,
+            stop=self._filter.found,
         )
 
     def _shown(self, draws: list[Draw]) -> Iterator[Step]:

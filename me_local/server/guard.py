@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from me_local.errors import ConfigError
+from me_local.server.messages_answers import error_dict
 from me_local.server.metrics import Metrics
 from me_local.server.refusals import ApiError
 
@@ -27,7 +28,16 @@ log = logging.getLogger(__name__)
 
 LARGEST_BODY = 4 * 2**20  # bytes
 _BODY_SECONDS = 20.0
-_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
+_COUNTED = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/responses",
+    "/v1/models",
+    "/health",
+    "/metrics",
+    "/",
+)
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -42,9 +52,10 @@ _HEADERS = {
 }
 
 
-def refusal(error: ApiError) -> JSONResponse:
-    """The response that an error becomes."""
-    return JSONResponse(error.as_dict(), error.status, error.headers)
+def refusal(error: ApiError, path: str = "") -> JSONResponse:
+    """The response that an error becomes, in the shape that clients of this path read."""
+    anthropic = path.removeprefix("/v1").startswith("/messages")
+    return JSONResponse(error_dict(error) if anthropic else error.as_dict(), error.status, error.headers)
 
 
 class Gate:
@@ -76,7 +87,7 @@ class Gate:
             if scope["path"] != "/health":  # load balancers ask for it without a name
                 self._check(Headers(scope=scope))
         except ApiError as error:
-            await refusal(error)(scope, receive, watched)
+            await refusal(error, scope["path"])(scope, receive, watched)
         else:
             await self._app(scope, receive, watched)
         finally:
@@ -116,7 +127,7 @@ class KeyCheck:
                 given = headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given.strip(), self._expected):
                 error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                await refusal(error)(scope, receive, send)
+                await refusal(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

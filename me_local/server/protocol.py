@@ -194,10 +194,10 @@ class _Request(Structure, _Model):
         """How many of the likeliest pieces are wanted at each step."""
         raise NotImplementedError
 
-    def asks(self, ensemble: Ensemble) -> list[Ask]:
+    def asks(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[Ask]:
         """The replies that are asked for, in the order of the choices; the i-th has the seed + i.
 
-        Raises ApiError for a model that there is not, ConfigError and InputError.
+        By `aliases` the ensemble goes, too. Raises ApiError for a model that there is not, ConfigError and InputError.
         """
         overrides = Overrides(
             strategy=self.strategy,
@@ -210,7 +210,7 @@ class _Request(Structure, _Model):
             top_p=self.top_p,
             min_p=self.min_p,
             constraint=self._constraint(),
-            weights=self._weights(ensemble),
+            weights=self._weights(ensemble, aliases),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
@@ -228,12 +228,12 @@ class _Request(Structure, _Model):
         except InputError as error:
             raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
 
-    def _weights(self, ensemble: Ensemble) -> dict[str, float] | None:
-        if self.model == MODEL:
+    def _weights(self, ensemble: Ensemble, aliases: Sequence[str]) -> dict[str, float] | None:
+        if self.model in (MODEL, *aliases):
             return self.weights
         name = self.model.removeprefix(f"{MODEL}/")
         if name == self.model or name not in ensemble.names:
-            known = ", ".join(model_names(ensemble))
+            known = ", ".join(model_names(ensemble, aliases))
             message = f"model: there is no {_shown(self.model)}; there are {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if self.weights is not None:
@@ -353,9 +353,9 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 
 
-def model_names(ensemble: Ensemble) -> list[str]:
-    """The models that a client can name: the ensemble and each of its members."""
-    return [MODEL, *(f"{MODEL}/{name}" for name in ensemble.names)]
+def model_names(ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[str]:
+    """The models that a client can name: the ensemble, by all its names, and each of its members."""
+    return [MODEL, *aliases, *(f"{MODEL}/{name}" for name in ensemble.names)]
 
 
 def _refusal(problem: ErrorDetails) -> ApiError:

@@ -554,7 +554,7 @@ def test_a_connection_is_kept_for_the_next_request(server: Served, monkeypatch: 
 
 
 def test_a_stream_that_waits_says_so(two_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("me_local.server.app.BEAT", 0.05)
+    monkeypatch.setattr("me_local.server.streams.BEAT", 0.05)
     with served(two_models) as running:
         tap = Tap(running.ensemble)
         body = {"model": "me-local", "messages": MESSAGES, "max_tokens": 3, "stream": True}
