@@ -55,13 +55,13 @@ class Request:
 
 
 FORCED = -1
-"""Stands for the number of bytes that a constraint forces: they may be no piece of any member."""
+"""Stands for the number of bytes that a constraint forces, which may be no piece of any member, and for the writer."""
 
 
 class Draw(NamedTuple):
     """One sampled piece, or bytes that a constraint forces.
 
-    The `number` of these is FORCED and their probability 1; no member was asked, and `shares` are the weights.
+    The `number` of these is FORCED, their probability 1 and their `member` -1; no member has a share in them.
 
     `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
     where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
@@ -138,6 +138,13 @@ class Engine:
         """Measure what is lost of a member's first prediction, if all its logits are there."""
         if member not in self.losses and not isinstance(row, Shortlist):
             self.losses[member] = measure(row, self.models[member].vocabulary)
+
+    @cached_property
+    def single_bytes(self) -> tuple[frozenset[int], ...]:
+        """The bytes that are a piece of their own, by member."""
+        pieces = self.unified.pieces
+        single = np.fromiter((len(piece) == 1 for piece in pieces), bool, len(pieces))
+        return tuple(frozenset(pieces[n][0] for n in row[(row >= 0) & single[row]]) for row in self.unified.numbers)
 
     @cached_property
     def openings(self) -> Openings:
