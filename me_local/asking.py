@@ -13,9 +13,10 @@ from typing import TypeAlias
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import Config, Overrides
-from me_local.decoding.engine import Request
-from me_local.errors import InputError, PromptTooLongError
+from me_local.config import Config, Overrides, Sampling
+from me_local.decoding.engine import Engine, Request, needed_logits
+from me_local.errors import ConfigError, InputError, PromptTooLongError
+from me_local.mixture.alignment import top_k
 from me_local.model import EvaluationInterruptedError, LoadedModel
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
@@ -117,9 +118,10 @@ class Prompter:
         return [partial(watch, member, writes) for member, writes in pairs]
 
     def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
+        remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
-            f"shorten it, or raise n_ctx in {config.path.name}"
+            f"shorten it, or {remedy}"
         )
 
 
@@ -153,3 +155,27 @@ def check_conversation(messages: Sequence[Message]) -> None:
         raise InputError(f"the conversation ends with the {messages[-1].role}, not with a user message to answer")
     if not messages[-1].content.strip():
         raise InputError("the prompt is empty")
+
+
+def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config) -> None:
+    """Raise ConfigError for what is asked and the engine of a member cannot do."""
+    for member, settings in zip(members, config.members, strict=True):
+        most = member.abilities.most_logits
+        needed = needed_logits(engine.alignment, config.strategy, config.unit, settings.sampling, config.constraint)
+        if most is not None and not 0 < needed <= most:
+            needing = _needing(engine, config, settings.sampling)
+            raise ConfigError(
+                f'member "{member.name}": {needing} needs {needed or "all"} logits, and its engine '
+                f"({member.abilities.engine}) gives the {most} largest"
+            )
+
+
+def _needing(engine: Engine, config: Config, sampling: Sampling) -> str:
+    """By what so many logits are needed."""
+    if config.constraint:
+        return config.constraint.kind
+    if engine.alignment is not top_k:
+        return f'alignment = "{config.alignment}"'
+    if config.strategy == "union":
+        return f'strategy = "{config.strategy}"'
+    return f'unit = "{config.unit}"' if config.unit == "word" else f"top_k = {sampling.top_k}"

@@ -8,21 +8,19 @@ a `ConfigError` of one line that names the file and the key, or the option. Whet
 member's loader to say.
 """
 
-import json
 import math
 import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
 
+from me_local.checks import by_rule, nearest, number, require_known, shown
 from me_local.errors import ConfigError
 
 Strategy = Literal["me", "ce", "union"]
@@ -113,13 +111,16 @@ class MemberConfig:
     system: str | None = None  # None = the ensemble's
     chat_template: _Text | None = None  # None = the GGUF's; "plain"; a built-in's name; an absolute path
     tokenizer: _File | None = None  # tokenizer.json, absolute
+    llama: dict[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # llama.cpp's own parameters; `llama.options` checks
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     """A checked models.toml."""
 
-    path: Path  # as it was given
+    path: Path | None  # as it was given; None = there is no file
     members: tuple[MemberConfig, ...]
     strategy: Strategy = "me"
     unit: Unit = "token"  # what a member is drawn for; "word" exists for "me" alone
@@ -133,6 +134,11 @@ class Config:
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
     constraint: Constraint | None = None  # of this reply; not in the file
+
+    @property
+    def place(self) -> str:
+        """What errors begin with."""
+        return f"{self.path}: " if self.path else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +169,7 @@ _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != 
 _ELSEWHERE = ("engine", "api_key_env", "model")
 _HERE = (
     *("n_ctx", "n_gpu_layers", "n_threads", "n_batch", "flash_attn", "swa_full", "type_k", "type_v"),
-    *("main_gpu", "tensor_split", "lora"),
+    *("main_gpu", "tensor_split", "lora", "llama"),
 )
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
@@ -175,7 +181,7 @@ def load_config(path: Path) -> Config:
     document = _read_toml(path)
     for key, value in document.items():
         kind = "table" if isinstance(value, dict | list) else "key"
-        _require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
+        require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
     ensemble = _table(document.get("ensemble", {}), _ENSEMBLE_KEYS, f"{path}: [ensemble]")
     sampling = _table(document.get("sampling", {}), (*_SAMPLING_KEYS, *_REPLY_KEYS), f"{path}: [sampling]")
     reply = {key: sampling.pop(key) for key in _REPLY_KEYS if key in sampling}
@@ -195,7 +201,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     options = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     named = options.pop("weights") or {}
     given = {key: value for key, value in options.items() if value is not None}
-    given = {key: _check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
+    given = {key: check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
     shape = {key: given.pop(key) for key in _SAMPLING_KEYS if key in given}
     weights = _checked_weights(named, [member.name for member in config.members])
     members = tuple(
@@ -221,22 +227,22 @@ def parse_weights(text: str, names: Sequence[str]) -> dict[str, float]:
     """
     parts = [part.strip() for part in text.split(",")]
     if "=" not in text and len(parts) != len(names):
-        raise ConfigError(f"--weights: needs a weight for each of {', '.join(names)}, got {_shown(text)}")
+        raise ConfigError(f"--weights: needs a weight for each of {', '.join(names)}, got {shown(text)}")
     pairs = [part.partition("=")[::2] for part in parts] if "=" in text else zip(names, parts, strict=True)
     weights: dict[str, object] = {}
     for name, value in pairs:
         if name.strip() in weights:
-            raise ConfigError(f"--weights: {_shown(name.strip())} is named twice")
-        weights[name.strip()] = _number(value)
+            raise ConfigError(f"--weights: {shown(name.strip())} is named twice")
+        weights[name.strip()] = number(value)
     return _checked_weights(weights, names)
 
 
 def parse_setting(key: str, value: str) -> Overrides:
     """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
     if key not in _SETTINGS:
-        raise ConfigError(f"/set: unknown key {_shown(key)}; {_nearest(key, _SETTINGS)}")
-    typed = _number(value) if key in _NUMBER_SETTINGS else value
-    return Overrides(**{key: _check(key, typed, f"/set {key}")})
+        raise ConfigError(f"/set: unknown key {shown(key)}; {nearest(key, _SETTINGS)}")
+    typed = number(value) if key in _NUMBER_SETTINGS else value
+    return Overrides(**{key: check(key, typed, f"/set {key}")})
 
 
 def _read_toml(path: Path) -> dict[str, object]:
@@ -258,10 +264,10 @@ def _read_toml(path: Path) -> dict[str, object]:
 def _table(raw: object, allowed: Sequence[str], place: str) -> dict[str, Any]:
     """The checked values of one table of the file."""
     if not isinstance(raw, dict):
-        raise ConfigError(f"{place}: must be a table, got {_shown(raw)}")
+        raise ConfigError(f"{place}: must be a table, got {shown(raw)}")
     for key in raw:
-        _require_known(key, allowed, f"{place}.", "key")
-    return {key: _check(key, value, f"{place}.{key}") for key, value in raw.items()}
+        require_known(key, allowed, f"{place}.", "key")
+    return {key: check(key, value, f"{place}.{key}") for key, value in raw.items()}
 
 
 def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig, ...]:
@@ -272,7 +278,7 @@ def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig,
     members: dict[str, MemberConfig] = {}
     for index, table in enumerate(raw):
         name = table.get("name") if isinstance(table, dict) else None
-        place = f"{path}: members[{index}]" + (f" {_shown(name)}" if name and isinstance(name, str) else "")
+        place = f"{path}: members[{index}]" + (f" {shown(name)}" if name and isinstance(name, str) else "")
         member = _member(table, place, path.parent, sampling)
         if member.name in members:
             raise ConfigError(f"{place}.name: already used by members[{list(members).index(member.name)}]")
@@ -291,10 +297,14 @@ def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> Member
     _require_one_place(values, place)
     own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
     paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
-    template = values.get("chat_template", "")
-    if "/" in template or template.endswith((".jinja", ".j2", ".txt")):
+    if is_template_file(template := values.get("chat_template", "")):
         values["chat_template"] = str(_absolute(template, folder))
     return MemberConfig(sampling=replace(sampling, **own), **(values | paths))
+
+
+def is_template_file(template: str) -> bool:
+    """Whether a chat template is named by its path."""
+    return "/" in template or template.endswith((".jinja", ".j2", ".txt"))
 
 
 def _require_one_place(values: Mapping[str, object], place: str) -> None:
@@ -314,8 +324,8 @@ def _absolute(path: str | Path, folder: Path) -> Path:
 def _checked_weights(weights: Mapping[str, object], names: Sequence[str]) -> dict[str, float]:
     for name in weights:
         if name not in names:
-            raise ConfigError(f"--weights: unknown member {_shown(name)}; {_nearest(name, names)}")
-    return {name: _check("weight", value, f"--weights: {_shown(name)}") for name, value in weights.items()}
+            raise ConfigError(f"--weights: unknown member {shown(name)}; {nearest(name, names)}")
+    return {name: check("weight", value, f"--weights: {shown(name)}") for name, value in weights.items()}
 
 
 def _normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberConfig, ...]:
@@ -345,65 +355,12 @@ def _require_route(config: Config, place: str) -> None:
         raise ConfigError(f'{place}: unit "word" needs route "own"; words begin at other steps in each reply')
 
 
-def _require_known(key: str, allowed: Sequence[str], place: str, kind: str) -> None:
-    if key not in allowed:
-        shown = key if re.fullmatch(r"[\w-]+", key) else _shown(key)
-        raise ConfigError(f"{place}{shown}: unknown {kind}; {_nearest(key, allowed)}")
-
-
-def _nearest(word: str, allowed: Sequence[str]) -> str:
-    near = get_close_matches(word, allowed, n=1)
-    return f"did you mean {_shown(near[0])}?" if near else f"allowed: {', '.join(allowed)}"
-
-
-def _number(text: str) -> object:
-    """The number that the text is; else the text, for the rule to word the error."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
-
-
-_PROBLEMS = {
-    "bool_type": "must be true or false",
-    "finite_number": "must be a finite number",
-    "float_type": "must be a number",
-    "greater_than": "must be above {gt}",
-    "greater_than_equal": "must be at least {ge}",
-    "int_type": "must be an integer",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}",
-    "path_type": "must be a string",
-    "string_too_short": "must not be empty",
-    "string_type": "must be a string",
-    "tuple_type": "must be a list",
-    "value_error": "{error}",
-}
-
-
 @cache
 def _rule(key: str) -> TypeAdapter[Any]:
     hints = [get_type_hints(kind, include_extras=True) for kind in (Sampling, MemberConfig, Config)]
     return TypeAdapter(next(hint[key] for hint in hints if key in hint))
 
 
-def _check(key: str, value: object, place: str) -> Any:
-    """The value, checked by the annotation of the field of that name."""
-    try:
-        return _rule(key).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-    context = {name: str(part).removesuffix(".0") for name, part in first.get("ctx", {}).items()}
-    if "expected" in context:
-        context["expected"] = context["expected"].replace("'", '"')
-    problem = _PROBLEMS.get(first["type"], "{msg}").format(msg=first["msg"], **context)
-    index = "".join(f"[{step}]" for step in first["loc"])
-    raise ConfigError(f"{place}{index}: {problem}, got {_shown(first['input'])}")
-
-
-def _shown(value: object) -> str:
-    """A value on one line, about as TOML writes it, cut where it is long."""
-    text = str(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False, default=str)
-    if not text.isprintable():
-        text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+def check(key: str, value: object, place: str) -> Any:
+    """The value, checked by the annotation of the field of that name. Raises ConfigError that begins with the place."""
+    return by_rule(_rule(key), value, place)

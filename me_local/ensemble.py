@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request
-from me_local.config import Config, Overrides, load_config, override
+from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request, require_able
+from me_local.config import Config, Overrides, Sampling, load_config, override
 from me_local.decoding.batching import Batching, Running
-from me_local.decoding.engine import Engine, Request, needed_logits
+from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
+from me_local.engines.instances import instances_config, load_instances, one_sequence
 from me_local.engines.loading import OnLoad, load_members
 from me_local.errors import ConfigError, InputError, MeLocalError
 from me_local.llama.member import Member
 from me_local.llama.weights import Shelf
-from me_local.mixture.alignment import Alignment, top_k
+from me_local.mixture.alignment import Alignment
 from me_local.mixture.routing import Router, SharedRoute, Stretch
 from me_local.plugins import find
 from me_local.text.messages import Message
@@ -53,7 +54,8 @@ class Ensemble:
     `config` is what it was loaded from; `prompter` makes its members' prompts; `template_notices` are those of its
     `notices` that say how members see a conversation; `batch` is the number of replies that it can make at once.
     Weights come from `shelf`, if one is given, and stay there. With `check`, files that are used for the first time are
-    tried in a child process before; None: unless ME_LOCAL_NO_CHECK is set. Raises ConfigError and LoadError.
+    tried in a child process before; None: unless ME_LOCAL_NO_CHECK is set. `instances` are those of `of`. Raises
+    ConfigError and LoadError.
 
     Several threads may use one ensemble: one evaluates at a time and the others wait, for a whole reply of `generate`
     or else for a step, so that they get the replies that they would get one by one. To close it waits for a step.
@@ -71,6 +73,7 @@ class Ensemble:
         batch: int = 1,
         shelf: Shelf | None = None,
         check: bool | None = None,
+        instances: Mapping[str, Any] | None = None,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"batch: there is at least one reply at once, got {batch}")
@@ -82,17 +85,46 @@ class Ensemble:
         with ExitStack() as stack:
             if shelf is None:
                 stack.callback(self.shelf.close)
-            loaded = load_members(config, self.shelf, stack, on_load, batch, check=check)
+            if instances is None:
+                loaded = load_members(config, self.shelf, stack, on_load, batch, check=check)
+            else:
+                loaded = load_instances(config, instances, stack)
             self.members, self.writers = loaded.members, loaded.writers
             self.prompter = Prompter(loaded.members, loaded.writers, loaded.plain)
             self._notices = loaded.notices
             self.template_notices = loaded.template_notices
             self.engine = Engine(self.members, router, alignment, loaded.unified)
-            self._require_able(config)
+            require_able(self.engine, self.members, config)
             for i, member in enumerate(self.members):
                 if isinstance(member, Member) and member.on_gpu:  # in replies, only the largest logits are handed over
                     self.engine.losses[i] = first_loss(member, self.writers[i])
             self._stack = stack.pop_all()
+
+    @classmethod
+    def of(
+        cls,
+        instances: Mapping[str, Any],
+        weights: Mapping[str, float] | None = None,
+        overrides: Overrides | None = None,
+        *,
+        sampling: Mapping[str, Sampling] | None = None,
+        templates: Mapping[str, str] | None = None,
+        batch: int = 1,
+    ) -> "Ensemble":
+        """An ensemble of `llama_cpp.Llama` objects that a program has made, by the names of the members.
+
+        All may be given by the members' names: `weights`, 1 for those that are not named; `sampling`; and `templates`,
+        each what `chat_template` in a models.toml may be, in the place of that in the GGUF. `overrides` hold for all.
+        The instances are driven by their `eval`, and stay the program's: closing the ensemble does not close them.
+        `n_tokens` and `input_ids` of each say between two steps what its cache holds; one that the program has used
+        meanwhile is evaluated anew. They give the replies that members of a models.toml with equal options give, seed
+        by seed. A `Llama` has room for one reply at a time, so that `batch` can be 1 alone. Raises ConfigError for what
+        cannot be a member, and LoadError for a model that cannot.
+        """
+        config = instances_config(instances, weights or {}, sampling or {}, templates or {})
+        if batch > 1:
+            raise ConfigError(one_sequence(config.members[0].name))
+        return cls(override(config, overrides or Overrides()), batch=batch, instances=instances)
 
     @property
     def plain(self) -> tuple[str, ...]:
@@ -104,35 +136,8 @@ class Ensemble:
         if overrides is None:
             return self.config
         config = override(self.config, overrides)
-        self._require_able(config)
+        require_able(self.engine, self.members, config)
         return config
-
-    def _require_able(self, config: Config) -> None:
-        """Raise ConfigError for what the engine of a member cannot do."""
-        for member, settings in zip(self.members, config.members, strict=True):
-            most = member.abilities.most_logits
-            if most is None:
-                continue
-            needed = needed_logits(
-                self.engine.alignment, config.strategy, config.unit, settings.sampling, config.constraint
-            )
-            if 0 < needed <= most:
-                continue
-            what = (
-                f"{config.constraint.kind}"
-                if config.constraint
-                else f'alignment = "{config.alignment}"'
-                if self.engine.alignment is not top_k
-                else f'strategy = "{config.strategy}"'
-                if config.strategy == "union"
-                else f'unit = "{config.unit}"'
-                if config.unit == "word"
-                else f"top_k = {settings.sampling.top_k}"
-            )
-            raise ConfigError(
-                f'member "{member.name}": {what} needs {needed or "all"} logits, and its engine '
-                f"({member.abilities.engine}) gives the {most} largest"
-            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -320,8 +325,8 @@ class Ensemble:
                     f'member "{member.name}": its engine ({member.abilities.engine}) does not score texts: '
                     "only members that run here have likelihoods"
                 )
-        enter, shelf = self._stack.enter_context, self.shelf
-        members = [enter(Member(m, shelf.weights(m), outputs=OUTPUTS)) for m in self.config.members]
+        enter, here = self._stack.enter_context, [member for member in self.members if isinstance(member, Member)]
+        members = [enter(Member(member.config, member.weights, outputs=OUTPUTS)) for member in here]
         return Scorer(members, same=self.engine.unified.same)
 
     def start(
@@ -377,4 +382,4 @@ def _plugin(config: Config, key: str, name: str) -> Any:
     try:
         return find(f"me_local.{key}s", name)
     except ConfigError as error:
-        raise ConfigError(f"{config.path}: [ensemble].{key}: {error}") from None
+        raise ConfigError(f"{config.place}[ensemble].{key}: {error}") from None

@@ -202,7 +202,7 @@ NAME_RULE = 'must be a name without "=", ",", control characters and outer space
 MEMBER_KEYS = (
     "name, path, hf, url, engine, api_key_env, model, "
     "weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
-    "tensor_split, lora, system, chat_template, tokenizer, temperature, top_k, top_p, min_p"
+    "tensor_split, lora, system, chat_template, tokenizer, llama, temperature, top_k, top_p, min_p"
 )
 HF_RULE = 'must look like "owner/repo:file.gguf"'
 URL_RULE = 'must look like "http://host:port", without a key in it'

@@ -16,6 +16,7 @@ ROOMS = (
     "plugins",
     "jsonl",
     "system",
+    "checks",
     "config",
     "text",
     "_reference",
@@ -38,7 +39,7 @@ ROOMS = (
 )
 """Packages and modules, the lowest first. Each may import those before it."""
 
-SPEAK_TO_LLAMA_CPP = ("llama", "text", "_reference")
+SPEAK_TO_LLAMA_CPP = ("llama", "text", "engines", "_reference")
 """The last of them is to be read, and what runs does not use it."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,6 +1,6 @@
 """From a configuration to members that are loaded, here or elsewhere, and what is made of their vocabularies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from me_local.config import Config, MemberConfig
 from me_local.engines.remote import RemoteModel
 from me_local.errors import ConfigError
 from me_local.llama.member import Member
+from me_local.llama.options import require_options
 from me_local.llama.trial import is_wanted, try_members
 from me_local.llama.weights import Shelf, VocabularyFile, Weights, supports_gpu
 from me_local.model import LoadedModel
@@ -63,8 +64,9 @@ def load_members(
         stack.callback(file.close)
         return file
 
-    here = [member for member in config.members if member.url is None]
-    found = try_members(here, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
+    for member in config.members:
+        require_options(member, config.place)
+    found = try_members(config.members, shelf, lambda m: on_load(m, "checking")) if is_wanted(check) else []
     making: list[Future[LoadedModel]] = []
     files: list[VocabularyFile] = []
     try:
@@ -73,24 +75,34 @@ def load_members(
                 on_load(member, "loading")
                 files.append(opened(member))
                 making.append(beside.submit(make, member, files[-1]))
-            writers = [_writer(config, *pair) for pair in zip(config.members, files, strict=True)]
+            writers = [prompt_writer(config, *pair) for pair in zip(config.members, files, strict=True)]
             unified = UnifiedVocabulary([file.vocabulary for file in files])
     finally:
         uninterrupted(lambda: wait(making))  # also where Ctrl-C ended the wait above: `stack` is about to be unwound
-    members = tuple(future.result() for future in making)
+    return put_together([future.result() for future in making], files, writers, unified, found)
+
+
+def put_together(
+    members: Sequence[LoadedModel],
+    files: Sequence[VocabularyFile],
+    writers: Sequence[tuple[PromptWriter, Template]],
+    unified: UnifiedVocabulary,
+    found: list[str],
+) -> Loaded:
+    """What is loaded, with what there is to say of it besides what was `found` before."""
     templates = [template for _, template in writers]
     plain = tuple(template.plain for template in templates)
     notices = found + [notice for pair in zip(members, files, strict=True) for notice in _notices(*pair)]
     of_templates = [notice for pair in zip(members, templates, strict=True) for notice in _template_notices(*pair)]
-    return Loaded(members, tuple(writer for writer, _ in writers), unified, plain, notices, of_templates)
+    return Loaded(tuple(members), tuple(writer for writer, _ in writers), unified, plain, notices, of_templates)
 
 
-def _writer(config: Config, member: MemberConfig, weights: VocabularyFile) -> tuple[PromptWriter, Template]:
+def prompt_writer(config: Config, member: MemberConfig, weights: VocabularyFile) -> tuple[PromptWriter, Template]:
     """What writes the member's prompts, and the template it does so by."""
     try:
         template = choose_template(member.chat_template, weights.chat_template, weights.token_texts)
     except ConfigError as error:
-        raise ConfigError(f'{config.path}: member "{member.name}": {error}') from None
+        raise ConfigError(f'{config.place}member "{member.name}": {error}') from None
     return PromptWriter(weights.vocabulary, template.render), template
 
 

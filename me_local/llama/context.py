@@ -8,6 +8,7 @@ from me_local.config import MemberConfig
 from me_local.errors import LoadError
 from me_local.llama.memory import kv_cache_bytes
 from me_local.llama.native_log import native_log
+from me_local.llama.options import set_context
 from me_local.llama.weights import Weights, supports_gpu
 from me_local.system.machine import available_memory, usable_cores
 
@@ -60,12 +61,14 @@ def make_context(
     settings.no_perf = True
     settings.swa_full = config.swa_full
     if config.type_k:
-        settings.type_k = _cache_type(config.type_k)
+        settings.type_k = cache_type(config.type_k)
     if config.type_v:
-        settings.type_v = _cache_type(config.type_v)
+        settings.type_v = cache_type(config.type_v)
     settings.n_outputs_max = outputs  # without it there is room for the logits of a whole batch
     if config.type_k not in (None, "f32", "f16", "bf16") and not config.flash_attn:
         _require_heads_of_whole_blocks(config, weights, settings.type_k)
+    set_context(settings, config)
+    settings.n_ubatch = min(batch, settings.n_ubatch)
     context = _init_context(weights, settings)
     if not context:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
@@ -111,7 +114,8 @@ def working_bytes() -> int | None:
     return round(sum(sizes) * 2**20) if sizes else None
 
 
-def _cache_type(name: str) -> int:
+def cache_type(name: str) -> int:
+    """The number of a type of keys or values."""
     if name == "bf16":
         return 30  # GGML_TYPE_BF16 of ggml.h, which llama-cpp-python does not name
     return int(getattr(llama_cpp, f"GGML_TYPE_{name.upper()}"))

@@ -28,6 +28,7 @@ from me_local.llama.checkpoints import Checkpoints
 from me_local.llama.context import MOST_SEQUENCES, make_context, require_memory, working_bytes
 from me_local.llama.memory import allocated_context
 from me_local.llama.native_log import native_log
+from me_local.llama.options import longest_context
 from me_local.llama.origin import Origin, in_batches
 from me_local.llama.sequences import Sequences
 from me_local.llama.shortlist import Shortlister
@@ -90,8 +91,7 @@ class Member:
         self._context: Any = None
         self._parts = 1  # of the cores, of which it has one
         self._adapter: Any = None
-        cells = allocated_context(config.n_ctx, weights.trained_context)
-        require_memory(config, weights, cells, sequences)
+        cells = allocated_context(config.n_ctx, longest_context(config, weights.trained_context))
         if sequences > MOST_SEQUENCES:
             raise LoadError(
                 f'member "{config.name}": llama.cpp has room for {MOST_SEQUENCES} replies at once, '
@@ -102,13 +102,24 @@ class Member:
         with weights.use():
             weights.require_open()
             weights.users.add(self)
-            self._context = make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
-            self.working_bytes = working_bytes()
+            self.working_bytes: int | None = None
+            self._context = self._make_context(cells, sequences)
             try:
                 self._read_context(sequences)
             except BaseException:
                 self.close()
                 raise
+
+    def _make_context(self, cells: int, sequences: int) -> llama_cpp.llama_context_p:
+        """A context with so many cells for each sequence."""
+        config, weights = self.config, self.weights
+        require_memory(config, weights, cells, sequences)
+        context = make_context(config, weights, cells * sequences, self.n_batch, self._outputs, sequences)
+        self.working_bytes = working_bytes()
+        return context
+
+    def _free_context(self, context: llama_cpp.llama_context_p) -> None:
+        llama_cpp.llama_free(context)
 
     def _read_context(self, sequences: int) -> None:
         if llama_cpp.llama_get_memory(self._context) is None:
@@ -119,7 +130,7 @@ class Member:
         if self.config.lora:
             self._add_adapter(self.config.lora)
         cells: int = llama_cpp.llama_n_ctx(self._context) // sequences
-        self.n_ctx = min(cells, self.weights.trained_context or cells)
+        self.n_ctx = min(cells, longest_context(self.config, self.weights.trained_context) or cells)
         window = self.weights.window
         evicts = window > 0 and not self.config.swa_full
         recurrent = self.weights.memory in ("recurrent", "hybrid")
@@ -134,7 +145,8 @@ class Member:
     def _add_adapter(self, path: Path) -> None:
         native_log.first_errors.clear()
         self._adapter = llama_cpp.llama_adapter_lora_init(self.weights.pointer, os.fsencode(path))
-        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)(1.0)
+        adapters, scales = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(self._adapter), (ctypes.c_float * 1)()
+        scales[0] = self.config.llama.get("lora_scale", 1.0)
         if not self._adapter or llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, scales):
             reason = "; ".join(native_log.first_errors) or "llama.cpp refuses it"
             raise LoadError(f'member "{self.name}": lora = {path} cannot be loaded: {reason}')
@@ -308,17 +320,18 @@ class Member:
         """Evaluate with a part of the threads, one of so many, from now on, if it is divisible."""
         if self.divisible and parts != self._parts:
             self._parts = parts
-            count = max(1, (self.config.n_threads or usable_cores()) // parts)
-            llama_cpp.llama_set_n_threads(self._context, count, count)
+            count = self.config.n_threads or usable_cores()
+            counts = (count, self.config.llama.get("n_threads_batch", count))
+            llama_cpp.llama_set_n_threads(self._context, *(max(1, count // parts) for count in counts))
 
     @_using
     def forget(self) -> None:
         """Empty the cache."""
         self.caches[0].forget()
 
-    def close(self) -> None:
-        """Free the context; whatever is asked of the member then raises RunError."""
-        self._in_flight.end(self._free)
+    def close(self, reason: str | None = None) -> None:
+        """Free the context; whatever is asked of the member then raises RunError, which says the `reason`."""
+        self._in_flight.end(self._free, reason)
 
     def _free(self) -> None:
         # What is taken here and not freed, because Ctrl-C comes between, stays; to free it again would be worse.
@@ -328,7 +341,7 @@ class Member:
         if shortlister:
             shortlister.close()
         if context:
-            llama_cpp.llama_free(context)
+            self._free_context(context)
         if adapter:
             llama_cpp.llama_adapter_lora_free(adapter)
         self.weights.users.discard(self)

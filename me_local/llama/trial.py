@@ -2,9 +2,10 @@
 
 llama.cpp ends its process where an assertion fails, and where its machine code does not suit the processor. So before a
 file is used for the first time with this build of llama.cpp, on this processor and with these settings, a child loads
-it, writes a prompt by its template, and evaluates 1, 2 and 40 tokens. Where the child dies,
-another tries it without llama.cpp's extra buffers, in which weights are packed anew for some processors. What was found
-is remembered in the user's cache folder.
+it, writes a prompt by its template, and evaluates 1, 2 and 40 tokens. Of a member that runs elsewhere the file is here
+for its vocabulary, and the child writes the prompt alone. Where the child dies, another tries it without llama.cpp's
+extra buffers, in which weights are packed anew for some processors. What was found is remembered in the user's cache
+folder.
 """
 
 import contextlib
@@ -27,10 +28,19 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from me_local.arrays import IntArray
 from me_local.config import MemberConfig
 from me_local.errors import CrashError, MeLocalError, TemplateMemoryError
 from me_local.llama.member import Member
-from me_local.llama.weights import Shelf, Weights, build_identity, checked_file, part_names, supports_gpu
+from me_local.llama.weights import (
+    Shelf,
+    VocabularyFile,
+    Weights,
+    build_identity,
+    checked_file,
+    part_names,
+    supports_gpu,
+)
 from me_local.system.files import replace_file
 from me_local.system.machine import address_space_used, available_memory, processor_features, processor_identity
 from me_local.text.messages import Message
@@ -215,6 +225,9 @@ def _key(member: MemberConfig) -> str:
     template = Path(member.chat_template) if member.chat_template and "/" in member.chat_template else None
     files = [_stamp(path) for path in (*pieces, member.lora, member.tokenizer, template)]
     settings = _CONFIG.dump_python(replace(member, name="-", weight=1.0, system=None), mode="json")
+    settings["url"] = bool(member.url)  # the vocabulary is the same wherever the member runs
+    for key in ("engine", "api_key_env", "model"):
+        del settings[key]
     del settings["sampling"]
     told = json.dumps([files, settings, build_identity(), processor_identity()], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()
@@ -232,15 +245,22 @@ def _stamp(path: Path | None) -> list[Any]:
 
 def _use(member: MemberConfig, *, extra_buffers: bool) -> None:
     """Load the member, write it a prompt and evaluate that. Raises MeLocalError, or ends the process, or never ends."""
+    if member.url is not None:
+        with closing(VocabularyFile(member)) as file:
+            _write_prompt(member, file)
+        return
     with closing(Weights(member, extra_buffers=extra_buffers)) as weights, Member(member, weights) as used:
-        template = choose_template(member.chat_template, weights.chat_template, weights.token_texts)
-        prompt = PromptWriter(weights.vocabulary, template.render).prompt([Message("user", _TEXT)])
-        ids = np.resize(prompt, used.n_ctx)
+        ids = np.resize(_write_prompt(member, weights), used.n_ctx)
         end = 0
         for count in _TOKENS:
             end = min(end + count, len(ids))
             used.sync(ids[:end])
             used.logits()
+
+
+def _write_prompt(member: MemberConfig, file: VocabularyFile) -> IntArray:
+    template = choose_template(member.chat_template, file.chat_template, file.token_texts)
+    return PromptWriter(file.vocabulary, template.render).prompt([Message("user", _TEXT)])
 
 
 def _main() -> int:

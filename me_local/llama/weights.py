@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import llama_cpp
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError
 from me_local.llama.native_log import native_log, send_log
+from me_local.llama.options import header_overrides, model_key, set_model
 from me_local.system.inflight import InFlight
 from me_local.text.vocabulary import Vocabulary
 
@@ -26,8 +28,8 @@ _SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\
 class User(Protocol):
     """What must be closed before the weights."""
 
-    def close(self) -> None:
-        """Let go of them."""
+    def close(self, reason: str | None = None) -> None:
+        """Let go of them; see `InFlight.end`."""
 
 
 class VocabularyFile:
@@ -43,13 +45,14 @@ class VocabularyFile:
         settings.vocab_only = True
         self._open(config, settings)
 
-    def _open(self, config: MemberConfig, settings: llama_cpp.llama_model_params) -> None:
-        self.path = checked_file(config)
+    def _open(self, config: MemberConfig, settings: llama_cpp.llama_model_params | None, lent: Any = None) -> None:
+        self.path = config.path if lent and config.path else checked_file(config)
         self._in_flight = InFlight(f'member "{config.name}": ')
-        self.pointer: Any = _load(config, self.path, settings)
-        self.warnings = _vocabulary_warnings(native_log.warnings)
+        self._lent = lent is not None
+        self.pointer: Any = lent if self._lent else _load(config, self.path, settings)
+        self.warnings = () if self._lent else _vocabulary_warnings(native_log.warnings)
         try:
-            self._read(config.tokenizer)
+            self._read(config.tokenizer, header_overrides(config))
         except MeLocalError as error:
             self.close()
             raise LoadError(f'member "{config.name}": {self.path}: {error}') from None
@@ -57,24 +60,24 @@ class VocabularyFile:
             self.close()
             raise
 
-    def _read(self, tokenizer: Path | None) -> None:
+    def _read(self, tokenizer: Path | None, replaced: dict[str, str]) -> None:
         model = self.pointer
-        self.metadata = _metadata(model)
+        self.metadata = _metadata(model) | replaced
         architecture = self.metadata.get("general.architecture", "")
         if self.metadata.get(f"{architecture}.attention.causal") == "false":
             raise LoadError("it does not generate text (an embedding model?)")
         if llama_cpp.llama_model_has_encoder(model):
             raise LoadError("it has an encoder, as T5 does, and only models that are decoders alone can be members")
-        self.vocabulary = Vocabulary(model, tokenizer)
+        self.vocabulary = Vocabulary(model, tokenizer, replaced)
         # Without its tensors llama.cpp does not read these itself.
         self.trained_context = _number(self.metadata.get(f"{architecture}.context_length", ""))
         self.description = " ".join(filter(None, [architecture, self.metadata.get("general.size_label")]))
         self.chat_template = _chat_template(model)
         self.token_texts = _token_texts(model, self.vocabulary)
 
-    def close(self) -> None:
-        """Free the model, once no evaluation of it is under way."""
-        self._in_flight.end(self._free)
+    def close(self, reason: str | None = None) -> None:
+        """Free the model, once no evaluation of it is under way; whoever asks for it later is told the `reason`."""
+        self._in_flight.end(partial(self._free, reason), reason)
 
     def use(self) -> threading.RLock:
         """What is to be held while a context is made; see `require_open`.
@@ -87,11 +90,11 @@ class VocabularyFile:
         """Raise RunError where the model is freed: to be asked by whoever holds it."""
         self._in_flight.require_open()
 
-    def _free(self) -> None:
+    def _free(self, reason: str | None) -> None:
         if hasattr(self, "vocabulary"):
-            self.vocabulary.close()
+            self.vocabulary.close(reason)
         pointer, self.pointer = self.pointer, None
-        if pointer:
+        if pointer and not self._lent:
             llama_cpp.llama_model_free(pointer)
 
 
@@ -100,15 +103,16 @@ class Weights(VocabularyFile):
 
     `users` are the members that have such contexts; one is made within `use`, which keeps the model where it is.
     `size` is in bytes; `memory` says what a context keeps of its tokens: "full", "sliding window N", "recurrent" or
-    "hybrid"; `window` is that N, or 0. Without `extra_buffers` no weights are packed anew for the processor.
+    "hybrid"; `window` is that N, or 0. Without `extra_buffers` no weights are packed anew for the processor. `lent` is
+    a model that somebody else has loaded, and frees.
     """
 
-    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True) -> None:
+    def __init__(self, config: MemberConfig, *, extra_buffers: bool = True, lent: Any = None) -> None:
         self.users: set[User] = set()
-        self._open(config, _settings(config, extra_buffers=extra_buffers))
+        self._open(config, None if lent else _settings(config, extra_buffers=extra_buffers), lent)
 
-    def _read(self, tokenizer: Path | None) -> None:
-        super()._read(tokenizer)
+    def _read(self, tokenizer: Path | None, replaced: dict[str, str]) -> None:
+        super()._read(tokenizer, replaced)
         model = self.pointer
         self.trained_context = llama_cpp.llama_model_n_ctx_train(model)
         self.description = _text(llama_cpp.llama_model_desc, model)
@@ -118,10 +122,10 @@ class Weights(VocabularyFile):
         self.window: int = llama_cpp.llama_model_n_swa(model)
         self.memory = _memory_kind(model)
 
-    def _free(self) -> None:
+    def _free(self, reason: str | None) -> None:
         for user in list(self.users):  # those that an interrupted end has left
-            user.close()
-        super()._free()
+            user.close(reason)
+        super()._free(reason)
 
 
 class Shelf:
@@ -140,7 +144,8 @@ class Shelf:
         path = checked_file(config)
         status = path.stat()
         layers = config.n_gpu_layers if supports_gpu() else 0
-        key = (status.st_dev, status.st_ino, config.tokenizer, layers, config.main_gpu, config.tensor_split)
+        place = (layers, config.main_gpu, config.tensor_split)
+        key = (status.st_dev, status.st_ino, config.tokenizer, *place, model_key(config))
         if key not in self._weights:
             self._weights[key] = Weights(config, extra_buffers=path not in self._without_extra_buffers)
         return self._weights[key]
@@ -212,7 +217,9 @@ def _settings(config: MemberConfig, *, extra_buffers: bool) -> llama_cpp.llama_m
     layers = config.n_gpu_layers if supports_gpu() else 0
     settings.n_gpu_layers = _ALL_LAYERS if layers < 0 else layers
     settings.main_gpu = config.main_gpu
-    settings.use_extra_bufts = extra_buffers
+    llama_cpp.llama_backend_init()
+    set_model(settings, config)
+    settings.use_extra_bufts = settings.use_extra_bufts and extra_buffers
     if config.tensor_split:
         # llama.cpp reads as many numbers as it knows devices
         devices = llama_cpp.llama_max_devices()
@@ -226,7 +233,7 @@ def _settings(config: MemberConfig, *, extra_buffers: bool) -> llama_cpp.llama_m
     return settings
 
 
-def _load(config: MemberConfig, path: Path, settings: llama_cpp.llama_model_params) -> llama_cpp.llama_model_p:
+def _load(config: MemberConfig, path: Path, settings: llama_cpp.llama_model_params | None) -> llama_cpp.llama_model_p:
     send_log()
     native_log.first_errors.clear()
     native_log.warnings.clear()
@@ -235,7 +242,14 @@ def _load(config: MemberConfig, path: Path, settings: llama_cpp.llama_model_para
     if not model:
         reason = "; ".join(native_log.first_errors) or "llama.cpp does not say why"
         raise LoadError(f'member "{config.name}": {path} cannot be loaded: {reason}')
+    for line in native_log.warnings:
+        if found := _BAD_OVERRIDE.search(line):  # llama.cpp goes on without it
+            llama_cpp.llama_model_free(model)
+            raise ConfigError(f'member "{config.name}".llama.kv_overrides."{found[1]}": must be {found[2]}')
     return model
+
+
+_BAD_OVERRIDE = re.compile(r"Bad metadata override type for key '(.*)', expected (\w+) but got")
 
 
 def _vocabulary_warnings(lines: Iterable[str]) -> tuple[str, ...]:

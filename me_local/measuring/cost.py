@@ -26,6 +26,7 @@ from me_local.llama.batch import Part
 from me_local.llama.context import CELL_BYTES
 from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
+from me_local.llama.options import longest_context
 from me_local.llama.weights import supports_gpu
 from me_local.model import LoadedModel
 from me_local.system.machine import available_memory
@@ -192,7 +193,7 @@ def _that_fit(members: Sequence[Member]) -> int:
     """How many replies the memory has room for; where that is not known, a number that is seldom too large."""
     available, needed = available_memory(), 0
     for member in members:
-        cells = allocated_context(member.config.n_ctx, member.weights.trained_context)
+        cells = allocated_context(member.config.n_ctx, longest_context(member.config, member.weights.trained_context))
         cache = kv_cache_bytes(member.weights.metadata, member.weights.memory, member.config, cells)
         logits = 4 * member.vocabulary.size
         if cache is None or (supports_gpu() and member.config.n_gpu_layers):

@@ -13,6 +13,7 @@ from me_local.decoding.losses import Loss
 from me_local.engines.remote import RemoteModel
 from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
+from me_local.llama.options import longest_context
 from me_local.model import LoadedModel
 from me_local.text.vocabulary import Vocabulary
 
@@ -124,7 +125,7 @@ def inspect_member(member: LoadedModel, lost: Loss | None = None) -> MemberRepor
         return _inspect_remote(member)
     assert isinstance(member, Member)
     weights = member.weights
-    cells = allocated_context(member.config.n_ctx, weights.trained_context)
+    cells = allocated_context(member.config.n_ctx, longest_context(member.config, weights.trained_context))
     kv_cache = kv_cache_bytes(weights.metadata, weights.memory, member.config, cells)
     vocabulary = member.vocabulary
     sizes = (weights.size, kv_cache, member.working_bytes)

@@ -7,18 +7,25 @@ and `timings`. `usage` counts prompt tokens as the member does that has most of 
 import math
 import secrets
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from me_local.decoding.reply import MemberUsage, Reply, Step
+from me_local.server.tools import Splitter
 
 Object = dict[str, Any]
 
 
 class Answer:
-    """The objects of one answer; `chat` tells a conversation from a completion, `logprobs` whether they are wanted."""
+    """The objects of one answer.
 
-    def __init__(self, model: str, *, chat: bool, logprobs: bool, n: int) -> None:
+    `chat` tells a conversation from a completion, `logprobs` whether they are wanted, `tools` whether calls of tools
+    are looked for; `n` is the number of replies to each prompt.
+    """
+
+    def __init__(self, model: str, *, chat: bool, logprobs: bool, n: int, tools: bool = False) -> None:
+        self._tools = tools
+        self._splitters: dict[int, Splitter] = {}  # of streamed choices
         self._chat = chat
         self._logprobs = logprobs
         self._n = n  # replies to each prompt
@@ -36,8 +43,21 @@ class Answer:
         """The chunk before the first piece of a choice of a conversation: the speaker."""
         return self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
 
-    def piece(self, index: int, step: Step, offset: int) -> Object:
-        """The chunk of one piece, which stands at this character of the reply."""
+    def pieces(self, index: int, step: Step, offset: int) -> Iterator[Object]:
+        """The chunks of one piece, which stands at this character of the reply; none where a call may begin with it."""
+        if not self._tools:
+            yield self._piece(index, step, offset)
+            return
+        splitter = self._splitters.setdefault(index, Splitter())
+        first = len(splitter.calls)
+        content, calls = splitter.push(step.text)
+        if content:
+            yield self._piece(index, step._replace(text=content), offset)
+        for number, call in enumerate(calls, start=first):
+            delta = {"tool_calls": [{"index": number, **call.as_dict()}]}
+            yield self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
+
+    def _piece(self, index: int, step: Step, offset: int) -> Object:
         choice: Object = {"index": index, **self._content(step.text), "finish_reason": None}
         if self._logprobs:
             choice["logprobs"] = self._listed([step], offset)
@@ -47,7 +67,10 @@ class Answer:
     def end(self, index: int, reply: Reply) -> Object:
         """The last chunk of a choice."""
         content: Object = {"delta": {}} if self._chat else {"text": ""}
-        return self._chunk([{"index": index, **content, **_end(reply), "timings": timings([reply])}])
+        splitter = self._splitters.get(index, Splitter())
+        if rest := splitter.flush():
+            content = {"delta": {"content": rest}}
+        return self._chunk([{"index": index, **content, **_end(reply, splitter), "timings": timings([reply])}])
 
     def total(self, replies: Sequence[Reply]) -> Object:
         """The chunk after all choices: the usage."""
@@ -55,10 +78,17 @@ class Answer:
 
     def _choice(self, index: int, reply: Reply) -> Object:
         content: Object = {"text": reply.text}
+        splitter = Splitter()
         if self._chat:
-            content = {"message": {"role": "assistant", "content": reply.text, "refusal": None}}
+            text = reply.text
+            if self._tools:
+                text = splitter.push(reply.text)[0] + splitter.flush()
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if splitter.calls:
+            calls = [call.as_dict() for call in splitter.calls]
+            content["message"] |= {"content": content["message"]["content"] or None, "tool_calls": calls}
         listed = self._listed(reply.steps, 0) if self._logprobs else None
-        return {"index": index, **content, "logprobs": listed, **_end(reply)}
+        return {"index": index, **content, "logprobs": listed, **_end(reply, splitter)}
 
     def _content(self, text: str) -> Object:
         return {"delta": {"content": text}} if self._chat else {"text": text}
@@ -123,8 +153,9 @@ def _longest(reply: Reply) -> MemberUsage:
     return max(reply.usage, key=lambda usage: (usage.calls > 0, usage.prompt_length))
 
 
-def _end(reply: Reply) -> Object:
-    return {"finish_reason": reply.finish_reason, "seed": reply.seed}
+def _end(reply: Reply, splitter: Splitter) -> Object:
+    calls = splitter.calls and reply.finish_reason == "stop"
+    return {"finish_reason": "tool_calls" if calls else reply.finish_reason, "seed": reply.seed}
 
 
 def _chat_logprobs(steps: Iterable[Step]) -> Object:

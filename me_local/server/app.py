@@ -55,13 +55,10 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
             Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
         )
     if access.key is not None:
-        middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics")))
+        middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics", "/models", "/chat", "/completions")))
     return Starlette(
         routes=[
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{model:path}", routes.model),
-            Route("/v1/chat/completions", routes.chat, methods=["POST"]),
-            Route("/v1/completions", routes.complete, methods=["POST"]),
+            *(route for prefix in ("/v1", "") for route in _api(routes, prefix)),  # some clients leave /v1 out
             Route("/v1/{path:path}", routes.unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
@@ -70,6 +67,15 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
         middleware=middleware,
         exception_handlers={HTTPException: _on_http_error, ApiError: _on_api_error},  # type: ignore[dict-item]
     )
+
+
+def _api(routes: "Routes", prefix: str) -> list[Route]:
+    return [
+        Route(f"{prefix}/models", routes.models),
+        Route(f"{prefix}/models/{{model:path}}", routes.model),
+        Route(f"{prefix}/chat/completions", routes.chat, methods=["POST"]),
+        Route(f"{prefix}/completions", routes.complete, methods=["POST"]),
+    ]
 
 
 class Routes:
@@ -94,6 +100,10 @@ class Routes:
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""
+        path = request.url.path.removeprefix("/v1")
+        allowed = {"/chat/completions": "POST", "/completions": "POST", "/models": "GET, HEAD"}.get(path)
+        if allowed:
+            raise ApiError(405, f"only {allowed} is answered here", headers={"Allow": allowed})
         raise ApiError(404, f"there is no {request.method} of this path", code="unknown_path")
 
     async def health(self, _: Request) -> Response:
@@ -144,7 +154,8 @@ class Routes:
     async def _answer(self, request: Request, asked: Asked) -> Response:
         asks = asked.asks(self._ensemble)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
-        answer = Answer(asked.model, chat=isinstance(asked, ChatRequest), logprobs=logprobs, n=asked.n or 1)
+        chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
+        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
         events = self._events(asks)
         if not asked.stream:
             replies = await _while_there(request, _replies(events))
@@ -175,6 +186,9 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
+    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
+        super().__init__(lines, headers={"X-Accel-Buffering": "no"})  # nginx would hold pieces back
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what is made."""
         try:
@@ -200,7 +214,8 @@ async def _lines(
                 replies[index] = event
                 yield _line(answer.end(index, event))
             else:
-                yield _line(answer.piece(index, event, offsets[index]))
+                for chunk in answer.pieces(index, event, offsets[index]):
+                    yield _line(chunk)
                 offsets[index] += len(event.text)
         if usage:
             yield _line(answer.total(_in_order(replies)))

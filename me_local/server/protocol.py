@@ -4,16 +4,21 @@ A field that is not supported and would change the answer is refused by its name
 Knows nothing of HTTP connections or of how replies are made.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from me_local.asking import Ask, check_conversation
-from me_local.config import Overrides, Strategy, Unit
+from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+from me_local.server import tools as toolbox
+from me_local.server.structure import Structure
+from me_local.text import constraints
 from me_local.text.messages import Message, Role
 
 MODEL = "me-local"
@@ -25,6 +30,7 @@ _MOST_REPLIES = 128  # to one request
 _MOST_TEXTS = 10_000
 """Messages and further parts of them, in a conversation: what is checked and rendered for each takes its time."""
 _MOST_FIELDS = 256  # of an object: for each that is wrong a report is made
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_SHOWN = 80  # characters of a name that a client made up
 
 
@@ -32,11 +38,18 @@ class ApiError(Exception):
     """A request that is not answered: HTTP status, and what OpenAI's clients read of an error."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry: int | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = {} if retry is None else {"Retry-After": str(retry)}
+        self.headers = dict(headers) if retry is None else {"Retry-After": str(retry), **headers}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
         if status in (408, 413):  # the rest of the body is not waited for
@@ -88,9 +101,11 @@ def _listed(raw: Any) -> Any:
     return [raw] if isinstance(raw, str) else raw
 
 
+_SAYS_NOTHING: tuple[Any, ...] = (None, [], {}, "")
 _Ignored = Annotated[Any, Field(default=None)]
 _Unsupported = Annotated[Any, Field(default=None), _no_effect_but([], {}, "")]
 _Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
+_Factor = Annotated[float | None, Field(default=None), _no_effect_but(1)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _Stops = Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)]
@@ -104,7 +119,11 @@ class _Model(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _require_few(cls, raw: Any) -> Any:
-        return _bounded_fields(raw)
+        raw = _bounded_fields(raw)
+        if not isinstance(raw, dict):
+            return raw
+        # A field that is not known, and says nothing, is one that a client writes out of habit.
+        return {key: value for key, value in raw.items() if key in cls.model_fields or value not in _SAYS_NOTHING}
 
 
 class TextPart(_Model):
@@ -114,27 +133,40 @@ class TextPart(_Model):
     text: str
 
 
+def _as_parts(raw: Any) -> Any:
+    return [{"type": "text", "text": raw}] if isinstance(raw, str) else raw
+
+
 class ChatMessage(_Model):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        list[TextPart],
-        Field(fail_fast=True),
-        BeforeValidator(lambda raw: [{"type": "text", "text": raw}] if isinstance(raw, str) else raw),
-    ]
-    name: _Unsupported
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[TextPart] | None, Field(fail_fast=True), BeforeValidator(_as_parts)] = None
+    name: _Ignored
     refusal: _Unsupported
-    tool_calls: _Unsupported
-    tool_call_id: _Unsupported
+    tool_calls: Annotated[list[toolbox.Called] | None, Field(max_length=128)] = None
+    tool_call_id: _Ignored
     function_call: _Unsupported
     audio: _Unsupported
     annotations: _Ignored
 
+    @model_validator(mode="after")
+    def _require_content(self) -> "ChatMessage":
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("content: is missing")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only the assistant has them")
+        return self
+
     def as_message(self) -> Message:
         """The message as members see it."""
+        text = "\n".join(part.text for part in self.content or ())
+        if self.role == "tool":
+            return Message("user", toolbox.response(text))
+        if self.role == "assistant" and self.tool_calls:
+            return Message("assistant", toolbox.called(text, self.tool_calls))
         role: Role = "system" if self.role == "developer" else self.role
-        return Message(role, "\n".join(part.text for part in self.content))
+        return Message(role, text)
 
 
 class StreamOptions(_Model):
@@ -142,12 +174,13 @@ class StreamOptions(_Model):
 
     include_usage: bool = False
     include_obfuscation: _Ignored
+    continuous_usage_stats: _Ignored
 
 
-class _Request(_Model):
+class _Request(Structure, _Model):
     """What conversations and completions have in common."""
 
-    model: str
+    model: str = MODEL
     temperature: _Finite | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -163,15 +196,19 @@ class _Request(_Model):
     unit: Unit | None = None
     presence_penalty: _Penalty
     frequency_penalty: _Penalty
+    repeat_penalty: _Factor
+    repetition_penalty: _Factor
     logit_bias: _Unsupported
     user: _Ignored
     metadata: _Ignored
-
-    @model_validator(mode="after")
-    def _require_stream(self) -> "_Request":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: only goes with stream")
-        return self
+    store: _Ignored
+    cache_prompt: _Ignored
+    timings_per_token: _Ignored
+    id_slot: _Ignored
+    service_tier: _Ignored
+    safety_identifier: _Ignored
+    prompt_cache_key: _Ignored
+    prompt_cache_retention: _Ignored
 
     def limit(self) -> int | None:
         """The largest number of pieces in a reply."""
@@ -200,6 +237,7 @@ class _Request(_Model):
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            constraint=self._constraint(),
             weights=self._weights(ensemble),
         )
         ensemble.with_overrides(overrides)
@@ -211,6 +249,12 @@ class _Request(_Model):
         return [
             Ask(prompt, replace(overrides, seed=seed), self.top()) for prompt, seed in zip(prompts, seeds, strict=True)
         ]
+
+    def _constraint(self) -> Constraint | None:
+        try:
+            return self.constraint()
+        except InputError as error:
+            raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
 
     def _weights(self, ensemble: Ensemble) -> dict[str, float] | None:
         if self.model == MODEL:
@@ -232,23 +276,17 @@ class ChatRequest(_Request):
     max_completion_tokens: _Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: Annotated[Any, _no_effect_but({"type": "text"})] = None
     modalities: Annotated[Any, _no_effect_but(["text"])] = None
-    tool_choice: Annotated[Any, _no_effect_but("none", "auto")] = None
+    tool_choice: toolbox.Choice | None = None
     function_call: Annotated[Any, _no_effect_but("none", "auto")] = None
-    tools: _Unsupported
+    tools: Annotated[list[toolbox.Tool] | None, Field(max_length=128)] = None
     functions: _Unsupported
     audio: _Unsupported
     prediction: _Unsupported
     reasoning_effort: _Unsupported
     verbosity: _Unsupported
     web_search_options: _Unsupported
-    store: Annotated[Any, _no_effect_but(False)] = None
-    parallel_tool_calls: _Ignored
-    prompt_cache_key: _Ignored
-    prompt_cache_retention: _Ignored
-    safety_identifier: _Ignored
-    service_tier: _Ignored
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
@@ -256,7 +294,14 @@ class ChatRequest(_Request):
             raise ValueError("top_logprobs: only goes with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: contradicts max_tokens")
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice: there are no tools")
         return self
+
+    @property
+    def may_call(self) -> bool:
+        """Whether a reply may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     def limit(self) -> int | None:
         """The largest number of pieces in a reply."""
@@ -264,13 +309,43 @@ class ChatRequest(_Request):
 
     def prompts(self) -> list[str | tuple[Message, ...]]:
         """The conversation. Raises InputError when it cannot be answered."""
-        messages = tuple(message.as_message() for message in self.messages)
+        messages = _as_messages(self.messages)
+        if self.tools and self.may_call:
+            messages = toolbox.told(messages, self.tools)
         check_conversation(messages)
-        return [messages]
+        return [tuple(messages)]
+
+    def constraint(self) -> Constraint | None:
+        """What the reply has to be. Raises InputError."""
+        asked = super().constraint()
+        if not self.tools or not self.may_call:
+            return asked
+        if asked:
+            raise InputError("tools: either these or a structure of the reply can be kept")
+        parallel = self.parallel_tool_calls is not False
+        kept = toolbox.constraint(self.tools, self.tool_choice or "auto", parallel=parallel)
+        if kept:
+            try:
+                constraints.start(kept)
+            except InputError as error:
+                raise InputError(f"tools: {error}") from None
+        return kept
 
     def top(self) -> int:
         """How many of the likeliest pieces are wanted at each step."""
         return self.top_logprobs or 0
+
+
+def _as_messages(given: Sequence[ChatMessage]) -> list[Message]:
+    """The messages as members see them; results of tools, and what the user says behind them, are one turn."""
+    messages: list[Message] = []
+    for before, message in zip([None, *given], given, strict=False):
+        now = message.as_message()
+        if before is not None and before.role == "tool" and now.role == "user":
+            messages[-1] = Message("user", f"{messages[-1].content}\n{now.content}")
+        else:
+            messages.append(now)
+    return messages
 
 
 class CompletionRequest(_Request):
@@ -296,7 +371,7 @@ class CompletionRequest(_Request):
 def parse(kind: type[R], body: bytes) -> R:
     """A request from its JSON. Raises ApiError that names the first field that is wrong."""
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body.removeprefix(_BYTE_ORDER_MARK))
     except ValidationError as error:
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 

@@ -40,6 +40,10 @@ def begin_threads() -> None:
     _threads.began = True
 
 
+CLOSED = "the ensemble is closed"
+"""Why things can no longer be used, where nothing else is said."""
+
+
 class InFlight:
     """The uses of one thing, such as a context; `where` stands before its errors.
 
@@ -50,7 +54,7 @@ class InFlight:
     def __init__(self, where: str = "") -> None:
         self._where = where
         self._lock = threading.RLock()
-        self._ended = False
+        self._ended = ""  # why
         self._process = os.getpid()
         if _threads.lost:
             raise RunError(f"{where}{_FORKED}")
@@ -68,15 +72,16 @@ class InFlight:
     def require_open(self) -> None:
         """Raise RunError where it has been freed, or is about to be: to be asked by whoever holds the lock."""
         if self._ended:
-            raise RunError(f"{self._where}the ensemble is closed")
+            raise RunError(self._ended)
 
-    def end(self, free: Callable[[], object]) -> None:
+    def end(self, free: Callable[[], object], reason: str | None = None) -> None:
         """Free it by `free`, which may be called again, once nobody uses it; in a forked process do nothing.
 
-        Whoever asks `require_open` from now on is refused: one use after the other could go before it for long.
+        Whoever asks `require_open` from now on is refused, and told the first `reason` there was: one use after the
+        other could go before it for long.
         """
         if self._process == os.getpid():
-            self._ended = True
+            self._ended = self._ended or reason or f"{self._where}{CLOSED}"
             uninterrupted(lambda: self._locked(free))
 
     def _locked(self, free: Callable[[], object]) -> None:

@@ -87,6 +87,10 @@ def digest(path: Path | None) -> bytes | None:
     return hashlib.sha256(path.read_bytes()).digest() if path else None
 
 
-def closed(_: bytes) -> list[int]:
-    """Stands for the tokenizer of a model that is freed. Raises RunError."""
-    raise RunError("the ensemble is closed")
+def closed(reason: str) -> Encoder:
+    """Stands for the tokenizer of a model that is freed, and raises RunError."""
+
+    def encode(_: bytes) -> list[int]:
+        raise RunError(reason)
+
+    return encode

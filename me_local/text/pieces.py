@@ -4,6 +4,8 @@ A call from Python for each token would take longer than loading a small model. 
 """
 
 import ctypes
+from collections.abc import Callable
+from functools import partial
 
 import llama_cpp
 import numpy as np
@@ -27,15 +29,19 @@ def read_pieces(pointer: llama_cpp.llama_vocab_p) -> list[bytes]:
     return pieces
 
 
-def find_end_ids(model: llama_cpp.llama_model_p, empty: list[int]) -> list[int]:
+def find_end_ids(
+    model: llama_cpp.llama_model_p, empty: list[int], header: Callable[[bytes], bytes] | None = None
+) -> list[int]:
     """The ids that end a generation, in order; `empty` has those of tokens without a piece.
 
     llama.cpp makes a control token, which has no piece, of each that it knows by its name; all others are named in
-    the header (llama-vocab.cpp, special_eog_ids).
+    the header (llama-vocab.cpp, special_eog_ids), which `header` reads.
     """
     pointer = llama_cpp.llama_model_get_vocab(model)
     named = [read(pointer) for read in _NAMED_ENDS]
-    candidates = {*empty, *named, _end_of_message(model)} - {llama_cpp.LLAMA_TOKEN_NULL}
+    candidates = {*empty, *named, _end_of_message(header or partial(header_value, model))} - {
+        llama_cpp.LLAMA_TOKEN_NULL
+    }
     return sorted(token for token in candidates if llama_cpp.llama_vocab_is_eog(pointer, token))
 
 
@@ -62,9 +68,9 @@ _NAMED_ENDS = (
 )
 
 
-def _end_of_message(model: llama_cpp.llama_model_p) -> int:
+def _end_of_message(header: Callable[[bytes], bytes]) -> int:
     """The one such id that no function tells; -1 where there is none."""
-    return int(header_value(model, b"tokenizer.ggml.eom_token_id") or -1)
+    return int(header(b"tokenizer.ggml.eom_token_id") or -1)
 
 
 def _read_block(pointer: llama_cpp.llama_vocab_p, mark: int, block: range) -> list[bytes] | None:

@@ -7,14 +7,14 @@ the pieces of several vocabularies. Knows nothing of weights, contexts or sampli
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
 from me_local.errors import LoadError
-from me_local.system.inflight import InFlight
+from me_local.system.inflight import CLOSED, InFlight
 from me_local.text.encoders import Encoder, closed, digest, llama_encoder, read_tokenizer
 from me_local.text.parts import LONG, Fewest, Parts
 from me_local.text.pieces import find_end_ids, header_value, read_pieces, suppressed
@@ -51,11 +51,17 @@ class Vocabulary:
     are those that end a generation, `removed` those that the model itself says are never to be sampled; `control` maps
     the text of a control token to its id, `stripping` has those that swallow white space around them; `markup` has the
     texts of user-defined tokens that structure a prompt, which any tokenizer finds in any text; `bos` is the id that
-    starts every context, or None; `expands` says that a text may have more tokens than bytes. Raises LoadError for a
-    vocabulary that cannot be used.
+    starts every context, or None; `expands` says that a text may have more tokens than bytes. `replaced` has the values
+    of the header that llama.cpp was given others for. Raises LoadError for a vocabulary that cannot be used.
     """
 
-    def __init__(self, model: llama_cpp.llama_model_p, tokenizer: Path | None = None) -> None:
+    def __init__(
+        self, model: llama_cpp.llama_model_p, tokenizer: Path | None = None, replaced: Mapping[str, str] | None = None
+    ) -> None:
+        def header(key: bytes) -> bytes:
+            name = key.decode()
+            return replaced[name].encode() if replaced and name in replaced else header_value(model, key)
+
         self._pointer = llama_cpp.llama_model_get_vocab(model)
         self.kind = _KINDS.get(llama_cpp.llama_vocab_type(self._pointer), "none")
         if self.kind == "none":
@@ -67,7 +73,7 @@ class Vocabulary:
         first = np.frombuffer(lines, np.uint8)[np.cumsum(lengths + 1) - lengths - 1]
         brackets = np.flatnonzero(((first == ord("<")) | (first == ord("["))) & (lengths >= 3)).tolist()
         self.empty: list[int] = np.flatnonzero(lengths == 0).tolist()
-        self.end_ids = find_end_ids(model, self.empty)
+        self.end_ids = find_end_ids(model, self.empty, header)
         self.removed = suppressed(self._pointer)
         self.bos = self._first_id()
         self._read_control_tokens()
@@ -75,20 +81,21 @@ class Vocabulary:
         self.markup = self._find_markup(brackets, template.decode("utf-8", "replace"))
         self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
         self._in_flight = InFlight()
+        self._closed = False
         encode = llama_encoder(self._pointer, self._in_flight) if tokenizer is None else self._own_encoder(tokenizer)
         self._encode: Encoder = encode
         # Between two seams stands a word or two, and words come back.
         self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
-        model_kind = header_value(model, b"tokenizer.ggml.model")
+        model_kind = header(b"tokenizer.ggml.model")
         self._plain = tokenizer is None and self.kind in ("SPM", "BPE") and model_kind not in _CHANGING
         self.expands = tokenizer is not None or self.kind in ("UGM", "WPM")
-        self._tokenizer = (header_value(model, b"tokenizer.ggml.pre"), digest(tokenizer))
+        self._tokenizer = (header(b"tokenizer.ggml.pre"), digest(tokenizer))
         self._byte_ids = self._find_byte_ids(np.flatnonzero(lengths == 1).tolist())
         if self.kind == "SPM" and tokenizer is None:
             self._check_byte_tokens()
         self.seams = Seams(b"\n" + lines, normalises=tokenizer is not None)
         self.adds_space = self.joined(self._encode(b"a")) == b" a"
-        self._leave_out_seams(model, tokenizer)
+        self._leave_out_seams(header, tokenizer)
         self._anchor, self._anchor_length = self._find_anchor() if self.adds_space else (b"", 0)
 
     def text_of(self, token: int) -> str:
@@ -123,8 +130,8 @@ class Vocabulary:
         return ids
 
     def _encode_long(self, text: bytes, *, at_start: bool, watch: Watch) -> list[int]:
-        if self._encode is closed:  # what cuts texts is read from the model when it is first needed
-            closed(text)
+        if self._closed:  # what cuts texts is read from the model when it is first needed
+            self._encode(text)
         watch(self._fewest(text))
         ids: list[int] = []
         for part in self._parts.of(text):
@@ -159,12 +166,14 @@ class Vocabulary:
         """Equal for two vocabularies that number, render and tokenise alike."""
         return (self.kind, self._tokenizer, self.adds_space, tuple(self.pieces), tuple(self.encode(_PROBE)))
 
-    def close(self) -> None:
+    def close(self, reason: str | None = None) -> None:
         """Note that the model is about to go: from now on `encode` raises RunError. Waits for one that is under way."""
-        self._in_flight.end(self._forget)
+        self._in_flight.end(functools.partial(self._forget, reason or CLOSED), reason)
 
-    def _forget(self) -> None:
-        self._encode = self._encode_word = closed
+    def _forget(self, reason: str) -> None:
+        if not self._closed:
+            self._encode = self._encode_word = closed(reason)
+            self._closed = True
 
     def _first_id(self) -> int | None:
         bos: int = llama_cpp.llama_vocab_bos(self._pointer)
@@ -207,12 +216,12 @@ class Vocabulary:
         self._added = [token.content.encode() for token in added if not token.special]
         return lambda text: list(tokenizer.encode(text.decode(), add_special_tokens=False).ids)
 
-    def _leave_out_seams(self, model: llama_cpp.llama_model_p, tokenizer: Path | None) -> None:
+    def _leave_out_seams(self, header: Callable[[bytes], bytes], tokenizer: Path | None) -> None:
         """Take away the seams behind which the tokenizer does more than to part words."""
-        if header_value(model, b"tokenizer.ggml.model") == b"hybriddna":  # text within <dna> has tokens of its own
+        if header(b"tokenizer.ggml.model") == b"hybriddna":  # text within <dna> has tokens of its own
             self.seams.ascii = self.seams.other = self.seams.wide = False
         apart = self._added
-        strips = any(name in header_value(model, b"general.name").lower() for name in _STRIPPING)
+        strips = any(name in header(b"general.name").lower() for name in _STRIPPING)
         if tokenizer is None and (self.adds_space or strips):
             # Spaces are added, or dropped, behind every token that is looked for in the text first.
             attribute = functools.partial(llama_cpp.llama_vocab_get_attr, self._pointer)

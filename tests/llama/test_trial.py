@@ -19,6 +19,7 @@ from me_local import LoadError, load
 from me_local.config import MemberConfig
 from me_local.errors import CrashError, InputError, MeLocalError
 from me_local.llama import trial
+from me_local.llama.header import read_header
 from me_local.llama.trial import VARIABLE, cache_folder
 
 FAULT = """
@@ -135,6 +136,34 @@ def test_what_dies_either_way_is_one_line(
         load(two_models)
     assert runs.read_text() == "xxx"
     assert not (cache_folder() / "tried.json").exists()
+
+
+def elsewhere(tiny: dict[str, Path], tmp_path: Path, port: int) -> Path:
+    """A models.toml of one member, at a port of this machine where nobody listens."""
+    models, vocabulary = tmp_path / "elsewhere.toml", tmp_path / "vocabulary.gguf"
+    if not vocabulary.exists():
+        vocabulary.write_bytes(read_header(tiny["bpe_a"]).data)
+    lines = ["[[members]]", 'name = "m"', f'path = "{vocabulary.name}"', f'url = "http://127.0.0.1:{port}"']
+    models.write_text("\n".join(lines))
+    return models
+
+
+def test_the_vocabulary_of_a_member_elsewhere_is_tried_too(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(tmp_path, monkeypatch, ASSERTS)
+    with pytest.raises(CrashError, match=r'member "m": .*vocabulary.gguf: llama.cpp ends the process with it: SIGABRT'):
+        load(elsewhere(tiny, tmp_path, 1))
+
+
+def test_a_vocabulary_is_tried_once_wherever_the_member_is(
+    tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = plant(tmp_path, monkeypatch, "assert settings.vocab_only")
+    for port in (1, 2):
+        with pytest.raises(LoadError, match=f"http://127.0.0.1:{port}"):
+            load(elsewhere(tiny, tmp_path, port))
+    assert runs.read_text() == "x"
 
 
 @pytest.mark.slow
@@ -318,7 +347,7 @@ def test_the_variable(value: str, wanted: bool, monkeypatch: pytest.MonkeyPatch)
 def test_a_child_ends_also_where_nobody_waits_for_it(tiny: dict[str, Path]) -> None:
     member = trial._CONFIG.dump_python(MemberConfig(name="m", path=tiny["bpe_a"]), mode="json")
     entry = json.dumps({"extra_buffers": True, "member": member, "seconds": 1})
-    program = "import time; from me_local import trial; trial._use = lambda *a, **k: time.sleep(60); trial._main()"
+    program = "import time; from me_local.llama import trial as t; t._use = lambda *a, **k: time.sleep(60); t._main()"
     folders = os.pathsep.join(folder for folder in sys.path if folder)
     done = subprocess.run(
         [sys.executable, "-c", program],

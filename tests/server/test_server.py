@@ -433,3 +433,42 @@ def test_serve_without_its_extra(two_models: Path) -> None:
     command = [sys.executable, "-c", program, "serve", "--models", str(two_models)]
     result = processes.run(command)
     assert (result.returncode, result.stderr) == (2, 'Error: serve needs uvicorn: pip install "me-local[server]"\n')
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
+def test_paths_with_and_without_their_version(server: Served, path: str) -> None:
+    assert server.http.post(path, json={"messages": MESSAGES, "max_tokens": 2}).status_code == 200
+    assert server.http.get(path.replace("chat/completions", "models")).json()["data"][0]["id"] == "me-local"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Authorization": "Bearer sesame"}, {"authorization": "bearer  sesame"}, {"X-Api-Key": "sesame"}],
+)
+def test_spellings_of_the_key(two_models: Path, headers: dict[str, str]) -> None:
+    with served(two_models, Access(key="sesame")) as guarded:
+        for path in ("/v1/models", "/models", "/metrics"):
+            assert guarded.http.get(path).status_code == 401
+            assert guarded.http.get(path, headers=headers).status_code == 200
+            assert (
+                guarded.http.get(path, headers={**headers, "X-Api-Key": "x", "Authorization": "x"}).status_code == 401
+            )
+
+
+def test_what_proxies_send(server: Served) -> None:
+    host = server.url.removeprefix("http://")
+    body = json.dumps({"messages": MESSAGES, "max_tokens": 2}).encode()
+    headers = {"Content-Type": "application/json", "Content-Encoding": "identity", "Origin": f"http://{host}"}
+    answer = server.http.post("/v1/chat/completions", content=b"\xef\xbb\xbf" + body, headers=headers)
+    assert answer.status_code == 200
+    for origin, name, status in [
+        ("https://localhost", "localhost:443", 200),
+        ("https://localhost", "localhost:80", 403),
+    ]:
+        assert server.http.get("/v1/models", headers={"Host": name, "Origin": origin}).status_code == status
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+        raw.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert b" 200 " in raw.recv(100)
+    with server.http.stream("POST", "/v1/chat/completions", json={"messages": MESSAGES, "stream": True}) as streamed:
+        assert streamed.headers["X-Accel-Buffering"] == "no"
+    assert server.http.put("/v1/chat/completions").headers["Allow"] == "POST"

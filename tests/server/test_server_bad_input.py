@@ -57,7 +57,7 @@ BODIES: dict[str, tuple[bytes, str]] = {
     "deep in a field": (b'{"metadata": ' + DEEP + b"}", "not valid JSON"),
     "half a surrogate": (b'{"model": "\\ud800"}', "not valid JSON"),
     "not UTF-8": (b'{"model": "\xff"}', "not valid JSON"),
-    "a byte order mark": (b"\xef\xbb\xbf{}", "not valid JSON"),
+    "a byte order mark": (b"\xef\xbb\xbfnothing", "not valid JSON"),
     "NUL": (b"\0" * 1000, "not valid JSON"),
 }
 
@@ -71,6 +71,7 @@ def test_bodies_that_are_no_request(server: Served, name: str) -> None:
     is_alive(server)
 
 
+TOOL = {"type": "function", "function": {"name": "a"}}
 PART = {"type": "text", "text": "a"}
 MANY_FIELDS = {str(i): 1 for i in range(257)}
 FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
@@ -98,7 +99,6 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stop": 5}, "stop", "array"),
     ({"stop": "x" * 1001}, "stop.0", "at most 1000"),
     ({"stream": "yes"}, "stream", "boolean"),
-    ({"stream_options": {"include_usage": True}}, "stream_options", "only goes with stream"),
     ({"model": None}, "model", "string"),
     ({"model": ["me-local"]}, "model", "string"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
@@ -112,36 +112,47 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"weights": {"bpe_a": -1}}, "weights.bpe_a", "greater"),
     ({"weights": [1, 2]}, "weights", "object"),
     ({"model": "me-local/spm", "weights": {"spm": 1}}, "weights", "a single member has none"),
-    ({"repetition_penalty": 1.1}, "repetition_penalty", "no such field"),
-    ({"grammar": "root ::= x"}, "grammar", "no such field"),
+    ({"repetition_penalty": 1.1}, "repetition_penalty", "not supported"),
+    ({"mirostat": 2}, "mirostat", "no such field"),
+    ({"grammar": "start: ("}, "grammar", "grammar"),
+    ({"guided_regex": "(("}, "guided_regex", "unclosed group"),
+    ({"guided_choice": []}, "guided_choice", "at least 1"),
+    ({"guided_json": {"type": "spoon"}}, "guided_json", "spoon"),
+    ({"json_schema": {"allOf": [{"type": "string"}, {"type": "null"}]}}, "json_schema", "Unsatisfiable"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "only one of it and guided_regex"),
+    ({"structured_outputs": {"xml": "a"}}, "structured_outputs.xml", "no such field"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
+    ({"response_format": {"type": "yaml"}}, "response_format.type", "'json_object'"),
     ({"x" * 10_000: 1}, "x" * 80 + "…", "no such field"),
 ]
 CHAT_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "Hi"}, "messages", "array"),
     ({"messages": None}, "messages", "array"),
-    ({"messages": [{"role": "user"}]}, "messages.0.content", "is missing"),
+    ({"messages": [{"role": "user"}]}, "messages.0", "content: is missing"),
     ({"messages": [MESSAGES[0]] * 10_001}, "messages", "10,001 texts are too many, at most 10,000 are taken"),
     ({"messages": [{"role": "user", "content": [PART] * 9_999}, {}, {}]}, "messages", "10,001 texts are too many"),
     ({"messages": [{"role": "user", "content": [PART] * 9_999}, {}]}, "messages.1.role", "is missing"),
     ({"messages": [MANY_FIELDS]}, "messages.0", "257 fields are too many, at most 256 are taken"),
     ({"messages": [{"role": "user", "content": [MANY_FIELDS]}]}, "messages.0.content.0", "257 fields are too many"),
-    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "array"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0", "content: is missing"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "array"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'system'"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'system'"),
     ({"messages": [{"role": "user", "content": " "}]}, None, "the prompt is empty"),
     ({"messages": [{"role": "system", "content": "x"}]}, None, "no user message"),
     ({"messages": [*MESSAGES, {"role": "assistant", "content": "x"}]}, None, "ends with the assistant"),
     ({"messages": [{"role": "user", "content": "x", "file": "/etc/passwd"}]}, "messages.0.file", "no such field"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type", "'text'"),
-    ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages.0.tool_calls", "not supp"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages.0.tool_calls.0.function", "is missing"),
     ({"messages": [{"role": "user", "content": "cat " * 1000}]}, None, "whose context holds 512"),
-    ({"tools": [{"type": "function"}]}, "tools", "not supported"),
-    ({"tool_choice": "required"}, "tool_choice", "not supported"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function", "is missing"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "match"),
+    ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "b"}}}, "tool_choice", "no tool 'b'"),
+    ({"tools": [TOOL], "json_schema": {}}, "tools", "either these or a structure"),
+    ({"tools": [TOOL | {"function": {"name": "a", "parameters": {"type": "spoon"}}}]}, "tools", "spoon"),
     ({"functions": [{}]}, "functions", "not supported"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
     ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
-    ({"store": True}, "store", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
     ({"top_logprobs": 5}, "top_logprobs", "only goes with logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less"),
@@ -187,7 +198,8 @@ def test_models_that_there_are_not(server: Served, model: str) -> None:
 
 def test_fields_without_effect(server: Served) -> None:
     neutral = {
-        "user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True,
+        "user": "u", "metadata": {"a": "b"}, "store": True, "cache_prompt": True,
+        "timings_per_token": True, "mirostat": None, "service_tier": "auto", "parallel_tool_calls": True,
         "logit_bias": {}, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "top_p": 1,
         "presence_penalty": 0, "frequency_penalty": 0.0, "n": 1, "stop": None, "unit": "token", "stream": False,
         "logprobs": False,
@@ -198,8 +210,8 @@ def test_fields_without_effect(server: Served) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status"),
     [
-        ("GET", CHAT, {}, 404),
-        ("DELETE", "/v1/models", {}, 404),
+        ("GET", CHAT, {}, 405),
+        ("DELETE", "/v1/models", {}, 405),
         ("POST", "/v1/embeddings", {}, 404),
         ("POST", "/health", {}, 405),
         ("PUT", "/", {}, 405),

@@ -94,7 +94,8 @@ def test_logprobs_of_a_completion() -> None:
 
 def test_a_chunk_says_who_wrote_it() -> None:
     step = reply().steps[2]
-    [choice] = answer().piece(1, step, 1)["choices"]
+    [chunk] = answer().pieces(1, step, 1)
+    [choice] = chunk["choices"]
     assert choice == {
         "index": 1,
         "delta": {"content": " x"},

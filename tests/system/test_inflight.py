@@ -130,7 +130,7 @@ def test_ctrl_c_again_and_again_does_not_end_the_wait_for_an_evaluation(
     member, held = Member(config, weights), Held(events)
     holding(member, held, monkeypatch)
     closing = threading.Event()
-    monkeypatch.setattr(member, "close", lambda: closing.set() or Member.close(member))
+    monkeypatch.setattr(member, "close", lambda *_: closing.set() or Member.close(member))
     with ThreadPoolExecutor(1) as threads:
         evaluated = threads.submit(member.sync, IDS)
         assert held.begun.wait(SECONDS)
