@@ -15,6 +15,7 @@ from me_local.config import Constraint, Sampling, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
 from me_local.mixture.alignment import Alignment, sufficient, top_k
+from me_local.mixture.permitting import Beginnings
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
@@ -140,11 +141,14 @@ class Engine:
             self.losses[member] = measure(row, self.models[member].vocabulary)
 
     @cached_property
-    def single_bytes(self) -> tuple[frozenset[int], ...]:
-        """The bytes that are a piece of their own, by member."""
-        pieces = self.unified.pieces
-        single = np.fromiter((len(piece) == 1 for piece in pieces), bool, len(pieces))
-        return tuple(frozenset(pieces[n][0] for n in row[(row >= 0) & single[row]]) for row in self.unified.numbers)
+    def beginnings(self) -> Beginnings:
+        """How the pieces begin."""
+        return Beginnings(self.unified.pieces)
+
+    @cached_property
+    def writes_all_bytes(self) -> tuple[bool, ...]:
+        """Which members have a piece for each byte, so that they can write whatever has to be written."""
+        return tuple(self.beginnings.have_all_bytes(numbers) for numbers in self.unified.numbers)
 
     @cached_property
     def openings(self) -> Openings:

@@ -10,6 +10,7 @@ members come by them.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -30,7 +31,6 @@ from me_local.text.unified import END
 log = logging.getLogger(__name__)
 
 _UNIFORMS = 64
-_BYTES = 256
 
 
 class Sampler:
@@ -78,12 +78,12 @@ class Sampler:
     def has_piece(self, member: int) -> bool:
         """Whether a member has a piece that the constraint allows here, or none is needed."""
         matcher = self._matcher
-        if matcher is None:
+        if matcher is None or self._engine.writes_all_bytes[member] or self._is_forced(matcher):
             return True
-        single = self._engine.single_bytes[member]
-        if len(single) == _BYTES or self._is_forced(matcher) or matcher.following() & single:
-            return True
-        return any(map(self._permits(matcher), self._engine.unified.numbers[member].tolist()))
+        numbers = self._engine.unified.numbers[member]
+        numbers = numbers[numbers >= 0]
+        numbers = numbers[self._engine.beginnings.among(matcher.following, numbers, end=matcher.may_end())]
+        return any(map(self._permits(matcher), numbers.tolist()))
 
     def mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         """The mixture, and the distribution of each member with a weight above 0."""
@@ -163,7 +163,8 @@ class Sampler:
     def _permitted(self, logits: LogitArray, numbers: IntArray, matcher: Matcher, sampling: Sampling) -> IntArray:
         """The numbers of the pieces that the constraint allows; no more of them than the alignment looks at."""
         wanted = sufficient(sampling) if self._engine.alignment is top_k else 0
-        return permitted(logits, numbers, self._permits(matcher), wanted)
+        candidates = partial(self._engine.beginnings.among, matcher.following, end=matcher.may_end())
+        return permitted(logits, numbers, self._permits(matcher), wanted, candidates)
 
     def _permits(self, matcher: Matcher) -> Callable[[int], bool]:
         """Whether the piece of a number may come next."""

@@ -49,11 +49,15 @@ class Matcher:
         self._require_sound()
         return False
 
-    def following(self) -> frozenset[int]:
-        """The bytes one of which may come next."""
-        bias = self._matcher.compute_logit_bias()
+    def following(self, text: bytes = b"") -> list[int]:
+        """The bytes one of which may come next, or behind a text that it allows."""
+        matcher = self._matcher
+        if text:
+            matcher = matcher.deep_copy()
+            matcher.consume_tokens(list(text))
+        bias = matcher.compute_logit_bias()
         self._require_sound()
-        return frozenset(byte for byte in range(256) if bias[byte])
+        return [byte for byte in range(256) if bias[byte]]
 
     def may_end(self) -> bool:
         """Whether the text so far is whole."""
