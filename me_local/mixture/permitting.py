@@ -14,7 +14,8 @@ from me_local.mixture.alignment import floor_of
 
 _FIRST = 64
 _GROWS = 8
-_SMALL = 4096  # tokens of a vocabulary in which the largest are not looked for on their own
+_SMALL = 4096  # tokens of a vocabulary, of which all are looked at at once
+_MANY = 1024  # of the largest, which are usually few, are not asked for before there are candidates
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -73,7 +74,7 @@ def permitted(
     for ids in _descending(logits, numbers, candidates):
         for id_ in ids.tolist():
             number = int(numbers[id_])
-            if number >= 0 and permits(number):
+            if permits(number):
                 left[id_] = number
                 found += 1
                 if found == wanted:
@@ -88,11 +89,13 @@ def _descending(
 
     Equals are in one block.
     """
-    floor = floor_of(logits, _FIRST) if len(logits) > _SMALL else -np.inf
-    if floor > -np.inf:
-        yield _sorted(logits, np.flatnonzero(logits >= floor))
-    below = logits < floor if floor > -np.inf else logits > -np.inf
-    ids = np.flatnonzero(below & (numbers >= 0) & candidates(numbers))
+    left = (logits > -np.inf) & (numbers >= 0)
+    if len(logits) > _SMALL:
+        largest = np.flatnonzero(left & (logits >= floor_of(logits, _FIRST)))
+        if len(largest) <= _MANY:
+            yield _sorted(logits, largest)
+            left[largest] = False
+    ids = np.flatnonzero(left & candidates(numbers))
     size = _FIRST
     while len(ids):
         scores = logits[ids]
