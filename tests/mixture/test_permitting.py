@@ -70,7 +70,8 @@ def test_a_large_vocabulary(size: int, wanted: int, rare: int) -> None:
     which = np.where(random.random(size) < 0.1, -1, random.permutation(size)).astype(np.int32)
     may = [i for i in range(size) if which[i] >= 0 and which[i] % rare == 1 and values[i] > -np.inf]
     best = sorted(may, key=lambda i: (-values[i], i))[: wanted or None]
-    expected = [int(which[i]) if i in set(best) else -1 for i in range(size)]
+    kept = set(best)
+    expected = [int(which[i]) if i in kept else -1 for i in range(size)]
     assert permitted(values, which, lambda n: n % rare == 1, wanted, lambda n: n % rare == 1).tolist() == expected
 
 
