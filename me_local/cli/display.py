@@ -86,11 +86,11 @@ class Painter:
         self.colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
     def write(self, text: str, member: str) -> None:
-        """Show what a member wrote, at once and, off a terminal, byte for byte."""
+        """Show what a member wrote, or "" for none, at once and, off a terminal, byte for byte."""
         if self.console.is_terminal:
             text = printable(text)
         if text and self.console.color_system:
-            text = click.style(text, fg=self.colours[member])
+            text = click.style(text, fg=self.colours.get(member))
         self.console.file.write(text)
         self.console.file.flush()
 
@@ -113,7 +113,10 @@ def stats_line(reply: Reply) -> str:
     number for each piece is there too.
     """
     pieces = len(reply.steps)
-    shares = ", ".join(f"{u.member} {u.pieces / max(pieces, 1):.0%}" for u in reply.usage)
+    parts = [(u.member, u.pieces) for u in reply.usage]
+    if forced := sum(step.forced for step in reply.steps):
+        parts.append(("forced", forced))
+    shares = ", ".join(f"{name} {part / max(pieces, 1):.0%}" for name, part in parts)
     prompts = ", ".join(f"{u.member} {u.prompt_evaluated}+{u.prompt_cached}" for u in reply.usage if u.calls)
     text_seconds = sum(u.text_seconds for u in reply.usage)
     by_words = reply.unit == "word"

@@ -171,7 +171,8 @@ class Batching:
             if running._course is None:
                 running._course = running.draft.generation.course()
                 written += self._resume(running, None)
-        waiting = [running for running in due if running.draft.finish_reason is None]
+        # A step that a constraint forced is over without any logits; the next begins with that of all others.
+        waiting = [running for running in due if running._course and running.draft.finish_reason is None]
         rows, failed = self._evaluate(waiting, self._chosen(waiting))
         for running in waiting:
             if error := failed.get(running.place):

@@ -15,6 +15,7 @@ from me_local.config import Constraint, Sampling, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
 from me_local.mixture.alignment import Alignment, sufficient, top_k
+from me_local.mixture.permitting import Beginnings
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
@@ -57,13 +58,13 @@ class Request:
 
 
 FORCED = -1
-"""Stands for the number of bytes that a constraint forces: they may be no piece of any member."""
+"""Stands for the number of bytes that a constraint forces, which may be no piece of any member, and for the writer."""
 
 
 class Draw(NamedTuple):
     """One sampled piece, or bytes that a constraint forces.
 
-    The `number` of these is FORCED and their probability 1; no member was asked, and `shares` are the weights.
+    The `number` of these is FORCED, their probability 1 and their `member` -1; no member has a share in them.
 
     `probability` is the piece's in the distribution that it was sampled from: the drawn member's for ME (by words,
     where another member takes over, given that the piece begins a word), the mixture's for CE. `shares` are each
@@ -140,6 +141,16 @@ class Engine:
         """Measure what is lost of a member's first prediction, if all its logits are there."""
         if member not in self.losses and not isinstance(row, Shortlist):
             self.losses[member] = measure(row, self.models[member].vocabulary)
+
+    @cached_property
+    def beginnings(self) -> Beginnings:
+        """How the pieces begin."""
+        return Beginnings(self.unified.pieces)
+
+    @cached_property
+    def writes_all_bytes(self) -> tuple[bool, ...]:
+        """Which members have a piece for each byte, so that they can write whatever has to be written."""
+        return tuple(self.beginnings.have_all_bytes(numbers) for numbers in self.unified.numbers)
 
     @cached_property
     def openings(self) -> Openings:

@@ -198,7 +198,10 @@ class Generation:
 
     def _weights(self) -> FloatArray:
         strays = self._text.strays
-        able = [not strays or self.can_write(member) for member in range(len(self._engine.models))]
+        able = [
+            (not strays or self.can_write(member)) and self._sampler.has_piece(member)
+            for member in range(len(self._engine.models))
+        ]
         return route(self._engine.router, self.text, self._request.weights, able)
 
     def _make_contexts(self) -> Sequence[TokenizedText | SampledText]:

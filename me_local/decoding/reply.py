@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from me_local.decoding.engine import Draw, Request, Work
+from me_local.decoding.engine import FORCED, Draw, Request, Work
 from me_local.decoding.generation import Generation
 from me_local.errors import RunError
 from me_local.model import EvaluationInterruptedError
@@ -23,7 +23,8 @@ class Step(NamedTuple):
     member that wrote it, under CE of the one with the largest share; `probability` that of the piece in the
     distribution that it was sampled from, the drawn member's for ME and the mixture's for CE; `shares` each member's
     part in it, in the order of the ensemble, sum 1; `top` the likeliest pieces of that distribution with their
-    probabilities, where they were asked for: the empty one is the end of the reply.
+    probabilities, where they were asked for: the empty one is the end of the reply. What a constraint `forced` has no
+    member (""), no shares (all 0), and the probability 1.
     """
 
     piece: bytes
@@ -32,6 +33,7 @@ class Step(NamedTuple):
     probability: float
     shares: tuple[float, ...]
     top: tuple[tuple[bytes, float], ...] = ()
+    forced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class MemberUsage:
 
     `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
     `text_evaluated` the tokens of the reply that went through it; `calls` counts the predictions that it was asked for,
-    `pieces` the pieces that it wrote: a share of each piece under CE. `prompt_seconds` leaves out the prompt's last
-    token, whose evaluation gives the first piece; `weight` is the configured one.
+    `pieces` the pieces that it wrote: a share of each piece under CE, none of what was forced. `prompt_seconds` leaves
+    out the prompt's last token, whose evaluation gives the first piece; `weight` is the configured one.
     """
 
     member: str
@@ -118,6 +120,7 @@ class Reply:
                     "member": step.member,
                     "probability": step.probability,
                     "shares": list(step.shares),
+                    "forced": step.forced,
                 }
                 for step in self.steps
             ],
@@ -242,7 +245,9 @@ class Draft:
     def _shown(self, draws: list[Draw]) -> Iterator[Step]:
         for draw in draws:
             text = self._decoder.decode(draw.piece)
-            step = Step(draw.piece, text, self._names[draw.member], draw.probability, draw.shares, draw.top)
+            forced = draw.member == FORCED
+            member = "" if forced else self._names[draw.member]
+            step = Step(draw.piece, text, member, draw.probability, draw.shares, draw.top, forced)
             self.steps.append(step)
             yield step
 

@@ -10,6 +10,7 @@ members come by them.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -53,25 +54,36 @@ class Sampler:
         """The next piece, under these weights, float64 (members,). Raises RunError."""
         draw = self._forced(weights) or (yield from self._draw(weights))
         if self._request.unit == "word":
-            self.writer = None if draw.number == FORCED else draw.member
+            self.writer = None if draw.member == FORCED else draw.member
         if self._matcher and draw.piece:
             self._matcher.append(draw.piece)
         return draw
 
     def _forced(self, weights: FloatArray) -> Draw | None:
-        """The bytes, or the end, that the constraint forces here.
+        """The whole characters, or the end, that the constraint forces here.
 
         No member is asked, and they take the random numbers of one piece: those of others stay where they are.
         """
-        if self._matcher is None:
+        if self._matcher is None or not self._is_forced(self._matcher):
             return None
-        piece, over = self._matcher.forced(), self._matcher.is_over()
-        if not piece and not over:
-            return None
+        piece = self._matcher.forced()
         self._route_uniform(), self._piece_uniform()
-        number, shares = FORCED if piece else END, tuple(weights.tolist())
         top = ((piece, 1.0),) if self._request.top else ()
-        return Draw(number, piece, int(weights.argmax()), 1.0, shares, top)
+        return Draw(FORCED if piece else END, piece, FORCED, 1.0, (0.0,) * len(weights), top)
+
+    def _is_forced(self, matcher: Matcher) -> bool:
+        """Whether members have no choice here. In the middle of a character they have: a token may go beyond it."""
+        return not self._text.in_character and (bool(matcher.forced()) or matcher.is_over())
+
+    def has_piece(self, member: int) -> bool:
+        """Whether a member has a piece that the constraint allows here, or none is needed."""
+        matcher = self._matcher
+        if matcher is None or self._engine.writes_all_bytes[member] or self._is_forced(matcher):
+            return True
+        numbers = self._engine.unified.numbers[member]
+        numbers = numbers[numbers >= 0]
+        numbers = numbers[self._engine.beginnings.among(matcher.following, numbers, end=matcher.may_end())]
+        return any(map(self._permits(matcher), numbers.tolist()))
 
     def mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         """The mixture, and the distribution of each member with a weight above 0."""
@@ -105,7 +117,7 @@ class Sampler:
 
     def _is_free(self, writer: int) -> bool:
         """By words: whether a member is drawn here without asking the one that wrote the last piece."""
-        able = self._engine.can_write(writer, self._text.strays)
+        able = self._engine.can_write(writer, self._text.strays) and self.has_piece(writer)
         return not able or (not self._text.in_character and is_free(self._text.whole))
 
     def _step_in_word(self, writer: int, weights: FloatArray) -> Course[Draw]:
@@ -117,11 +129,12 @@ class Sampler:
         return draw if following == writer else self._sample(following, (yield from self._open_word(following)))
 
     def _open_word(self, member: int) -> Course[Distribution]:
-        """The member's distribution over the first piece of a word."""
+        """The member's distribution over the first piece of a word; over any piece, where it may write no such one."""
         logits = (yield (member,))[member]
         openings = self._engine.openings
-        given = openings.condition(self._align(member, logits, self._engine.unified.numbers[member]))
-        return self._align(member, logits, openings.numbers[member]) if given is None else given
+        whole = self._align(member, logits, self._engine.unified.numbers[member])
+        given = openings.condition(whole)
+        return self._align(member, logits, openings.numbers[member], whole) if given is None else given
 
     def _step_ce(self, weights: FloatArray) -> Course[Draw]:
         mixture, distributions = yield from self.mixture(weights)
@@ -149,18 +162,27 @@ class Sampler:
 
     def _permitted(self, logits: LogitArray, numbers: IntArray, matcher: Matcher, sampling: Sampling) -> IntArray:
         """The numbers of the pieces that the constraint allows; no more of them than the alignment looks at."""
-        pieces, may_end = self._engine.unified.pieces, matcher.may_end()
         wanted = sufficient(sampling) if self._engine.alignment is top_k else 0
-        permits = lambda number: may_end if number == END else matcher.allows(pieces[number])  # noqa: E731
-        return permitted(logits, numbers, permits, wanted)
+        candidates = partial(self._engine.beginnings.among, matcher.following, end=matcher.may_end())
+        return permitted(logits, numbers, self._permits(matcher), wanted, candidates)
 
-    def _align(self, member: int, row: Row, numbers: IntArray) -> Distribution:
-        """The distribution over the pieces of these numbers that a member's logits stand for."""
+    def _permits(self, matcher: Matcher) -> Callable[[int], bool]:
+        """Whether the piece of a number may come next."""
+        pieces, may_end = self._engine.unified.pieces, matcher.may_end()
+        return lambda number: may_end if number == END else number > END and matcher.allows(pieces[number])
+
+    def _align(self, member: int, row: Row, numbers: IntArray, otherwise: Distribution | None = None) -> Distribution:
+        """The distribution over the pieces of these numbers that a member's logits stand for.
+
+        Where a constraint allows none of them, `otherwise`, if there is one.
+        """
         self._engine.note_loss(member, row)
         try:
             logits, numbers = split(row, numbers)
             if self._matcher:
                 numbers = self._permitted(logits, numbers, self._matcher, self._request.sampling[member])
+                if otherwise and not (numbers >= 0).any():
+                    return otherwise
             return self._engine.alignment(logits, numbers, self._request.sampling[member])
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)

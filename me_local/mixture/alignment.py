@@ -117,7 +117,7 @@ def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> _Ranked | Non
     None of them is below the largest of a part. Vocabularies begin with what is frequent, so hardly more than these are
     not below the largest of their first eighth, and all logits are read once. Text in rarer scripts has some hundreds.
     """
-    below = (logits < _floor(logits[: len(logits) // _PART], limit + _SPARE)).tobytes()
+    below = (logits < floor_of(logits, limit + _SPARE)).tobytes()
     found: _Ranked = []
     at = -1
     for _ in range(_MANY):
@@ -133,11 +133,12 @@ def _largest(logits: LogitArray, numbers: IntArray, limit: int) -> _Ranked | Non
     return found[:limit] if at < 0 and len(found) >= limit and math.isfinite(found[0][0]) else None
 
 
-def _floor(logits: LogitArray, count: int) -> float:
+def floor_of(logits: LogitArray, count: int) -> float:
     """A number that `count` of the logits are not below, and few more; minus infinity where there are too few.
 
-    It is one of the maxima of the columns of these logits in several rows.
+    It is one of the maxima of the columns of the first eighth of the logits in several rows.
     """
+    logits = logits[: len(logits) // _PART]
     if len(logits) < count:
         return -math.inf
     rows = max(1, len(logits) // (_COLUMNS * count))

@@ -4,26 +4,74 @@ So each alignment, whatever it does, shapes what is left; and as the numbers fol
 ME and CE go on sampling the same distribution.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from me_local.arrays import IntArray, LogitArray
+from me_local.mixture.alignment import floor_of
 
 _FIRST = 64
 _GROWS = 8
+_SMALL = 4096  # tokens of a vocabulary, of which all are looked at at once
+_MANY = 1024  # of the largest, which are usually few, are not asked for before there are candidates
+
+BoolArray = npt.NDArray[np.bool_]
 
 
-def permitted(logits: LogitArray, numbers: IntArray, permits: Callable[[int], bool], wanted: int) -> IntArray:
+class Beginnings:
+    """The first two bytes of all pieces of a unified vocabulary, to find out at once which of them may come next."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        places = (_place(piece[:2]) for piece in pieces)
+        self._places = np.fromiter(places, np.int32, len(pieces))  # in a table of all such beginnings
+
+    def among(self, following: Callable[[bytes], list[int]], numbers: IntArray, *, end: bool) -> BoolArray:
+        """Which of these numbers begin with bytes that may follow, bool (k,).
+
+        `following` gives the bytes that may come behind some bytes; `end` says whether END may come.
+        """
+        table = np.zeros(_PLACES, dtype=bool)
+        table[_place(b"")] = end
+        for first in following(b""):
+            table[_place(bytes([first]))] = True
+            table[[_place(bytes([first, second])) for second in following(bytes([first]))]] = True
+        return table[self._places[numbers]]
+
+    def have_all_bytes(self, numbers: IntArray) -> bool:
+        """Whether there is a piece of each single byte among these numbers, -1 not counted."""
+        places = self._places[numbers[numbers >= 0]]
+        return len(np.unique(places[places <= _BYTES])) == _BYTES + (0 in places)
+
+
+_BYTES = 256
+_PLACES = 1 + _BYTES + _BYTES**2
+
+
+def _place(beginning: bytes) -> int:
+    """In a table: END, then all bytes, then all pairs of them."""
+    if len(beginning) < 2:
+        return 1 + beginning[0] if beginning else 0
+    return 1 + _BYTES + _BYTES * beginning[0] + beginning[1]
+
+
+def permitted(
+    logits: LogitArray,
+    numbers: IntArray,
+    permits: Callable[[int], bool],
+    wanted: int,
+    candidates: Callable[[IntArray], BoolArray],
+) -> IntArray:
     """The numbers of the pieces that may come next, -1 for all others: int32 (k,), like `numbers`.
 
-    Asked in the order of their logits, the largest first and the smallest id among equals, and no longer once `wanted`
-    are found; 0: all of them.
+    `permits` is asked in the order of the logits, the largest first and the smallest id among equals, and no longer
+    once `wanted` are found; 0: all of them. Where the likeliest are too few, `candidates` tells of all numbers at once
+    which are worth to be asked for: those of a vocabulary are many, and often only some digits may come next.
     """
     left = np.full_like(numbers, -1)
     found = 0
-    for ids in _descending(logits, numbers):
+    for ids in _descending(logits, numbers, candidates):
         for id_ in ids.tolist():
             number = int(numbers[id_])
             if permits(number):
@@ -34,13 +82,27 @@ def permitted(logits: LogitArray, numbers: IntArray, permits: Callable[[int], bo
     return left
 
 
-def _descending(logits: LogitArray, numbers: IntArray) -> Iterator[npt.NDArray[np.intp]]:
-    """The ids that may be sampled, in that order, in blocks that grow; equals are in one block."""
-    ids = np.flatnonzero((numbers >= 0) & (logits > -np.inf))
+def _descending(
+    logits: LogitArray, numbers: IntArray, candidates: Callable[[IntArray], BoolArray]
+) -> Iterator[npt.NDArray[np.intp]]:
+    """The ids to ask for, in that order: some of the largest, then the candidates in blocks that grow.
+
+    Equals are in one block.
+    """
+    left = (logits > -np.inf) & (numbers >= 0)
+    if len(logits) > _SMALL:
+        largest = np.flatnonzero(left & (logits >= floor_of(logits, _FIRST)))
+        if len(largest) <= _MANY:
+            yield _sorted(logits, largest)
+            left[largest] = False
+    ids = np.flatnonzero(left & candidates(numbers))
     size = _FIRST
     while len(ids):
         scores = logits[ids]
         floor = -np.inf if size >= len(ids) else np.partition(scores, len(ids) - size)[len(ids) - size]
-        block = ids[scores >= floor]
-        yield block[np.lexsort((block, -logits[block]))]
+        yield _sorted(logits, ids[scores >= floor])
         ids, size = ids[scores < floor], size * _GROWS
+
+
+def _sorted(logits: LogitArray, ids: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
+    return ids[np.lexsort((ids, -logits[ids]))]

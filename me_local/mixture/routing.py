@@ -51,7 +51,11 @@ def route(router: Router, text: bytes, weights: FloatArray, able: Sequence[bool]
     if total <= 0:
         raise RunError(
             f"no member with a weight above 0 can write the next piece after {len(text)} bytes of text"
-            + ("" if all(able) else ": none has tokens for the bytes that are not whole characters")
+            + (
+                ""
+                if all(able)
+                else ": none has tokens for bytes that are no whole characters, or for what has to follow"
+            )
         )
     normalised: FloatArray = possible / total
     return normalised

@@ -17,6 +17,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -44,7 +45,6 @@ from test_exact_words import remembering as remembering_words
 
 from me_local import Ensemble, Overrides, load
 from me_local.arrays import IntArray, LogitArray
-from me_local.decoding import batching
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
@@ -107,10 +107,10 @@ class Made(Draft):
         return super().take(draw)  # type: ignore[arg-type]
 
 
-def places_of(engine: Engine, count: int, route: SharedRoute | None, monkeypatch: pytest.MonkeyPatch) -> Batching:
-    monkeypatch.setattr(batching, "Sequences", RememberedSequences)
+def places_of(engine: Engine, count: int, route: SharedRoute | None) -> Batching:
     for model in engine.models:
-        model.caches = [None] * count  # type: ignore[attr-defined]
+        model.places = count  # type: ignore[attr-defined]
+        model.several = partial(RememberedSequences, model)  # type: ignore[attr-defined]
     return Batching(engine, engine.models, route)  # type: ignore[arg-type]
 
 
@@ -146,30 +146,28 @@ def check_places(drawn: Sequence[Counter[Reply]], tree: Tree) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_the_replies_of_each_place_by_a_shared_route(
-    open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_replies_of_each_place_by_a_shared_route(open_all: OpenAll, name: str) -> None:
     """Also where the weights depend on the text, so that one number draws other members for each."""
     this = CASES[name]
     engine = remembering(open_all(this), this)
-    made = places_of(engine, PLACES, SharedRoute(ROUTE_SEED), monkeypatch)
+    made = places_of(engine, PLACES, SharedRoute(ROUTE_SEED))
     check_places(by_place(made, engine, this), Tree(open_all(this), this))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["three members", "router"])
-def test_the_replies_of_each_place_by_own_routes(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_replies_of_each_place_by_own_routes(open_all: OpenAll, name: str) -> None:
     this = CASES[name]
     engine = remembering(open_all(this), this)
-    drawn = by_place(places_of(engine, PLACES, None, monkeypatch), engine, this)
+    drawn = by_place(places_of(engine, PLACES, None), engine, this)
     check_places(drawn, Tree(open_all(this), this))
 
 
 @pytest.mark.slow
-def test_the_replies_of_each_place_by_words(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_replies_of_each_place_by_words(open_all: OpenAll) -> None:
     this = case("bpe_b", "spm", temperature=0.7, top_k=5, head=b"x")
     engine = remembering_words(open_all(this), this)
-    drawn = by_place(places_of(engine, PLACES, None, monkeypatch), engine, this, "word")
+    drawn = by_place(places_of(engine, PLACES, None), engine, this, "word")
     check_places(drawn, WordTree(open_all(this), this))
 
 
@@ -257,7 +255,7 @@ def p_of_independence(found: Sequence[tuple[int, Reply, Reply]], open_all: OpenA
 
 
 @pytest.mark.slow
-def test_pairs_by_a_shared_route(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_by_a_shared_route(open_all: OpenAll) -> None:
     """They are independent given the route, and are not without it.
 
     The covariance of a quantity of both is the variance of its mean given the route. Here the quantity is 1 where a
@@ -266,7 +264,7 @@ def test_pairs_by_a_shared_route(open_all: OpenAll, monkeypatch: pytest.MonkeyPa
     """
     members = open_all(PAIR)
     engine, route = remembering(members, PAIR), SharedRoute(ROUTE_SEED)
-    found = pairs(places_of(engine, 2, route, monkeypatch), engine, PAIR, different)
+    found = pairs(places_of(engine, 2, route), engine, PAIR, different)
     assert p_given_routes(found, route, open_all) > EXACT
     assert p_of_independence(found, open_all) < 1e-12
     given = [RouteTree(members, PAIR, (member,)).following(()) for member in range(2)]
@@ -279,18 +277,16 @@ def test_pairs_by_a_shared_route(open_all: OpenAll, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_replies_that_share_the_numbers_of_their_pieces_are_found_out(
-    open_all: OpenAll, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replies_that_share_the_numbers_of_their_pieces_are_found_out(open_all: OpenAll) -> None:
     engine, route = remembering(open_all(PAIR), PAIR), SharedRoute(ROUTE_SEED)
-    found = pairs(places_of(engine, 2, route, monkeypatch), engine, PAIR, the_same)
+    found = pairs(places_of(engine, 2, route), engine, PAIR, the_same)
     assert p_given_routes(found, route, open_all) < EXACT
 
 
 @pytest.mark.slow
-def test_pairs_by_own_routes(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_by_own_routes(open_all: OpenAll) -> None:
     engine = remembering(open_all(PAIR), PAIR)
-    found = pairs(places_of(engine, 2, None, monkeypatch), engine, PAIR, different)
+    found = pairs(places_of(engine, 2, None), engine, PAIR, different)
     assert p_of_independence(found, open_all) > EXACT
 
 
@@ -316,12 +312,10 @@ def test_an_ensemble_as_users_run_it(write_models: Callable[..., object], open_a
 
 
 @pytest.mark.slow
-def test_an_ensemble_that_is_off_by_a_twentieth_is_found_out(
-    open_all: OpenAll, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ensemble_that_is_off_by_a_twentieth_is_found_out(open_all: OpenAll) -> None:
     this = case("bpe_c", "spm", temperature=0.5, weights=(0.9, 0.1))
     engine = remembering(open_all(this), this)
-    made = places_of(engine, PLACES, SharedRoute(ROUTE_SEED), monkeypatch)
+    made = places_of(engine, PLACES, SharedRoute(ROUTE_SEED))
     drawn = by_place(made, engine, replace(this, weights=(0.85, 0.15)))
     cells = Tree(open_all(this), this).cells(EACH)
     assert max(g_test(counts, cells) for counts in drawn) < EXACT
