@@ -71,3 +71,21 @@ def test_pieces_are_held_back_no_longer_than_needed() -> None:
     assert stop_filter.push(second) == []
     assert stop_filter.push(third) == [first, second]
     assert stop_filter.flush() == [third]
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "found"),
+    [
+        (("END",), (b"xEN", b"Dy"), "END"),
+        (("END", "ST\u00d6P"), (b"x", "ST\u00d6P END".encode()), "ST\u00d6P"),  # the one that comes first
+        (("ENDE", "END"), (b"ENDE",), "END"),  # the shorter of two at one place: it was complete before
+        (("END",), (b"EN",), None),
+    ],
+)
+def test_the_stop_string_that_ended_a_reply_is_known(
+    stops: tuple[str, ...], pieces: tuple[bytes, ...], found: str | None
+) -> None:
+    stop_filter = StopFilter(stops)
+    for draw in draws(*pieces):
+        stop_filter.push(draw)
+    assert stop_filter.found == found

@@ -311,3 +311,25 @@ def test_an_error_in_a_stream_is_its_last_event(two_models: Path) -> None:
     assert last[-2] == "event: error"
     told = json.loads(last[-1].removeprefix("data: "))
     assert told["error"]["type"] == "timeout_error"
+
+
+def test_an_empty_reply_has_an_empty_text() -> None:
+    request = parse(MessagesRequest, b'{"messages": [{"role": "user", "content": "x"}]}')
+    answer, reply = MessageAnswer(request, request.chat()), Reply("", "stop", "me", "token", 1, (), (USAGE,), 1.0)
+    names = [line.split("\n")[0].removeprefix("event: ") for line in answer.end(reply)]
+    assert names == ["content_block_start", "content_block_stop", "message_delta", "message_stop"]
+    assert MessageAnswer(request, request.chat()).whole(reply)["content"] == [{"type": "text", "text": ""}]
+
+
+def test_a_client_that_leaves_a_stream_ends_its_reply(two_models: Path) -> None:
+    with served(two_models) as running:
+        tap = Tap(running.ensemble)
+        tap.let(2)
+        body = {"max_tokens": 100, "messages": MESSAGES, "stream": True}
+        with running.http.stream("POST", "/v1/messages", json=body) as response:
+            assert next(response.iter_lines()) == "event: message_start"
+        tap.let(2)
+        running.wait_for("running", 0)
+        assert running.metric("replies_total") == 1
+        tap.let(100)
+        assert running.chat().status_code == 200

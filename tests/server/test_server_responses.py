@@ -11,7 +11,9 @@ import pytest
 from served import Served, Tap, served
 
 from me_local import Message
+from me_local.decoding.reply import MemberUsage, Reply
 from me_local.server.protocol import ChatRequest, parse
+from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
 from me_local.server.serving import Limits
 
@@ -214,3 +216,15 @@ def test_a_stream_that_waits_says_so_and_an_error_is_its_last_event(
     assert last[-2] == "event: response.failed"
     response = json.loads(last[-1].removeprefix("data: "))["response"]
     assert (response["status"], response["error"]["code"]) == ("failed", "timeout")
+
+
+def test_an_empty_reply_has_an_empty_text() -> None:
+    request = parse(ResponsesRequest, b'{"input": "x"}')
+    usage = MemberUsage("a", 1.0, 1, 3, 3, 0, 0.1, 0.1)
+    reply = Reply("", "stop", "me", "token", 1, (), (usage,), 1.0)
+    whole = ResponseAnswer(request, request.chat()).whole(reply)
+    lines = list(ResponseAnswer(request, request.chat()).end(reply))
+    last = json.loads(lines[-1].partition("data: ")[2])["response"]
+    for told in (whole, last):
+        assert [(item["type"], item["content"][0]["text"]) for item in told["output"]] == [("message", "")]
+    assert lines[0].startswith("event: response.output_item.added\n")
