@@ -71,13 +71,15 @@ def served(
 
 
 class Tap:
-    """Lets an ensemble predict only as many pieces as are `let` through."""
+    """Lets an ensemble predict only as many pieces as are `let` through; `begun` once it has come to the first."""
 
     def __init__(self, ensemble: Ensemble) -> None:
         self._pieces = threading.Semaphore(0)
+        self.begun = threading.Event()
         align = ensemble.engine.alignment
 
         def waiting(*args: object) -> Distribution:
+            self.begun.set()
             assert self._pieces.acquire(timeout=30)
             return align(*args)  # type: ignore[arg-type]
 

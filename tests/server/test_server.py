@@ -234,7 +234,7 @@ def test_a_client_that_goes_away_ends_its_reply_within_a_piece(two_models: Path,
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
-            server.wait_for("running", 1)
+            assert tap.begun.wait(30)
             tap.let(3)
             received = b""
             while stream and received.count(b'"member"') < 3:

@@ -300,8 +300,9 @@ def test_a_stream_that_waits_pings(two_models: Path, monkeypatch: pytest.MonkeyP
             assert list(names)[-1] == "event: message_stop"
 
 
+@pytest.mark.slow
 def test_an_error_in_a_stream_is_its_last_event(two_models: Path) -> None:
-    with served(two_models, limits=Limits(timeout=0.5)) as running:
+    with served(two_models, limits=Limits(timeout=5)) as running:
         tap = Tap(running.ensemble)
         tap.let(1)
         body = {"max_tokens": 5, "messages": MESSAGES, "stream": True}
