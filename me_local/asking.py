@@ -49,14 +49,27 @@ class Prompter:
     def asked(
         self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
     ) -> tuple[bytes, tuple[IntArray, ...]]:
-        """The bytes to complete, and each member's ids in front of them. Raises InputError."""
+        """The bytes to go on behind, and each member's ids in front of them. Raises InputError.
+
+        Without `raw` there are such bytes where the assistant has the last word: the beginning of the reply.
+        """
         if raw:
             return self.raw_prompts(prompt, config, interrupted)
+        head, prompts, lengths = self.conversation(prompt, config, interrupted)
+        self.check_lengths(lengths, config)
+        return head, prompts
+
+    def conversation(
+        self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False
+    ) -> tuple[bytes, tuple[IntArray, ...], list[int]]:
+        """The same for a conversation, and how many ids that makes for each member, whether they fit or not."""
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+        messages, head = parted(messages)
         check_conversation(messages)
         prompts = self.prompts(messages, config, interrupted)
-        self.check_lengths([len(ids) for ids in prompts], config)
-        return b"", prompts
+        watched = zip(self._members, self._watches(config, interrupted), strict=True)
+        heads = [member.vocabulary.encode(head, watch=watch) if head else [] for member, watch in watched]
+        return head, prompts, [len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)]
 
     def prompts(
         self, messages: Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
@@ -120,13 +133,26 @@ class Prompter:
     def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
         remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
         return PromptTooLongError(
-            f'the prompt has {length} tokens for member "{member.name}", whose context holds {member.n_ctx}: '
-            f"shorten it, or {remedy}"
+            f'the prompt has {length} tokens for member "{member.name}", which exceeds the available context size of '
+            f"{member.n_ctx}: shorten it, or {remedy}"
         )
 
 
+def parted(messages: Sequence[Message]) -> tuple[list[Message], bytes]:
+    """What is to be answered, and the beginning of the answer, where the assistant has the last word."""
+    if messages and isinstance(messages[-1], Message) and messages[-1].role == "assistant":
+        return list(messages[:-1]), messages[-1].content.encode()
+    return list(messages), b""
+
+
 def make_request(
-    config: Config, prompts: tuple[IntArray, ...], head: bytes = b"", *, alone: bool = False, top: int = 0
+    config: Config,
+    prompts: tuple[IntArray, ...],
+    head: bytes = b"",
+    *,
+    alone: bool = False,
+    top: int = 0,
+    prefill: bool = False,
 ) -> Request:
     """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
     return Request(
@@ -142,6 +168,7 @@ def make_request(
         unit=config.unit,
         top=top,
         constraint=config.constraint,
+        prefill=prefill,
     )
 
 

@@ -167,6 +167,8 @@ class Ensemble:
     ) -> ReplyStream:
         """A reply to a prompt or a conversation, as a stream of steps; with `raw`, a completion of the prompt.
 
+        Where the assistant has the last word in a conversation, the reply goes on behind it.
+
         `overrides` go before the configuration. The reply to a seed does not depend on what was asked before, unless
         `alone` is false: then what is in the cache is used wherever it can be. Each step names the `top` likeliest
         pieces. `cancelled`, once it is set, ends the reply as `ReplyStream.cancel` does, and what comes before it by an
@@ -175,7 +177,7 @@ class Ensemble:
         """
         config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
         head, prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
-        return self.start(config, prompts, head, alone=alone, top=top, cancelled=cancelled)
+        return self.start(config, prompts, head, alone=alone, top=top, prefill=not raw, cancelled=cancelled)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
@@ -244,7 +246,7 @@ class Ensemble:
         """
         config = override(config, ask.overrides)
         head, prompts = self.prompter.asked(ask.prompt, config, raw=raw, interrupted=interrupted)
-        request = make_request(config, prompts, head, top=ask.top)
+        request = make_request(config, prompts, head, top=ask.top, prefill=not raw)
         return batching.begin(request, lambda generation: self._draft(config, request, generation))
 
     def _finish(self, config: Config, index: int, ask: Ask, *, raw: bool) -> Finished:
@@ -252,7 +254,9 @@ class Ensemble:
             config = override(_seeded(config, index), ask.overrides)
             head, prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
-                return Finished(index, self.start(config, prompts, head, alone=True, top=ask.top).finish())
+                return Finished(
+                    index, self.start(config, prompts, head, alone=True, top=ask.top, prefill=not raw).finish()
+                )
         except MeLocalError as error:
             return Finished(index, error=error)
 
@@ -337,20 +341,25 @@ class Ensemble:
         *,
         alone: bool = False,
         top: int = 0,
+        prefill: bool = False,
         cancelled: threading.Event | None = None,
     ) -> ReplyStream:
-        """A reply after these prompts; `head` is the beginning of a raw completion, the rest as in `Request`."""
+        """A reply after these prompts; `head` and the rest as in `Request`."""
         cancelled = cancelled or threading.Event()
-        request = make_request(config, prompts, head, alone=alone, top=top)
+        request = make_request(config, prompts, head, alone=alone, top=top, prefill=prefill)
         generation = Generation(self.engine, request, cancelled.is_set)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
     def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:
-        stop = config.stop if request.head else config.stop + self.prompter.stops(config)
+        document = request.head and not request.prefill
+        stop = config.stop if document else config.stop + self.prompter.stops(config)
         return Draft(generation, request, names=self.names, max_tokens=config.max_tokens, stop=stop)
 
     def close(self) -> None:
         """Free all members; what is asked of the ensemble then raises RunError."""
+        for member in self.members:
+            if not member.local:  # may be away, and a step that waits for it is not waited for
+                member.close()
         self.engine.steps.end(self._stack.close)
 
     def __enter__(self) -> "Ensemble":

@@ -3,15 +3,18 @@
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import build_llama_server
+import fetch_node_clients
 import fetch_vocabularies
 import pytest
 
 MODELS = Path(__file__).parents[1] / "models"
 DEMO_FILES = [MODELS / name for name in ("SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf")]
+CLIENTS = ("anthropic", "autogen_ext", "langchain_openai", "litellm", "llm", "lm_eval", "pydantic_ai")
 SLOW_LIMIT = 600.0  # seconds
 _LEFT_OUT = pytest.StashKey[int]()
 
@@ -52,6 +55,10 @@ def _missing() -> Iterator[tuple[str, str]]:
         yield "vocabularies", "no real vocabularies: run scripts/fetch_vocabularies.py"
     if not build_llama_server.built(build_llama_server.folder()):
         yield "llama_server", "no llama-server: run scripts/build_llama_server.py"
+    if not all(map(find_spec, CLIENTS)):
+        yield "clients", "no packages of clients: pip install 'me-local[clients]'"
+    if not fetch_node_clients.fetched(fetch_node_clients.folder()):
+        yield "node", "no packages of Node: run scripts/fetch_node_clients.py"
     if not shutil.which("chromium"):
         yield "browser", "no browser: apt-get install chromium"
 

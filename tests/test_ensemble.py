@@ -119,8 +119,12 @@ def test_two_streams_may_be_read_in_turn(open_ensemble: OpenEnsemble) -> None:
         ("", "the prompt is empty"),
         ("  \n", "the prompt is empty"),
         ([Message("system", "x")], "no user message"),
-        ([Message("user", "x"), Message("assistant", "y")], "ends with the assistant"),
-        ("word " * 600, r'the prompt has \d+ tokens for member "bpe_a", whose context holds 512: shorten it'),
+        ([Message("user", "x"), Message("system", "y")], "ends with the system"),
+        ([Message("assistant", "y")], "no user message"),
+        (
+            "word " * 600,
+            r'the prompt has \d+ tokens for member "bpe_a", which exceeds the available context size of 512',
+        ),
     ],
 )
 def test_prompts_that_cannot_be_answered(open_ensemble: OpenEnsemble, prompt: object, message: str) -> None:
@@ -291,3 +295,28 @@ def test_the_likeliest_pieces_of_the_distribution_that_was_sampled_from(
         assert dict(step.top)[step.piece] == step.probability
     few = ensemble.start(config, prompts, head, top=2).finish().steps
     assert [step.top for step in few] == [step.top[:2] for step in steps]
+
+
+@pytest.mark.parametrize("names", [("bpe_a", "spm"), ("bpe_a", "bpe_b"), ("spm",)])
+@pytest.mark.parametrize("strategy", ["me", "ce"])
+def test_a_reply_goes_on_behind_what_the_assistant_began(
+    open_ensemble: OpenEnsemble, names: tuple[str, ...], strategy: str
+) -> None:
+    """Each member sees its prompt, and behind it the ids of the whole text: of what is given and what it wrote."""
+    with open_ensemble(*names) as ensemble:
+        begun = [Message("user", "the cat"), Message("assistant", " sat on")]
+        stream = ensemble.stream(begun, Overrides(seed=3, max_tokens=8, strategy=strategy))  # type: ignore[arg-type]
+        pieces = b"".join(step.piece for step in stream)
+        generation = stream._draft.generation
+        assert generation.text == b" sat on" + pieces
+        assert stream.reply.text.encode() in pieces or b"\xef" in stream.reply.text.encode()
+        prompts = ensemble.prompter.prompts(begun[:1], ensemble.config)
+        for member, prompt in zip(ensemble.members, prompts, strict=True):
+            text = member.vocabulary.encode(b" sat on")
+            i = ensemble.members.index(member)
+            assert generation.ids(i)[: len(prompt)].tolist() == prompt.tolist()
+            if not ensemble.engine.unified.same:
+                assert generation.ids(i)[len(prompt) :].tolist() == member.vocabulary.encode(generation.text)
+            assert generation.given[i] == len(prompt) + len(text)
+        many = [finished.reply for finished in ensemble.generate_many([begun], Overrides(seed=3, max_tokens=8))]
+        assert many[0] is not None

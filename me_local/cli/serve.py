@@ -1,5 +1,6 @@
 """`me-local serve`: the ensemble behind the OpenAI protocol, and a page to chat with it."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class _Port(click.Option):
 @named("--api-key", help="What clients must give as key; better in the environment, where others do not see it.")
 @named("--insecure", is_flag=True, help="Listen without a key where other machines reach it.")
 @named("--allow-host", multiple=True, metavar="NAME", help="A name by which clients may call this machine.")
+@named("--alias", multiple=True, metavar="NAME", help="A further name of the ensemble, for clients that have theirs.")
 @named("--cors", multiple=True, metavar="ORIGIN", help="A site whose pages may ask, such as https://example.org.")
 @click.option(
     "--parallel",
@@ -58,6 +60,7 @@ def serve(
     api_key: str | None,
     insecure: bool,
     allow_host: tuple[str, ...],
+    alias: tuple[str, ...],
     cors: tuple[str, ...],
     parallel: int,
     queue: int,
@@ -74,16 +77,17 @@ def serve(
     """
     try:
         from me_local.server.app import Access
-        from me_local.server.serving import Limits, Server, address_of, bind
+        from me_local.server.serving import Limits, Loading, Server, address_of, bind
     except ImportError as error:
         raise ConfigError(f'serve needs {error.name}: pip install "me-local[server]"') from None
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise ConfigError("--api-key: must be printable ASCII, and not empty")
     config = configured(models, given)
-    with (
-        bind(host, port, guarded=insecure or api_key is not None) as listener,
-        load(config, batch=parallel) as ensemble,
-    ):
+    access = Access(api_key, allow_host, cors, alias)
+    with ExitStack() as stack:
+        listener = stack.enter_context(bind(host, port, guarded=insecure or api_key is not None))
+        with Loading(listener):
+            ensemble = stack.enter_context(load(config, batch=parallel))
         notices = Notices(ensemble)
         notices.tell()
 
@@ -93,4 +97,4 @@ def serve(
             click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
         limits = Limits(queue, cache_mb * 2**20, timeout, grace)
-        Server(ensemble, Access(api_key, allow_host, cors), limits, ready, notices.tell).serve_on(listener)
+        Server(ensemble, access, limits, ready, notices.tell).serve_on(listener)

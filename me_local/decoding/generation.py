@@ -206,7 +206,7 @@ class Generation:
 
     def _make_contexts(self) -> Sequence[TokenizedText | SampledText]:
         models, head = self._engine.models, self._request.head
-        at_start = bool(head)
+        at_start = bool(head) and not self._request.prefill
         if self._engine.unified.same:
             shared = SampledText(models[0].vocabulary.encode(head, at_start=at_start))
             return [shared] * len(models)

@@ -145,8 +145,8 @@ class _Reader:
             )
         if length > member.n_ctx:
             raise InputError(
-                f'prompt and continuation have {length} tokens for member "{member.name}", whose context holds '
-                f"{member.n_ctx}: shorten them, or raise n_ctx"
+                f'prompt and continuation have {length} tokens for member "{member.name}", which exceeds the available '
+                f"context size of {member.n_ctx}: shorten them, or raise n_ctx"
             )
 
     def _read(self, logits: LogitArray, token: np.int32, opens: np.bool_) -> tuple[float, float]:

@@ -43,7 +43,7 @@ class MemberUsage:
     `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
     `text_evaluated` the tokens of the reply that went through it; `calls` counts the predictions that it was asked for,
     `pieces` the pieces that it wrote: a share of each piece under CE, none of what was forced. `prompt_seconds` leaves
-    out the prompt's last token, whose evaluation gives the first piece.
+    out the prompt's last token, whose evaluation gives the first piece; `weight` is the configured one.
     """
 
     member: str
@@ -54,6 +54,7 @@ class MemberUsage:
     text_evaluated: int
     prompt_seconds: float
     text_seconds: float
+    weight: float = 1.0
 
     @property
     def prompt_cached(self) -> int:
@@ -70,7 +71,7 @@ class Reply:
 
     `text` leaves out a character that was not completed. `finish_reason`: "stop" (end of generation or a stop
     string), "length" (max_tokens, or a context is full), "cancelled" or "error". `seconds` is the time of the whole
-    reply, prompt included.
+    reply, prompt included; `stop` the stop string that ended it.
     """
 
     text: str
@@ -81,6 +82,7 @@ class Reply:
     steps: tuple[Step, ...]
     usage: tuple[MemberUsage, ...]
     seconds: float
+    stop: str | None = None
 
     @property
     def prompt_seconds(self) -> float:
@@ -138,7 +140,12 @@ class StopFilter:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = [stop.encode() for stop in stops]
         self._held: list[Draw] = []
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one is complete: `found`."""
+        return self.found is not None
 
     def push(self, draw: Draw) -> list[Draw]:
         """Pieces that may be shown after this one; the last of them is cut when `stopped` becomes true."""
@@ -146,10 +153,11 @@ class StopFilter:
             return [draw]
         self._held.append(draw)
         text = b"".join(held.piece for held in self._held)
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._release(min(found), cut=True)
+            at, stop = min(found)
+            self.found = stop.decode()
+            return self._release(at, cut=True)
         return self._release(len(text) - self._longest_start(text), cut=False)
 
     def flush(self) -> list[Draw]:
@@ -231,6 +239,7 @@ class Draft:
             steps=tuple(self.steps),
             usage=tuple(self._usage(i, work) for i, work in enumerate(self.generation.work)),
             seconds=self.seconds,
+            stop=self._filter.found,
         )
 
     def _shown(self, draws: list[Draw]) -> Iterator[Step]:
@@ -252,6 +261,7 @@ class Draft:
             text_evaluated=work.text_tokens,
             prompt_seconds=work.prompt_seconds,
             text_seconds=work.text_seconds,
+            weight=float(self._request.weights[member]),
         )
 
 

@@ -12,15 +12,16 @@ elsewhere are always asked at the same time, and take none of the cores.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from statistics import median
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from me_local.system.inflight import uninterrupted
 
 Result = TypeVar("Result")
 
 _TRIALS = 5  # of each way
+_LOOK = 0.1  # seconds
 
 
 class Shares(Protocol):
@@ -36,6 +37,13 @@ class Shares(Protocol):
 
     def share_cores(self, parts: int) -> None:
         """Evaluate with a part of the cores, one of so many, from now on, where it is divisible."""
+
+
+class _Elsewhere(Protocol):
+    """What runs on other machines, and may be long in coming."""
+
+    def abandon(self) -> None:
+        """End what is being asked."""
 
 
 class _Task(Generic[Result]):
@@ -111,7 +119,14 @@ class Schedule:
                 self._pool = ThreadPoolExecutor(len(self._models))
             futures = {key: self._pool.submit(task.run) for key, task in tasks.items()}
             results = {key: evaluate[key]() for key in here}
+            waiting = set(futures.values())
+            while waiting:  # not in one wait: where the system gives Ctrl-C to another thread, it would not end
+                waiting = wait(waiting, _LOOK).not_done
             return results | {key: future.result() for key, future in futures.items()}
+        except BaseException:
+            for key in tasks.keys() - local:
+                cast(_Elsewhere, self._models[key]).abandon()
+            raise
         finally:
             # Before an error, or Ctrl-C, goes on: a member must not be evaluated behind the back of what comes next.
             self._settle()

@@ -6,9 +6,10 @@ enough of them may be sampled.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from statistics import median
 
 import numpy as np
@@ -22,32 +23,39 @@ from me_local.engines.vllm import Vllm
 from me_local.errors import LoadError, RunError
 from me_local.llama.weights import VocabularyFile
 from me_local.model import Abilities, Evaluated, Outcome, Row, Shortlist, Target
+from me_local.system.inflight import uninterrupted
+from me_local.text.vocabulary import Vocabulary
 
 _PART = 1024
 """Tokens of a prompt in a request, between which the user may stop it."""
 _COUNTS = (512, 128, 64, 20, 5)
 """How many log-probabilities an engine is asked for at first, to see how many it gives."""
 _SPARE = 4  # so many more than are wanted: some may never be sampled
-_SAME = 0.3
+_LOOK = 0.1  # seconds
+_SAME = 0.15
 """Total-variation distance of two predictions of one model after the same ids; batches make it some 0.05."""
+_TELLING = 16
+"""Tokens that an engine finds in its cache, so that it can be no other one than before."""
 _PROBE = (
     "The quick brown fox doesn't jump over 13 lazy dogs. Straße, café, Привет, 你好 🙂\n\n  def f(x):\n\treturn x\n"
 )
-_PROBED = 12  # tokens
+_PROBED = (4, 9, 14)  # tokens after which a model is known again
 
 
 class RemoteModel:
     """A member of an ensemble behind the address in its configuration; `file` has its vocabulary, and stays open.
 
-    Without `caches` the engine evaluates each context from its beginning. `wire_seconds` is what requests took beyond
-    what the engine says that it took itself, in the `steps` of which it says so. Raises LoadError where the engine is
-    not there, runs another model, or has no room for `places` replies at once.
+    One that `forgets` finds nothing in the engine's caches but what it evaluated itself since then. `wire_seconds` is
+    what requests took beyond what the engine says that it took itself, in the `steps` of which it says so. Raises
+    LoadError where the engine is not there, runs another model, or has no room for `places` replies at once.
+
+    What an engine answers after it may have been started again counts only once it is seen to be the same model.
     """
 
     local = False
     divisible = True
 
-    def __init__(self, config: MemberConfig, file: VocabularyFile, *, places: int = 1, caches: bool = True) -> None:
+    def __init__(self, config: MemberConfig, file: VocabularyFile, *, places: int = 1, forgets: bool = False) -> None:
         assert config.url is not None
         self.file = file
         self.config = config
@@ -56,16 +64,20 @@ class RemoteModel:
         self.places = places
         self.seconds = self.wire_seconds = 0.0
         self.steps = 0
+        self._forgets = forgets
         self._checks_text = config.tokenizer is None
         self._count, self._numbers = 1, np.zeros(self.vocabulary.size, dtype=np.int32)
         self._spare = _SPARE
+        self._abandoned = 0
+        self._lock = threading.Lock()  # several replies at once count in several threads
+        self._meeting = threading.Lock()
         self._held: list[IntArray] = [np.empty(0, dtype=np.int32)] * places
         self._row: Row | None = None
         self._connection = Connection(self.name, config.url, _key(config), config.api_key_env)
         self.server: Server = (
-            Vllm(self._connection, config.model, caches=caches)
+            Vllm(self._connection, config.model)
             if config.engine == "vllm"
-            else LlamaServer(self._connection, caches=caches)
+            else LlamaServer(self._connection, config.model, harmless=_harmless(self.vocabulary))
         )
         try:
             self._meet()
@@ -80,6 +92,7 @@ class RemoteModel:
         where = self._connection.where
         self.description = self.server.describe()
         self.n_ctx = self.description.n_ctx
+        self._aside = min(self.places, self.description.places - 1)  # a slot for probes, with a cache of nobody's
         self.summary = f"{self.config.engine or 'llama-server'} at {self.config.url}: {self.description.model}"
         if self.places > self.description.places:
             raise RunError(
@@ -87,17 +100,18 @@ class RemoteModel:
                 f"with --parallel {self.places}"
             )
         self._require_same_text()
-        text = self.vocabulary.encode(_PROBE.encode(), at_start=True)[:_PROBED]
+        text = self.vocabulary.encode(_PROBE.encode(), at_start=True)[: _PROBED[-1]]
         self._probe = np.array(text if self.vocabulary.bos is None else [self.vocabulary.bos, *text], dtype=np.int32)
         self._most = self._find_most()
         self.abilities = Abilities(self.config.engine or "llama-server", self._most - _SPARE, likelihoods=False)
-        self._fingerprint = self._predict_probe()
+        self._met = time.monotonic()  # what comes over connections that are there already is known from here on
+        self._fingerprint, self._called = self._predict_probe()
 
-    def _require_same_text(self) -> None:
+    def _require_same_text(self, interrupted: Interrupted | None = None) -> None:
         """Raise RunError where the engine tokenises otherwise than the vocabulary here."""
         if not self._checks_text:
             return
-        theirs = self.server.tokenize(_PROBE)
+        theirs = self.server.tokenize(_PROBE, interrupted)
         if theirs not in [self.vocabulary.encode(_PROBE.encode(), at_start=start) for start in (True, False)]:
             raise RunError(
                 f"{self._connection.where}: runs a model with another vocabulary than that of "
@@ -109,30 +123,40 @@ class RemoteModel:
         for count in _COUNTS:
             count = min(count, self.vocabulary.size)
             try:
-                self.server.predict(self._probe.tolist(), count, self.places - 1, None)
+                self.server.predict(self._probe.tolist(), count, self._aside, None)
                 return count
             except RunError:
                 if count <= _COUNTS[-1]:
                     raise
         raise AssertionError
 
-    def _predict_probe(self) -> dict[int, float]:
-        count = min(10, self._most)
-        shortlist = self.server.predict(self._probe.tolist(), count, self.places - 1, None).shortlist
-        odds = np.exp(shortlist.logits.astype(np.float64) - shortlist.logits.max())
-        return dict(zip(shortlist.ids.tolist(), (odds / odds.sum()).tolist(), strict=True))
+    def _predict_probe(self, interrupted: Interrupted | None = None) -> tuple[list[dict[int, float]], str]:
+        """The probabilities of the likeliest ids after parts of the probe, and what the engine calls its model."""
+        found: list[dict[int, float]] = []
+        for length in _PROBED:
+            ids = self._probe[:length].tolist()
+            prediction = self.server.predict(ids, min(10, self._most), self._aside, interrupted)
+            shortlist = prediction.shortlist
+            odds = np.exp(shortlist.logits.astype(np.float64) - shortlist.logits.max())
+            found.append(dict(zip(shortlist.ids.tolist(), (odds / odds.sum()).tolist(), strict=True)))
+        return found, prediction.model
 
-    def _require_same_model(self) -> None:
+    def _require_same_model(self, prediction: Prediction, interrupted: Interrupted) -> None:
         """Raise RunError where the engine is no longer the one that it was: a server may have been started again."""
-        where = self._connection.where
-        now = self.server.describe()
-        if now.n_ctx < self.n_ctx or now.places < self.places:
-            raise RunError(f"{where}: was started again with less room: load the ensemble again")
-        self._require_same_text()
-        found = self._predict_probe()
-        ids = {*found, *self._fingerprint}
-        if sum(abs(found.get(id_, 0.0) - self._fingerprint.get(id_, 0.0)) for id_ in ids) / 2 > _SAME:
-            raise RunError(f"{where}: runs another model than before: load the ensemble again")
+        with self._meeting:
+            if prediction.opened < self._met and prediction.model == self._called:
+                return  # another reply has looked meanwhile
+            where = self._connection.where
+            now = self.server.describe(interrupted)
+            if now.n_ctx < self.n_ctx or now.places < self.places:
+                raise RunError(f"{where}: was started again with less room: load the ensemble again")
+            self._require_same_text(interrupted)
+            met = time.monotonic()
+            found, called = self._predict_probe(interrupted)
+            if max(_distance(*pair) for pair in zip(found, self._fingerprint, strict=True)) > _SAME:
+                raise RunError(f"{where}: runs another model than before: load the ensemble again")
+            self._aside = min(self.places, now.places - 1)
+            self._met, self._called = met, called
 
     def prepare(
         self, ids: IntArray, interrupted: Interrupted = lambda: False, *, final: int = 0, alone: bool = False
@@ -149,8 +173,9 @@ class RemoteModel:
         return evaluated
 
     def shorten(self, count: int, numbers: IntArray) -> None:
-        """Ask for so many log-probabilities, from now on, of ids whose number is not negative."""
-        self._count, self._numbers = count, numbers
+        """Ask for so many log-probabilities, from now on, of ids whose number is not negative; 0: for all of them."""
+        self._count = count or int(np.count_nonzero(numbers >= 0))
+        self._numbers = numbers
 
     def logits(self) -> Row:
         """The largest log-probabilities after the last `sync`."""
@@ -162,11 +187,17 @@ class RemoteModel:
 
     def forget(self) -> None:
         """Evaluate whole prompts again, as far as the engine has not kept them."""
+        if self._forgets:
+            self.server.forget()
         self._held = [np.empty(0, dtype=np.int32)] * self.places
 
     def twin(self) -> "RemoteModel":
-        """The same engine by connections of their own, and without its caches."""
-        return RemoteModel(self.config, self.file, caches=False)
+        """The same engine by connections of their own; what others had it evaluate counts for nothing."""
+        return RemoteModel(self.config, self.file, forgets=True)
+
+    def abandon(self) -> None:
+        """End what is being asked, by EvaluationInterruptedError in the threads that ask."""
+        self._abandoned += 1
 
     def keep_states(self, states: object) -> None:
         """The engine has caches of its own."""
@@ -186,20 +217,20 @@ class RemoteModel:
 
     def fill(self, ids: IntArray, place: int, interrupted: Interrupted, most: int | None = None) -> Evaluated:
         """Bring a place closer to `ids`, by at most `most` tokens; None: all of them."""
-        common = _common(self._held[place], ids)
-        target = len(ids) if most is None else min(len(ids), common + most)
+        end = _common(self._held[place], ids)
+        target = len(ids) if most is None else min(len(ids), end + most)
         tokens, before = 0, time.perf_counter()
-        for end in range(min(common + _PART, target), target + 1, _PART) if common < target else ():
+        while end < target:
+            end = min(end + _PART, target)
             tokens += self._ask(ids[:end], 1, place, interrupted).tokens
-        if common < target and not np.array_equal(self._held[place], ids[:target]):
-            tokens += self._ask(ids[:target], 1, place, interrupted).tokens
+        self._held[place] = ids[:target].copy()  # what follows there is dropped with the next request
         return Evaluated(tokens, time.perf_counter() - before)
 
     def predict(self, ids: IntArray, place: int, interrupted: Interrupted) -> tuple[Shortlist, Evaluated]:
         """So many of the largest log-probabilities that enough of them may be sampled."""
-        tokens, before = 0, time.perf_counter()
+        tokens, before, spare = 0, time.perf_counter(), self._spare
         while True:
-            asked = min(self._count + self._spare, self._most)
+            asked = min(self._count + spare, self._most)
             prediction = self._ask(ids, asked, place, interrupted)
             tokens += prediction.tokens
             found = prediction.shortlist
@@ -207,19 +238,25 @@ class RemoteModel:
             if not known.all():
                 found = Shortlist(found.ids[known], found.logits[known])
             usable = int(np.count_nonzero(self._numbers[found.ids] >= 0))
-            if usable >= self._count or asked >= self.vocabulary.size:
-                seconds = time.perf_counter() - before
-                self.seconds += seconds
-                if prediction.seconds is not None:
-                    self.wire_seconds += seconds - prediction.seconds
-                    self.steps += 1
-                return found, Evaluated(tokens, seconds)
+            others = len(prediction.shortlist.ids) < asked  # there are no others: they have no probability
+            if usable >= self._count or (others and usable) or asked >= self.vocabulary.size:
+                evaluated = Evaluated(tokens, time.perf_counter() - before)
+                self._note(evaluated, prediction, spare)
+                return found, evaluated
             if asked == self._most:
                 raise RunError(
                     f"{self._connection.where}: gives the {asked} likeliest tokens at most, of which {usable} can be "
                     f"sampled, and {self._count} are wanted: lower top_k"
                 )
-            self._spare *= 2
+            spare *= 2
+
+    def _note(self, evaluated: Evaluated, prediction: Prediction, spare: int) -> None:
+        with self._lock:
+            self._spare = max(self._spare, spare)
+            self.seconds += evaluated.seconds
+            if prediction.seconds is not None:
+                self.wire_seconds += evaluated.seconds - prediction.seconds
+                self.steps += 1
 
     def measure(self, steps: int = 20) -> tuple[float, bool | None]:
         """The median time of a step, in seconds, and whether the engine finds earlier contexts in its cache.
@@ -233,9 +270,18 @@ class RemoteModel:
         return median(each.seconds for each in found), cached or (None if self.config.engine == "vllm" else False)
 
     def _ask(self, ids: IntArray, count: int, place: int, interrupted: Interrupted) -> Prediction:
-        prediction = self.server.predict(ids.tolist(), count, place, interrupted)
-        if prediction.fresh:
-            self._require_same_model()
+        began, common, abandoned = time.monotonic(), _common(self._held[place], ids), self._abandoned
+
+        def given_up() -> bool:
+            return self._abandoned != abandoned or interrupted()
+
+        prediction = self.server.predict(ids.tolist(), count, place, given_up)
+        if prediction.opened >= self._met or prediction.model != self._called:
+            found = len(ids) - prediction.tokens
+            if prediction.model == self._called and found >= max(_TELLING, common // 2) and common >= _TELLING:
+                self._met = max(self._met, began)  # only the one that it was has this in its cache
+            else:
+                self._require_same_model(prediction, given_up)
         self._held[place] = ids.copy()
         return prediction
 
@@ -245,7 +291,7 @@ class RemotePlaces:
 
     def __init__(self, model: RemoteModel) -> None:
         self._model = model
-        self._pool = ThreadPoolExecutor(model.places)
+        self._pool = ThreadPoolExecutor(model.places, thread_name_prefix="engine")
 
     def holds(self, sequence: int, ids: IntArray) -> bool:
         """Whether the engine has evaluated `ids` last, for this place."""
@@ -254,30 +300,42 @@ class RemotePlaces:
     def prefill(self, prompts: Mapping[int, Target], most: int) -> dict[int, Outcome]:
         """Bring places closer to their prompts, each by at most `most` tokens."""
 
-        def fill(place: int) -> Outcome:
-            return Outcome(*self._model.fill(prompts[place].ids, place, _never, most))
+        def fill(place: int, interrupted: Interrupted) -> Outcome:
+            return Outcome(*self._model.fill(prompts[place].ids, place, interrupted, most))
 
         return self._each(fill, list(prompts))
 
     def sync(self, wanted: Mapping[int, Target], others: Mapping[int, Target] | None = None) -> dict[int, Outcome]:
         """Predictions for the places that are wanted; the others cost nothing less beside them."""
 
-        def predict(place: int) -> Outcome:
-            row, evaluated = self._model.predict(wanted[place].ids, place, _never)
+        def predict(place: int, interrupted: Interrupted) -> Outcome:
+            row, evaluated = self._model.predict(wanted[place].ids, place, interrupted)
             return Outcome(evaluated.tokens, evaluated.seconds, row)
 
         return self._each(predict, list(wanted))
 
-    def _each(self, work: Callable[[int], Outcome], places: Sequence[int]) -> dict[int, Outcome]:
+    def _each(self, work: Callable[[int, Interrupted], Outcome], places: Sequence[int]) -> dict[int, Outcome]:
+        """The outcomes, all at the same time; whatever ends the wait for them ends the requests, too."""
+        stopped = threading.Event()
+
         def one(place: int) -> Outcome:
             try:
-                return work(place)
+                return work(place, stopped.is_set)
             except RunError as error:
                 return Outcome(0, 0.0, error=error)
 
         if len(places) == 1:
             return {places[0]: one(places[0])}
-        return dict(zip(places, self._pool.map(one, places), strict=True))
+        futures = {place: self._pool.submit(one, place) for place in places}
+        try:
+            waiting = set(futures.values())
+            while waiting:  # not in one wait: where the system gives Ctrl-C to another thread, it would not end
+                waiting = wait(waiting, _LOOK).not_done
+            return {place: future.result() for place, future in futures.items()}
+        except BaseException:
+            stopped.set()
+            uninterrupted(lambda: wait(futures.values()))
+            raise
 
 
 def _never() -> bool:
@@ -292,6 +350,17 @@ def _key(config: MemberConfig) -> str | None:
     if not key or not key.isascii() or not key.isprintable():
         raise LoadError(f'member "{config.name}": api_key_env: the environment has no usable {config.api_key_env}')
     return key
+
+
+def _distance(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    """The total-variation distance of two distributions over ids."""
+    return sum(abs(a.get(id_, 0.0) - b.get(id_, 0.0)) for id_ in {*a, *b}) / 2
+
+
+def _harmless(vocabulary: Vocabulary) -> int:
+    """An id that stands for letters."""
+    found = (id_ for id_, piece in enumerate(vocabulary.pieces) if piece.isalpha() and piece.isascii())
+    return next(found, 0)
 
 
 def _common(held: IntArray, ids: IntArray) -> int:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from me_local.engines.connection import Connection, Interrupted
+from me_local.engines.connection import Connection, Interrupted, plain
 from me_local.engines.server import (
     Description,
     Prediction,
@@ -21,16 +21,16 @@ _MANY_PLACES = 256  # requests that it runs at once, unless it is told otherwise
 
 
 class Vllm:
-    """A vLLM, and the model of this name in it; None: its first. Without `caches` it evaluates each prompt whole."""
+    """A vLLM, and the model of this name in it; None: its first."""
 
-    def __init__(self, connection: Connection, model: str | None = None, *, caches: bool = True) -> None:
+    def __init__(self, connection: Connection, model: str | None = None) -> None:
         self._connection = connection
         self._model = model
-        self._caches = caches
+        self._salt: dict[str, str] = {}
 
-    def describe(self) -> Description:
-        """From /v1/models: the model of the configured name, or the first."""
-        answer, _ = self._connection.ask("/v1/models")
+    def describe(self, interrupted: Interrupted | None = None) -> Description:
+        """From /v1/models: the model of the configured name, or the first. It wants room for the token it samples."""
+        answer, _ = self._connection.ask("/v1/models", interrupted=interrupted)
         where = self._connection.where
         models = answer.get("data")
         if not isinstance(models, list) or not all(isinstance(model, dict) for model in models) or not models:
@@ -39,17 +39,20 @@ class Vllm:
         if self._model is None:
             self._model = names[0]
         if self._model not in names:
-            raise RunError(f'{where}: has no model "{self._model}"; there are: {", ".join(names)[:200]}')
+            raise RunError(f'{where}: has no model "{plain(self._model)}"; there are: {plain(", ".join(names))}')
         found = models[names.index(self._model)]
         n_ctx = checked_count(found.get("max_model_len"), where, "/v1/models")
-        # Of a full context it makes no prediction: it wants room for a token behind it.
-        return Description(f"{self._model} {found.get('root', '')}", n_ctx - 1, _MANY_PLACES)
+        return Description(plain(f"{self._model} {found.get('root') or ''}"), n_ctx - 1, _MANY_PLACES)
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, interrupted: Interrupted | None = None) -> list[int]:
         """From /tokenize."""
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
-        answer, _ = self._connection.ask("/tokenize", body)
+        answer, _ = self._connection.ask("/tokenize", body, interrupted=interrupted)
         return checked_ids(answer.get("tokens"), self._connection.where, "/tokenize")
+
+    def forget(self) -> None:
+        """Its cache is by salts: nothing in there was evaluated with this one."""
+        self._salt = {"cache_salt": secrets.token_hex(16)}
 
     def predict(self, ids: Sequence[int], count: int, place: int, interrupted: Interrupted | None) -> Prediction:
         """From /v1/completions; the sampled token stands among the others, and is dropped where it is one too many."""
@@ -60,10 +63,8 @@ class Vllm:
             "logprobs": count,
             "temperature": 1.0,
             "return_tokens_as_token_ids": True,
-        }
-        if not self._caches:
-            body["cache_salt"] = secrets.token_hex(16)  # nothing in its prefix cache was evaluated with this
-        answer, fresh = self._connection.ask("/v1/completions", body, interrupted=interrupted)
+        } | self._salt
+        answer, opened = self._connection.ask("/v1/completions", body, interrupted=interrupted)
         where = self._connection.where
         try:
             tops = answer["choices"][0]["logprobs"]["top_logprobs"][0]
@@ -76,4 +77,5 @@ class Vllm:
         details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
         cached = details.get("cached_tokens") if isinstance(details, dict) else None
         tokens = len(ids) - cached if isinstance(cached, int) and 0 <= cached < len(ids) else len(ids)
-        return Prediction(checked_shortlist(pairs, count, where, "/v1/completions"), tokens, None, fresh)
+        shortlist = checked_shortlist(pairs, count, where, "/v1/completions")
+        return Prediction(shortlist, tokens, None, str(answer.get("model")), opened)

@@ -149,8 +149,8 @@ def _work(usages: Sequence[MemberUsage]) -> Object:
 
 
 def _longest(reply: Reply) -> MemberUsage:
-    """The usage of the member with the longest prompt, of those that ran."""
-    return max(reply.usage, key=lambda usage: (usage.calls > 0, usage.prompt_length))
+    """The usage of the member with the longest prompt, of those with a weight: whichever were drawn."""
+    return max(reply.usage, key=lambda usage: (usage.weight > 0, usage.prompt_length))
 
 
 def _end(reply: Reply, splitter: Splitter) -> Object:

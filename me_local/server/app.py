@@ -2,60 +2,97 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply
-from me_local.errors import MeLocalError
+from me_local.ensemble import Ensemble
+from me_local.errors import ConfigError, MeLocalError
 from me_local.jsonl import json_text
 from me_local.server.answers import Answer
-from me_local.server.guard import Gate, KeyCheck, read_body, refusal
+from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body, refusal
 from me_local.server.making import Event
+from me_local.server.messages_answers import MessageAnswer
+from me_local.server.messages_protocol import CountRequest, MessagesRequest
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import MODEL, ApiError, ChatRequest, CompletionRequest, api_error, model_names, parse
+from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse
+from me_local.server.refusals import ApiError, api_error
+from me_local.server.responses_answers import ResponseAnswer
+from me_local.server.responses_protocol import ResponsesRequest
+from me_local.server.streams import EventStream, chained, while_there, with_beats
+from me_local.server.tokens import ApplyTemplate, Detokenize, Tokenize, apply_template, detokenize, props, tokenize
+from me_local.server.translation import prompt_tokens
 from me_local.server.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_CLOSED = (
+    *("/v1", "/metrics", "/models", "/chat/", "/completions", "/messages", "/responses"),
+    *("/tokenize", "/detokenize", "/apply-template", "/props"),
+)
+"""Behind these paths something of the ensemble is given away."""
+
 STATIC = Path(__file__).parent / "static"
 
 T = TypeVar("T")
+R = TypeVar("R", bound=BaseModel)
+Handler = Callable[[Request], Awaitable[Response]]
 Asked = ChatRequest | CompletionRequest
+Translated = MessagesRequest | ResponsesRequest
 Events = AsyncGenerator[tuple[int, Event], None]
+Beating = AsyncGenerator[tuple[int, Event] | None, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may ask: with which key, if any; by which further names of this machine; pages of which other origins."""
+    """Who may ask: with which key, if any; by which further names of this machine; pages of which other origins.
+
+    Names are brought into the form in which browsers send them. `aliases` are further names of the ensemble. Raises
+    ConfigError for what is none.
+    """
 
     key: str | None = None
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
+    aliases: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hosts", tuple(map(host_of, self.hosts)))
+        object.__setattr__(self, "origins", tuple(map(origin_of, self.origins)))
+        for alias in self.aliases:
+            if not alias.strip() or not alias.isprintable() or alias.startswith(MODEL):
+                raise ConfigError(f"--alias: {alias!r:.80} is no further name of the ensemble")
 
 
 def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -> Starlette:
     """The application; a request is given up after `timeout` seconds."""
-    routes = Routes(worker, metrics, timeout)
+    routes = Routes(worker, metrics, timeout, access.aliases)
     middleware = [Middleware(Gate, metrics, access.hosts, access.origins)]
     if access.origins:
         middleware.append(
-            Middleware(CORSMiddleware, allow_origins=access.origins, allow_methods=["*"], allow_headers=["*"])
+            Middleware(
+                CORSMiddleware,
+                allow_origins=access.origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                allow_private_network=True,  # pages of these sites may ask a server at home
+            )
         )
     if access.key is not None:
-        middleware.append(Middleware(KeyCheck, access.key, ("/v1", "/metrics", "/models", "/chat", "/completions")))
+        middleware.append(Middleware(KeyCheck, access.key, _CLOSED))
     return Starlette(
         routes=[
             *(route for prefix in ("/v1", "") for route in _api(routes, prefix)),  # some clients leave /v1 out
@@ -72,36 +109,68 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
 def _api(routes: "Routes", prefix: str) -> list[Route]:
     return [
         Route(f"{prefix}/models", routes.models),
+        Route(f"{prefix}/models/", routes.models),
         Route(f"{prefix}/models/{{model:path}}", routes.model),
         Route(f"{prefix}/chat/completions", routes.chat, methods=["POST"]),
         Route(f"{prefix}/completions", routes.complete, methods=["POST"]),
+        Route(f"{prefix}/messages", routes.messages, methods=["POST"]),
+        Route(f"{prefix}/messages/count_tokens", routes.count_tokens, methods=["POST"]),
+        Route(f"{prefix}/responses", routes.responses, methods=["POST"]),
+        Route(f"{prefix}/tokenize", routes.tokens(Tokenize, tokenize), methods=["POST"]),
+        Route(f"{prefix}/detokenize", routes.tokens(Detokenize, detokenize), methods=["POST"]),
+        Route(f"{prefix}/apply-template", routes.tokens(ApplyTemplate, apply_template), methods=["POST"]),
+        Route(f"{prefix}/props", routes.props),
     ]
 
 
 class Routes:
     """What each path answers."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, timeout: float) -> None:
+    def __init__(self, worker: Worker, metrics: Metrics, timeout: float, aliases: Sequence[str]) -> None:
         self._worker = worker
+        self._aliases = aliases
         self._ensemble = worker.ensemble
         self._metrics = metrics
         self._timeout = timeout
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models: the ensemble, and each of its members."""
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in model_names(self._ensemble)]})
+        listed = [self._model(name) for name in model_names(self._ensemble, self._aliases)]
+        return JSONResponse({"object": "list", "data": listed, "has_more": False})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["model"]
-        if name not in model_names(self._ensemble):
+        if name not in model_names(self._ensemble, self._aliases):
             raise ApiError(404, "there is no such model", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
+
+    def tokens(self, kind: type[R], answer: Callable[[Ensemble, R], dict[str, Any]]) -> Handler:
+        """What POST /tokenize and its kin answer."""
+
+        async def respond(request: Request) -> Response:
+            try:
+                asked = parse(kind, await read_body(request))
+                # A long text takes long, and other requests are not to wait for it.
+                return JSONResponse(await asyncio.to_thread(answer, self._ensemble, asked))
+            except MeLocalError as error:
+                return refusal(api_error(error))
+            except ApiError as error:
+                return refusal(error)
+            except Exception as error:
+                return refusal(_unexpected(error))
+
+        return respond
+
+    async def props(self, _: Request) -> Response:
+        """GET /props."""
+        return JSONResponse(props(self._ensemble))
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""
         path = request.url.path.removeprefix("/v1")
-        allowed = {"/chat/completions": "POST", "/completions": "POST", "/models": "GET, HEAD"}.get(path)
+        posted = ("/chat/completions", "/completions", "/messages", "/messages/count_tokens", "/responses")
+        allowed = "POST" if path in posted else "GET, HEAD" if path == "/models" else None
         if allowed:
             raise ApiError(405, f"only {allowed} is answered here", headers={"Allow": allowed})
         raise ApiError(404, f"there is no {request.method} of this path", code="unknown_path")
@@ -123,10 +192,23 @@ class Routes:
         """POST /v1/completions."""
         return await self._respond(request, CompletionRequest)
 
+    async def messages(self, request: Request) -> Response:
+        """POST /v1/messages."""
+        return await self._respond(request, MessagesRequest)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """POST /v1/messages/count_tokens."""
+        return await self._respond(request, CountRequest)
+
+    async def responses(self, request: Request) -> Response:
+        """POST /v1/responses."""
+        return await self._respond(request, ResponsesRequest)
+
     def _model(self, name: str) -> dict[str, Any]:
         config = self._ensemble.config
         described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": MODEL}
-        if name == MODEL:
+        described |= {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}  # for Anthropic's
+        if name in (MODEL, *self._aliases):
             described["strategy"], described["unit"] = config.strategy, config.unit
             described["max_tokens"] = config.max_tokens
             described["seed"] = config.seed
@@ -141,28 +223,57 @@ class Routes:
             ]
         return described
 
-    async def _respond(self, request: Request, kind: type[Asked]) -> Response:
+    async def _respond(self, request: Request, kind: type[Asked | Translated]) -> Response:
+        path = request.url.path
         try:
-            return await self._answer(request, parse(kind, await read_body(request)))
+            asked = parse(kind, await read_body(request))
+            if isinstance(asked, Translated):
+                return await self._translate(request, asked)
+            return await self._answer(request, asked)
         except MeLocalError as error:
-            return refusal(api_error(error))
+            return refusal(api_error(error), path)
         except ApiError as error:
-            return refusal(error)
+            return refusal(error, path)
         except Exception as error:
-            return refusal(_unexpected(error))
+            return refusal(_unexpected(error), path)
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
-        asks = asked.asks(self._ensemble)
+        asks = asked.asks(self._ensemble, self._aliases)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
         chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
         answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
         events = self._events(asks)
         if not asked.stream:
-            replies = await _while_there(request, _replies(events))
+            replies = await while_there(request, _replies(events))
             return JSONResponse(answer.whole(replies))
-        first = await _while_there(request, anext(events))
+        first, beating = await self._begin(request, events)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_lines(answer, first, events, chat=isinstance(asked, ChatRequest), usage=usage))
+        return EventStream(_lines(answer, first, beating, chat=isinstance(asked, ChatRequest), usage=usage))
+
+    async def _translate(self, request: Request, asked: Translated) -> Response:
+        """The answer to a request of another protocol."""
+        chat, ask = asked.asked(self._ensemble, self._aliases)
+        if isinstance(asked, CountRequest):
+            return JSONResponse({"input_tokens": await self._prompt_tokens(request, ask)})
+        answer: MessageAnswer | ResponseAnswer
+        if isinstance(asked, ResponsesRequest):
+            answer = ResponseAnswer(asked, chat)
+        else:
+            answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, ask) if asked.stream else 0)
+        events = self._events([ask])
+        if not asked.stream:
+            [reply] = await while_there(request, _replies(events))
+            return JSONResponse(answer.whole(reply))
+        return EventStream(_told(answer, *await self._begin(request, events)))
+
+    async def _prompt_tokens(self, request: Request, ask: Ask) -> int:
+        # A long text takes long, and other requests are not to wait for it.
+        return await while_there(request, asyncio.to_thread(prompt_tokens, self._ensemble, ask))
+
+    async def _begin(self, request: Request, events: Events) -> tuple[tuple[int, Event] | None, Beating]:
+        """The first event and the others; what is refused has a status of its own, unless it waits for long."""
+        beating = with_beats(events)
+        return await while_there(request, anext(beating)), beating
 
     async def _events(self, asks: Sequence[Ask]) -> Events:
         """What happens to all choices, each with its index. Raises ApiError."""
@@ -181,31 +292,18 @@ class Routes:
             await made.aclose()
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events; however the response ends, what makes them is closed."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, lines: AsyncGenerator[str, None]) -> None:
-        super().__init__(lines, headers={"X-Accel-Buffering": "no"})  # nginx would hold pieces back
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send what is made."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            assert isinstance(self.body_iterator, AsyncGenerator)
-            await self.body_iterator.aclose()
-
-
 async def _lines(
-    answer: Answer, first: tuple[int, Event], events: Events, *, chat: bool, usage: bool
+    answer: Answer, first: tuple[int, Event] | None, events: Beating, *, chat: bool, usage: bool
 ) -> AsyncGenerator[str, None]:
     """The chunks of an answer as server-sent events; a failure is the last of them."""
     replies: dict[int, Reply] = {}
     offsets: dict[int, int] = {}  # of the choices that have begun, in characters
     try:
-        async for index, event in _chained(first, events):
+        async for heard in chained(first, events):
+            if heard is None:
+                yield ": there is more to come\n\n"
+                continue
+            index, event = heard
             if index not in offsets:
                 offsets[index] = 0
                 if chat:
@@ -228,10 +326,31 @@ async def _lines(
         await events.aclose()
 
 
-async def _chained(first: tuple[int, Event], rest: Events) -> AsyncIterator[tuple[int, Event]]:
-    yield first
-    async for event in rest:
-        yield event
+async def _told(
+    answer: MessageAnswer | ResponseAnswer, first: tuple[int, Event] | None, events: Beating
+) -> AsyncGenerator[str, None]:
+    """The events of an answer in another protocol; a failure is the last of them."""
+    try:
+        for line in answer.opening():
+            yield line
+        async for heard in chained(first, events):
+            for line in _lines_of(answer, heard):
+                yield line
+    except ApiError as error:
+        for line in answer.failure(error):
+            yield line
+    except Exception as error:
+        for line in answer.failure(_unexpected(error)):
+            yield line
+    finally:
+        await events.aclose()
+
+
+def _lines_of(answer: MessageAnswer | ResponseAnswer, heard: tuple[int, Event] | None) -> Iterator[str]:
+    if heard is None:
+        return iter((answer.waiting(),))
+    _, event = heard
+    return answer.end(event) if isinstance(event, Reply) else answer.piece(event)
 
 
 async def _replies(events: Events) -> list[Reply]:
@@ -240,29 +359,6 @@ async def _replies(events: Events) -> list[Reply]:
 
 def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:
     return [replies[index] for index in sorted(replies)]
-
-
-async def _while_there(request: Request, work: Awaitable[T]) -> T:
-    """The result of some work, which is given up when the client goes away."""
-
-    async def working() -> T:
-        return await work
-
-    task, gone = asyncio.create_task(working()), asyncio.create_task(_gone(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client has gone")
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _line(chunk: dict[str, Any]) -> str:
@@ -276,11 +372,11 @@ def _unexpected(error: Exception) -> ApiError:
     return ApiError(500, f"an error of the server ({type(error).__name__}); its log at -vv has more")
 
 
-async def _on_api_error(_: Request, error: ApiError) -> Response:
-    return refusal(error)
+async def _on_api_error(request: Request, error: ApiError) -> Response:
+    return refusal(error, request.url.path)
 
 
-async def _on_http_error(_: Request, error: HTTPException) -> Response:
-    response = refusal(ApiError(error.status_code, error.detail))
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    response = refusal(ApiError(error.status_code, error.detail), request.url.path)
     response.headers.update(error.headers or {})
     return response

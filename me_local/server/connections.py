@@ -1,7 +1,7 @@
 """Connections that take up room without asking anything: how long, and how many of them.
 
-uvicorn reads HTTP (by h11, which limits the size of a head). It waits for ever for a first request and for a reader
-that has stopped reading; here both end.
+uvicorn reads HTTP (by h11, which limits the size of a head), and closes connections on which no further request comes.
+It waits for ever for a first request, for the rest of a head, and for a reader that has stopped; here these end.
 """
 
 import asyncio
@@ -43,9 +43,9 @@ class Connection(H11Protocol):
         self._watch()
 
     def on_response_complete(self) -> None:
-        """Be idle again."""
+        """Be idle again; for how long, uvicorn sees to."""
         super().on_response_complete()
-        self._watch()
+        self.idle_since = time.monotonic()
 
     def pause_writing(self) -> None:
         """Wait for the reader, but not for ever."""

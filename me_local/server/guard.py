@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import ipaddress
 import logging
+import re
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -18,14 +19,25 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from me_local.errors import ConfigError
+from me_local.server.messages_answers import error_dict
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError
+from me_local.server.refusals import ApiError
 
 log = logging.getLogger(__name__)
 
 LARGEST_BODY = 4 * 2**20  # bytes
 _BODY_SECONDS = 20.0
-_COUNTED = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics", "/")
+_COUNTED = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/responses",
+    "/v1/models",
+    "/health",
+    "/metrics",
+    "/",
+)
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -40,9 +52,10 @@ _HEADERS = {
 }
 
 
-def refusal(error: ApiError) -> JSONResponse:
-    """The response that an error becomes."""
-    return JSONResponse(error.as_dict(), error.status, error.headers)
+def refusal(error: ApiError, path: str = "") -> JSONResponse:
+    """The response that an error becomes, in the shape that clients of this path read."""
+    anthropic = path.removeprefix("/v1").startswith("/messages")
+    return JSONResponse(error_dict(error) if anthropic else error.as_dict(), error.status, error.headers)
 
 
 class Gate:
@@ -59,6 +72,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["path"].startswith("//"):  # of a base URL with a slash at its end
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
         started, status = time.monotonic(), 499
 
         async def watched(message: Message) -> None:
@@ -72,7 +87,7 @@ class Gate:
             if scope["path"] != "/health":  # load balancers ask for it without a name
                 self._check(Headers(scope=scope))
         except ApiError as error:
-            await refusal(error)(scope, receive, watched)
+            await refusal(error, scope["path"])(scope, receive, watched)
         else:
             await self._app(scope, receive, watched)
         finally:
@@ -112,7 +127,7 @@ class KeyCheck:
                 given = headers.get(b"x-api-key", b"")
             if not hmac.compare_digest(given.strip(), self._expected):
                 error = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                await refusal(error)(scope, receive, send)
+                await refusal(error, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -140,6 +155,33 @@ def _too_large() -> ApiError:
     return ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes", code="body_too_large")
 
 
+_DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+def origin_of(site: str) -> str:
+    """An origin as browsers send it. Raises ConfigError for what is none."""
+    try:
+        parts = urlsplit(site.lower())
+        fits = parts.scheme in _DEFAULT_PORTS and parts.hostname and parts.path in ("", "/") and "@" not in site
+        fits = fits and not parts.query and not parts.fragment and (parts.port is None or parts.port > 0)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ConfigError(f"--cors: a site looks like https://example.org, got {site[:80]!r}")
+    return f"{parts.scheme}://{parts.netloc.removesuffix(_DEFAULT_PORTS[parts.scheme])}"
+
+
+def host_of(name: str) -> str:
+    """The name of a machine, without a port. Raises ConfigError for what is none."""
+    try:
+        host = urlsplit(f"//{name.lower()}").hostname or ""
+    except ValueError:
+        host = ""
+    if not re.fullmatch(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?\.?|[0-9a-f:.]+", host) or "/" in name or "@" in name:
+        raise ConfigError(f"--allow-host: a name looks like box.example.org, got {name[:80]!r}")
+    return host
+
+
 def _netloc(origin: str) -> str:
     """The host and port of an origin; empty where it is none."""
     try:
@@ -150,7 +192,7 @@ def _netloc(origin: str) -> str:
 
 def _names(host: str, origin: str) -> tuple[str, str]:
     """What the host calls itself, and the same without the port that goes without saying."""
-    port = {"https": ":443", "http": ":80"}.get(origin.partition(":")[0], "")
+    port = _DEFAULT_PORTS.get(origin.partition(":")[0], "")
     return host, host.removesuffix(port) if port else host
 
 

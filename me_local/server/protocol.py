@@ -4,19 +4,19 @@ A field that is not supported and would change the answer is refused by its name
 Knows nothing of HTTP connections or of how replies are made.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from me_local.asking import Ask, check_conversation
+from me_local.asking import Ask, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
-from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+from me_local.errors import InputError
 from me_local.server import tools as toolbox
+from me_local.server.refusals import ApiError
 from me_local.server.structure import Structure
 from me_local.text import constraints
 from me_local.text.messages import Message, Role
@@ -32,44 +32,6 @@ _MOST_TEXTS = 10_000
 _MOST_FIELDS = 256  # of an object: for each that is wrong a report is made
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_SHOWN = 80  # characters of a name that a client made up
-
-
-class ApiError(Exception):
-    """A request that is not answered: HTTP status, and what OpenAI's clients read of an error."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry: int | None = None,
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = dict(headers) if retry is None else {"Retry-After": str(retry), **headers}
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"
-        if status in (408, 413):  # the rest of the body is not waited for
-            self.headers["Connection"] = "close"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The body of the answer."""
-        kinds = {429: "rate_limit_error", 401: "authentication_error", 403: "permission_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def api_error(error: MeLocalError) -> ApiError:
-    """The refusal that one of me-local's errors becomes."""
-    if isinstance(error, PromptTooLongError):
-        return ApiError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, ConfigError):  # of an option, such as "--weights: unknown member"
-        text = str(error).removeprefix("--")
-        return ApiError(400, text, param=text.partition(":")[0])
-    return ApiError(400 if isinstance(error, InputError) else 500, str(error))
 
 
 def _no_effect_but(*neutral: object) -> AfterValidator:
@@ -101,6 +63,15 @@ def _listed(raw: Any) -> Any:
     return [raw] if isinstance(raw, str) else raw
 
 
+def _stops(raw: Any) -> Any:
+    return None if raw == "" else _listed(raw)
+
+
+def _without(*off: object) -> BeforeValidator:
+    """Values by which clients say that they want nothing."""
+    return BeforeValidator(lambda raw: None if not isinstance(raw, bool) and raw in off else raw)
+
+
 _SAYS_NOTHING: tuple[Any, ...] = (None, [], {}, "")
 _Ignored = Annotated[Any, Field(default=None)]
 _Unsupported = Annotated[Any, Field(default=None), _no_effect_but([], {}, "")]
@@ -108,9 +79,10 @@ _Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
 _Factor = Annotated[float | None, Field(default=None), _no_effect_but(1)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-_Stops = Annotated[list[_Stop], Field(max_length=16), BeforeValidator(_listed)]
+_Stops = Annotated[list[_Stop], Field(max_length=16)]
 _Weights = Annotated[dict[str, _Finite], BeforeValidator(_bounded_fields)]
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Limit = Annotated[_Count | None, _without(-1)]
 
 
 class _Model(BaseModel):
@@ -152,7 +124,7 @@ class ChatMessage(_Model):
 
     @model_validator(mode="after")
     def _require_content(self) -> "ChatMessage":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError("content: is missing")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only the assistant has them")
@@ -183,11 +155,11 @@ class _Request(Structure, _Model):
     model: str = MODEL
     temperature: _Finite | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1), BeforeValidator(lambda raw: 0 if raw == -1 else raw)] = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: _Count | None = None
-    stop: _Stops | None = None
-    seed: Annotated[int, Field(ge=0, le=2**62)] | None = None
+    max_tokens: _Limit = None
+    stop: Annotated[_Stops | None, BeforeValidator(_stops)] = None
+    seed: Annotated[int | None, Field(ge=0, le=2**62), _without(-1)] = None
     n: _Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -222,10 +194,10 @@ class _Request(Structure, _Model):
         """How many of the likeliest pieces are wanted at each step."""
         raise NotImplementedError
 
-    def asks(self, ensemble: Ensemble) -> list[Ask]:
+    def asks(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[Ask]:
         """The replies that are asked for, in the order of the choices; the i-th has the seed + i.
 
-        Raises ApiError for a model that there is not, ConfigError and InputError.
+        By `aliases` the ensemble goes, too. Raises ApiError for a model that there is not, ConfigError and InputError.
         """
         overrides = Overrides(
             strategy=self.strategy,
@@ -238,7 +210,7 @@ class _Request(Structure, _Model):
             top_p=self.top_p,
             min_p=self.min_p,
             constraint=self._constraint(),
-            weights=self._weights(ensemble),
+            weights=self._weights(ensemble, aliases),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
@@ -256,12 +228,12 @@ class _Request(Structure, _Model):
         except InputError as error:
             raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
 
-    def _weights(self, ensemble: Ensemble) -> dict[str, float] | None:
-        if self.model == MODEL:
+    def _weights(self, ensemble: Ensemble, aliases: Sequence[str]) -> dict[str, float] | None:
+        if self.model in (MODEL, *aliases):
             return self.weights
         name = self.model.removeprefix(f"{MODEL}/")
         if name == self.model or name not in ensemble.names:
-            known = ", ".join(model_names(ensemble))
+            known = ", ".join(model_names(ensemble, aliases))
             message = f"model: there is no {_shown(self.model)}; there are {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if self.weights is not None:
@@ -273,7 +245,7 @@ class ChatRequest(_Request):
     """A body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_texts)]
-    max_completion_tokens: _Count | None = None
+    max_completion_tokens: _Limit = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     modalities: Annotated[Any, _no_effect_but(["text"])] = None
@@ -287,10 +259,12 @@ class ChatRequest(_Request):
     verbosity: _Unsupported
     web_search_options: _Unsupported
     parallel_tool_calls: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: _Ignored
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only goes with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_completion_tokens: contradicts max_tokens")
@@ -309,10 +283,13 @@ class ChatRequest(_Request):
 
     def prompts(self) -> list[str | tuple[Message, ...]]:
         """The conversation. Raises InputError when it cannot be answered."""
-        messages = _as_messages(self.messages)
+        messages = as_messages(self.messages)
         if self.tools and self.may_call:
             messages = toolbox.told(messages, self.tools)
-        check_conversation(messages)
+        answered, head = parted(messages)
+        check_conversation(answered)
+        if self.continue_final_message and not head:
+            raise InputError("continue_final_message: the last message is not the assistant's")
         return [tuple(messages)]
 
     def constraint(self) -> Constraint | None:
@@ -336,7 +313,7 @@ class ChatRequest(_Request):
         return self.top_logprobs or 0
 
 
-def _as_messages(given: Sequence[ChatMessage]) -> list[Message]:
+def as_messages(given: Sequence[ChatMessage]) -> list[Message]:
     """The messages as members see them; results of tools, and what the user says behind them, are one turn."""
     messages: list[Message] = []
     for before, message in zip([None, *given], given, strict=False):
@@ -376,9 +353,9 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 
 
-def model_names(ensemble: Ensemble) -> list[str]:
-    """The models that a client can name: the ensemble and each of its members."""
-    return [MODEL, *(f"{MODEL}/{name}" for name in ensemble.names)]
+def model_names(ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[str]:
+    """The models that a client can name: the ensemble, by all its names, and each of its members."""
+    return [MODEL, *aliases, *(f"{MODEL}/{name}" for name in ensemble.names)]
 
 
 def _refusal(problem: ErrorDetails) -> ApiError:

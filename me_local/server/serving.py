@@ -1,6 +1,7 @@
 """A server around a loaded ensemble: binding, running, and ending within a grace time."""
 
 import asyncio
+import http.server
 import ipaddress
 import signal
 import socket
@@ -12,12 +13,16 @@ import uvicorn
 
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, RunError
+from me_local.jsonl import json_text
 from me_local.server.app import Access, make_app
 from me_local.server.connections import MOST_CONNECTIONS, Connection
 from me_local.server.metrics import Metrics
+from me_local.server.refusals import ApiError
 from me_local.server.worker import Worker
 
 _LARGEST_HEAD = 32 * 2**10  # bytes
+_KEEP_ALIVE = 75  # seconds without a request; proxies keep connections for 60
+_RETRY = 5  # seconds, about, until models are loaded
 _CLEANUP = 2  # seconds after the grace time, in which clients are told
 
 
@@ -58,6 +63,7 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=_LARGEST_HEAD,
             limit_concurrency=MOST_CONNECTIONS + 1,
             timeout_graceful_shutdown=round(limits.grace) + _CLEANUP,
+            timeout_keep_alive=_KEEP_ALIVE,
         )
         super().__init__(config)
 
@@ -84,11 +90,55 @@ class Server(uvicorn.Server):
         ending.cancel()
 
 
+class Loading:
+    """Answers on a socket while the models are loaded: 503, and when to come again. Use as a context manager."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._server = _LoadingServer(listener.getsockname(), _NotYet, bind_and_activate=False)
+        self._server.socket.close()
+        self._server.socket = listener
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        """Take up no more connections; the socket stays open for whoever comes next."""
+        self._server.shutdown()
+        self._thread.join()
+
+
+class _LoadingServer(http.server.HTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing: a client that goes away is its own affair."""
+
+
+class _NotYet(http.server.BaseHTTPRequestHandler):
+    """The answer to every request, one after the other."""
+
+    timeout = 1.0
+
+    def _refuse(self) -> None:
+        body = json_text(ApiError(503, "the models are still being loaded", code="loading").as_dict()).encode()
+        self.send_response(503)
+        self.send_header("Retry-After", str(_RETRY))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_PATCH = _refuse  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing."""
+
+
 def bind(host: str, port: int, *, guarded: bool) -> socket.socket:
     """A socket that listens at an address; one that other machines reach must be `guarded`.
 
-    It listens at once, so that a second server of the port fails before it loads models: two may be bound to one.
-    Clients that come before it serves wait.
+    It listens at once, so that a second server of the port fails before it loads models: two may be bound to one. See
+    `Loading` for what clients are told until then.
 
     Raises ConfigError for an address that others reach, RunError where it cannot be had.
     """

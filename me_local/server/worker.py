@@ -23,7 +23,7 @@ from me_local.errors import MeLocalError
 from me_local.llama.states import States
 from me_local.server.making import Event, Job, Making, OneByOne, Together, Written
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError, api_error
+from me_local.server.refusals import ApiError, api_error
 
 _LONGEST_RETRY = 60  # seconds
 

@@ -61,6 +61,10 @@ class PromptWriter:
         ids = self._encode(self._render(marked), marks, watch)
         return np.array(self._with_bos(ids), dtype=np.int32)
 
+    def text(self, messages: Sequence[Message]) -> str:
+        """The prompt as the template writes it. Raises InputError when it refuses the conversation."""
+        return self._render(messages)
+
     def raw_prompt(self) -> IntArray:
         """The ids in front of a raw completion: BOS where the vocabulary wants one."""
         return np.array(self._with_bos([]), dtype=np.int32)

@@ -203,7 +203,7 @@ def test_what_cannot_be_scored_is_refused(open_ensemble: OpenEnsemble) -> None:
         ("", "x", "the prompt is empty"),
         ("x", "", "the continuation is empty"),
         ("x", "\ud800", "half a surrogate pair"),
-        ("the cat", " the" * 600, r'tokens for member "bpe_a", whose context holds 512'),
+        ("the cat", " the" * 600, r'tokens for member "bpe_a", which exceeds the available context size of 512'),
         ("th", "e", 'member "bpe_a" has nothing in front of the text to score: give a longer prompt'),
     ):
         with pytest.raises(InputError, match=message):

@@ -19,10 +19,11 @@ import pytest
 from click.testing import CliRunner
 from served import MESSAGES, Served, Tap, served
 
-from me_local import Message, Overrides
+from me_local import ConfigError, Message, Overrides, load
 from me_local.cli.program import main
+from me_local.server import connections
 from me_local.server.app import Access
-from me_local.server.serving import Limits, bind
+from me_local.server.serving import Limits, Loading, Server, address_of, bind
 
 ASK = {"model": "me-local", "messages": MESSAGES, "max_tokens": 20, "seed": 1}
 
@@ -435,10 +436,17 @@ def test_serve_without_its_extra(two_models: Path) -> None:
     assert (result.returncode, result.stderr) == (2, 'Error: serve needs uvicorn: pip install "me-local[server]"\n')
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions"])
-def test_paths_with_and_without_their_version(server: Served, path: str) -> None:
-    assert server.http.post(path, json={"messages": MESSAGES, "max_tokens": 2}).status_code == 200
-    assert server.http.get(path.replace("chat/completions", "models")).json()["data"][0]["id"] == "me-local"
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "//v1/chat/completions"])
+def test_paths_as_clients_write_them(server: Served, path: str) -> None:
+    assert server.http.post(f"{server.url}{path}", json={"messages": MESSAGES, "max_tokens": 2}).status_code == 200
+    for models in ("models", "models/"):
+        url = server.url + path.replace("chat/completions", models)
+        assert server.http.get(url).json()["data"][0]["id"] == "me-local"
+
+
+def test_an_assistant_that_said_nothing(server: Served) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": None}, *MESSAGES]
+    assert server.chat(messages=messages, logprobs=False, top_logprobs=0).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -472,3 +480,87 @@ def test_what_proxies_send(server: Served) -> None:
     with server.http.stream("POST", "/v1/chat/completions", json={"messages": MESSAGES, "stream": True}) as streamed:
         assert streamed.headers["X-Accel-Buffering"] == "no"
     assert server.http.put("/v1/chat/completions").headers["Allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("given", "origin"),
+    [
+        ("https://Chat.Example.org/", "https://chat.example.org"),
+        ("https://chat.example.org:443", "https://chat.example.org"),
+        ("http://localhost:3000", "http://localhost:3000"),
+        ("http://[::1]:80", "http://[::1]"),
+    ],
+)
+def test_sites_are_brought_into_the_form_of_browsers(given: str, origin: str) -> None:
+    assert Access(origins=[given]).origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    ("given", "host"), [("Box:8000", "box"), ("box.example.org", "box.example.org"), ("[::1]", "::1")]
+)
+def test_names_are_taken_without_their_port(given: str, host: str) -> None:
+    assert Access(hosts=[given]).hosts == (host,)
+
+
+@pytest.mark.parametrize("site", ["*", "a.example.org", "https://a/b", "ftp://a", "https://u:p@a", "https://a:x", ""])
+def test_what_is_no_site_is_refused(site: str) -> None:
+    with pytest.raises(ConfigError, match="--cors: a site looks like"):
+        Access(origins=[site])
+
+
+@pytest.mark.parametrize("name", ["*", "http://box:8000", "a b", "", "a/b", "user@box"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="--allow-host: a name looks like"):
+        Access(hosts=[name])
+
+
+def test_a_site_that_is_allowed_may_ask_a_server_at_home(two_models: Path) -> None:
+    headers = {"Origin": "https://chat.example.org", "Access-Control-Request-Method": "POST"}
+    headers |= {"Access-Control-Request-Private-Network": "true", "Access-Control-Request-Headers": "content-type"}
+    with served(two_models, Access(origins=["https://chat.example.org/"])) as running:
+        answer = running.http.options("/v1/chat/completions", headers=headers)
+        assert (answer.status_code, answer.headers["Access-Control-Allow-Private-Network"]) == (200, "true")
+
+
+def test_while_models_are_loaded_it_says_when_to_come_again(two_models: Path) -> None:
+    with bind("127.0.0.1", 0, guarded=False) as listener:
+        url = address_of(listener)
+        with Loading(listener):
+            for method, path in (("GET", "/health"), ("POST", "/v1/chat/completions"), ("GET", "/")):
+                answer = httpx.request(method, f"{url}{path}", timeout=30)
+                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+                assert answer.json()["error"]["code"] == "loading"
+            socket.create_connection(("127.0.0.1", listener.getsockname()[1]), timeout=30).close()
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 503
+        with load(two_models) as ensemble:
+            ready = threading.Event()
+            server = Server(ensemble, Access(), Limits(), ready.set)
+            thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
+            thread.start()
+            assert ready.wait(60)
+            assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.mark.slow
+def test_a_connection_is_kept_for_the_next_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "_HEAD_SECONDS", 1.0)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+        for _ in range(2):
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 200 " in raw.recv(4096)
+            threading.Event().wait(1.3)  # longer than a head may take
+
+
+def test_a_stream_that_waits_says_so(two_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("me_local.server.streams.BEAT", 0.05)
+    with served(two_models) as running:
+        tap = Tap(running.ensemble)
+        body = {"model": "me-local", "messages": MESSAGES, "max_tokens": 3, "stream": True}
+        with running.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            lines = response.iter_lines()
+            assert next(lines) == ": there is more to come"
+            tap.let(3)
+            assert "data: [DONE]" in list(lines)

@@ -14,11 +14,14 @@ from me_local.server.answers import Answer, timings
 from me_local.server.app import Access
 from me_local.server.guard import Gate
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError, ChatRequest, CompletionRequest, api_error, parse
+from me_local.server.protocol import ChatRequest, CompletionRequest, parse
+from me_local.server.refusals import ApiError, api_error
 
 
-def usage(member: str, *, prompt: int, evaluated: int, calls: int = 1, pieces: float = 1.0) -> MemberUsage:
-    return MemberUsage(member, pieces, calls, prompt, evaluated, 2, 0.5, 0.25)
+def usage(
+    member: str, *, prompt: int, evaluated: int, calls: int = 1, pieces: float = 1.0, weight: float = 0.5
+) -> MemberUsage:
+    return MemberUsage(member, pieces, calls, prompt, evaluated, 2, 0.5, 0.25, weight)
 
 
 def reply(*usages: MemberUsage, seed: int = 7) -> Reply:
@@ -34,15 +37,16 @@ def answer(*, chat: bool = True, logprobs: bool = False, n: int = 1) -> Answer:
     return Answer("me-local", chat=chat, logprobs=logprobs, n=n)
 
 
-def test_usage_is_that_of_the_member_with_most_tokens_of_those_that_ran() -> None:
-    idle = usage("c", prompt=99, evaluated=0, calls=0, pieces=0)
-    made = reply(usage("a", prompt=10, evaluated=10), usage("b", prompt=20, evaluated=5, pieces=2), idle)
+@pytest.mark.parametrize("calls", [0, 1])
+def test_usage_is_that_of_the_member_with_most_tokens_whichever_ran(calls: int) -> None:
+    none = usage("c", prompt=99, evaluated=0, calls=0, pieces=0, weight=0)
+    made = reply(usage("a", prompt=10, evaluated=10), usage("b", prompt=20, evaluated=5, calls=calls, pieces=2), none)
     whole = answer().whole([made])
     assert whole["usage"] == {
         "prompt_tokens": 20,
         "completion_tokens": 3,
         "total_tokens": 23,
-        "prompt_tokens_details": {"cached_tokens": 15},
+        "prompt_tokens_details": {"cached_tokens": 15 * calls},
     }
 
 

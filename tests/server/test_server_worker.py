@@ -13,7 +13,7 @@ from me_local.decoding.reply import Reply, Step
 from me_local.errors import InputError, RunError
 from me_local.server.making import Job, Written
 from me_local.server.metrics import Metrics
-from me_local.server.protocol import ApiError
+from me_local.server.refusals import ApiError
 from me_local.server.worker import Worker
 
 SECONDS = 5

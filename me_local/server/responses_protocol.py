@@ -1,0 +1,209 @@
+"""Requests for OpenAI's responses, as typed models, and how they become requests for a conversation.
+
+Nothing is stored: whoever refers to an earlier response is refused. Knows nothing of HTTP.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from me_local.server.protocol import StreamOptions, _Ignored, _Model, _no_effect_but, _Unsupported
+from me_local.server.tools import NamedFunction
+from me_local.server.translation import Loose, SentOn, Translated
+
+_TEXTS = ("input_text", "output_text", "text")
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+}
+_NO_EFFECT = ("reasoning.encrypted_content",)  # there are no thoughts
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+class Part(Loose):
+    """A part of a message; only text is taken."""
+
+    type: str
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _require_text(self) -> "Part":
+        if self.type not in _TEXTS:
+            raise ValueError(f"type: {self.type!r} is not supported; a part is {', '.join(_TEXTS)}")
+        if self.text is None:
+            raise ValueError("text: is missing")
+        return self
+
+
+def _as_parts(raw: Any) -> Any:
+    return [{"type": "input_text", "text": raw}] if isinstance(raw, str) else raw
+
+
+Parts = Annotated[list[Part], Field(fail_fast=True, max_length=10_000), BeforeValidator(_as_parts)]
+
+
+class Item(Loose):
+    """One of the input: a message, a call of a function, or what came of it."""
+
+    type: str = "message"
+    role: Role | None = None
+    content: Parts | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: Parts | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> "Item":
+        if self.type not in _NEEDED:
+            raise ValueError(f"type: {self.type!r} is not supported; an item is {', '.join(_NEEDED)}")
+        for field in _NEEDED[self.type]:
+            if getattr(self, field) is None:
+                raise ValueError(f"{field}: is missing")
+        return self
+
+    def as_message(self) -> dict[str, Any]:
+        """The item as a message of a conversation."""
+        if self.type == "function_call":
+            call = {"id": self.call_id, "function": {"name": self.name, "arguments": self.arguments}}
+            return {"role": "assistant", "content": "", "tool_calls": [call]}
+        if self.type == "function_call_output":
+            return {"role": "tool", "content": _text(self.output), "tool_call_id": self.call_id}
+        return {"role": "system" if self.role == "developer" else self.role, "content": _text(self.content)}
+
+
+def _as_items(raw: Any) -> Any:
+    return [{"role": "user", "content": raw}] if isinstance(raw, str) else raw
+
+
+class FlatTool(Loose):
+    """A function that a reply may call."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The tool as conversations have it."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": function}
+
+
+class FlatChoice(NamedFunction):
+    """A choice of one."""
+
+    type: Literal["function"]
+
+
+class TextFormat(_Model):
+    """What the text has to be."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _require_schema(self) -> "TextFormat":
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("schema: is missing")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The format as conversations have it."""
+        schema = {"json_schema": {"schema": self.schema_}} if self.type == "json_schema" else {}
+        return {"type": self.type, **schema}
+
+
+class TextConfig(_Model):
+    """The same, and what else is said of it."""
+
+    format: TextFormat | None = None
+    verbosity: Annotated[Any, _no_effect_but("medium")] = None
+
+
+class Reasoning(_Model):
+    """How much is to be thought; only nothing is."""
+
+    effort: Annotated[Any, _no_effect_but("none")] = None
+    summary: _Ignored
+    generate_summary: _Ignored
+
+
+class ResponsesRequest(Translated):
+    """A body of POST /v1/responses."""
+
+    names: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"}
+    )
+
+    input: Annotated[list[Item], Field(fail_fast=True, max_length=10_000), BeforeValidator(_as_items)]
+    instructions: str | None = None
+    tools: Annotated[list[FlatTool] | None, Field(max_length=128)] = None
+    tool_choice: Literal["none", "auto", "required"] | FlatChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    max_output_tokens: SentOn
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    previous_response_id: _Unsupported
+    conversation: _Unsupported
+    background: Annotated[Any, _no_effect_but(False)] = None
+    truncation: Annotated[Any, _no_effect_but("disabled")] = None
+    top_logprobs: Annotated[Any, _no_effect_but(0)] = None
+    max_tool_calls: _Unsupported
+    prompt: _Unsupported
+    context_management: _Unsupported
+    store: _Ignored
+    user: _Ignored
+    service_tier: _Ignored
+    safety_identifier: _Ignored
+    prompt_cache_key: _Ignored
+    prompt_cache_retention: _Ignored
+    client_metadata: _Ignored
+
+    @model_validator(mode="after")
+    def _check_include(self) -> "ResponsesRequest":
+        for wanted in self.include or ():
+            if wanted not in _NO_EFFECT:
+                raise ValueError(f"include: {wanted!r:.80} is not supported; leave it out")
+        return self
+
+    def as_chat(self) -> dict[str, Any]:
+        """The fields of the request for a conversation."""
+        choice: Any = self.tool_choice
+        if isinstance(choice, FlatChoice):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        return {
+            "messages": self._messages(),
+            "max_tokens": self.max_output_tokens,
+            "tools": [tool.as_dict() for tool in self.tools] if self.tools else None,
+            "tool_choice": choice,
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": self.text.format.as_dict() if self.text and self.text.format else None,
+        }
+
+    def _messages(self) -> list[dict[str, Any]]:
+        """The input as messages: equal roles in a row are one, and calls belong to what was said before them."""
+        told: list[dict[str, Any]] = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        for item in self.input:
+            message = item.as_message()
+            last: dict[str, Any] = told[-1] if told else {"role": None}
+            if message["role"] != last["role"] or message["role"] == "tool":
+                told.append(message)
+            elif "tool_calls" in message:
+                last.setdefault("tool_calls", []).extend(message["tool_calls"])
+            else:
+                last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
+        return told
+
+
+def _text(parts: list[Part] | None) -> str:
+    return "\n".join(part.text or "" for part in parts or ())
