@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from me_local.chat import Chat, Turn
-    from me_local.config import Config, MemberConfig, Overrides, Sampling, load_config
+    from me_local.config import Config, Constraint, MemberConfig, Overrides, Sampling, load_config
     from me_local.decoding.likelihoods import Score
     from me_local.decoding.reply import MemberUsage, Reply, ReplyStream, Step
     from me_local.ensemble import Ensemble, load
@@ -30,6 +30,7 @@ __all__ = [
     "Chat",
     "Config",
     "ConfigError",
+    "Constraint",
     "Ensemble",
     "InputError",
     "LoadError",
@@ -51,7 +52,7 @@ __all__ = [
 
 _HOMES = {
     "me_local.chat": ("Chat", "Turn"),
-    "me_local.config": ("Config", "MemberConfig", "Overrides", "Sampling", "load_config"),
+    "me_local.config": ("Config", "Constraint", "MemberConfig", "Overrides", "Sampling", "load_config"),
     "me_local.decoding.likelihoods": ("Score",),
     "me_local.decoding.reply": ("MemberUsage", "Reply", "ReplyStream", "Step"),
     "me_local.ensemble": ("Ensemble", "load"),

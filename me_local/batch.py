@@ -1,26 +1,29 @@
 """Many prompts, read from a JSON Lines file, and a record made for each reply as soon as it is there.
 
 An input line is an object with `prompt` (a text) or `messages` (objects with `role` and `content`), and optionally
-`id`, `seed` and `max_tokens`; without an id, a line's number is its id. A line that cannot be used becomes an error
-record, and the run goes on.
+`id`, `seed`, `max_tokens`, and one of `json_schema`, `json_object`, `regex`, `choice` and `grammar`, which say what the
+reply has to be; without an id, a line's number is its id. A line that cannot be used becomes an error record, and the
+run goes on.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, get_args
 
 from me_local.asking import Ask
 from me_local.chat import parse_messages
-from me_local.config import Overrides
+from me_local.config import Constraint, ConstraintKind, Overrides
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.jsonl import parse_object
 from me_local.mixture.routing import Stretch
 from me_local.records import Kind, route_record, stretch_of
+from me_local.text import constraints
 from me_local.text.messages import Message
 
-_KEYS = ("id", "prompt", "messages", "seed", "max_tokens")
+_CONSTRAINTS = get_args(ConstraintKind)
+_KEYS = ("id", "prompt", "messages", "seed", "max_tokens", *_CONSTRAINTS)
 
 RECORDS = Kind((("text", "finish_reason"), ("error",)))
 """What `run` makes."""
@@ -112,4 +115,26 @@ def _overrides(record: dict[str, Any], where: str) -> Overrides:
         value = record.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise InputError(f"{where}: {key}: must be an integer of at least 0, got {json.dumps(value)}")
-    return Overrides(seed=record.get("seed"), max_tokens=record.get("max_tokens"))
+    constraint = _constraint(record, where)
+    return Overrides(seed=record.get("seed"), max_tokens=record.get("max_tokens"), constraint=constraint)
+
+
+def _constraint(record: dict[str, Any], where: str) -> Constraint | None:
+    """What the reply has to be; null and false ask for nothing, as a schema that is false would."""
+    asked = [kind for kind in _CONSTRAINTS if record.get(kind) not in (None, False)]
+    if not asked:
+        return None
+    if len(asked) > 1:
+        raise InputError(f"{where}: {asked[0]} and {asked[1]} do not go together")
+    kind, value = asked[0], record[asked[0]]
+    if kind == "json_object" and value is not True:
+        raise InputError(f"{where}: json_object: must be true")
+    if kind in ("regex", "grammar") and not isinstance(value, str):
+        raise InputError(f"{where}: {kind}: must be a text")
+    text = value if isinstance(value, str) and kind != "choice" else json.dumps(value)
+    constraint = Constraint(kind, "" if kind == "json_object" else text)
+    try:
+        constraints.start(constraint)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return constraint

@@ -9,6 +9,7 @@ from typing import IO, Any
 import click
 
 from me_local.batch import RECORDS, Job, finished_jobs, read_jobs, run
+from me_local.cli.constraint import constraint_options, take_constraint
 from me_local.cli.display import Notices, print_json, print_reply
 from me_local.cli.input import argument_text, read_text
 from me_local.cli.interrupt import cancels
@@ -42,6 +43,7 @@ from me_local.records import open_records, standard_output, write_record
 )
 @click.option("--output", type=FilePath(allow_dash=True), help="Where --input's records go; -: standard output.")
 @click.option("--resume", is_flag=True, help="Skip ids that --output already has.")
+@constraint_options
 @batch_option
 @route_option
 @sampling_options
@@ -60,10 +62,11 @@ def generate(
     """Reply to PROMPT, or complete it with --raw. PROMPT is read from standard input if it is - or left out.
 
     With --input and --output, reply to each line of a JSON Lines file: {"prompt": "..."} or {"messages": [...]},
-    optionally with "id", "seed" and "max_tokens". A line that cannot be used becomes a record with "error", and the
+    optionally with "id", "seed", "max_tokens", and what the reply has to be: "json_schema" (an object), "json_object"
+    (true), "regex", "choice" (a list) or "grammar". A line that cannot be used becomes a record with "error", and the
     status is 1 in the end.
     """
-    config = configured(models, given)
+    config = configured(models, given | {"constraint": take_constraint(given)})
     if source is None:
         if output or resume:
             raise click.UsageError("--output and --resume go with --input")

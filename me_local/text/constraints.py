@@ -23,11 +23,12 @@ _TOKENIZER = llguidance.LLTokenizer("byte")  # a token for each byte
 _JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One way to write each value: bytes between values are then forced, and no model is lost in white space."""
 _OBJECT = {"type": "object"}
-_LONGEST = 1 << 18  # bytes of a constraint
 _MOST_PROPERTIES = 2000  # of an object: the time to compile them grows with their square
 _MOST_STATES = 100_000  # a multiple of n is found by n states, one of two numbers by their least common multiple
 _DEAD_END = "NoExtension"
-_LONGEST_REASON = 200  # characters
+_REASON_LENGTH = 200  # characters
+LONGEST = 1 << 18
+"""Bytes of a constraint."""
 _CONTEXT = re.compile(r"^\s*(?:\d+ \| |<state>)", re.MULTILINE)
 """Where an error begins to show the grammar that was made of a constraint, or the state of the parser."""
 
@@ -99,8 +100,8 @@ def start(constraint: Constraint) -> Matcher:
     if kind not in get_args(ConstraintKind) or not isinstance(constraint.text, str):
         raise InputError(f"a constraint is a text of a kind: {', '.join(get_args(ConstraintKind))}")
     try:
-        if (size := len(constraint.text.encode())) > _LONGEST:
-            raise InputError(f"{kind}: has {size} bytes, and there may be {_LONGEST}")
+        if (size := len(constraint.text.encode())) > LONGEST:
+            raise InputError(f"{kind}: has {size} bytes, and there may be {LONGEST}")
         matcher = llguidance.LLMatcher(_TOKENIZER, _grammar(kind, constraint.text), log_level=0)
         if not matcher.is_error():
             matcher.compute_logit_bias(), matcher.compute_ff_bytes()  # which may meet a limit, or no byte
@@ -195,4 +196,4 @@ def _reason(text: str) -> str:
     found = _CONTEXT.search(text)
     text = text[: found.start()] if found and found.start() else text
     line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return line if len(line) <= _LONGEST_REASON else line[:_LONGEST_REASON] + " ..."
+    return line if len(line) <= _REASON_LENGTH else line[:_REASON_LENGTH] + " ..."
