@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from gguf import GGUFWriter
+from selection import slow_but
 
 from me_local import (
     Chat,
@@ -71,18 +72,17 @@ MEMORIES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("names", "options", "member"), MEMORIES, ids=lambda value: str(value))
+@pytest.mark.parametrize("memory", slow_but(range(len(MEMORIES)), 0, 2, 5))
 @pytest.mark.parametrize("raw", [True, False], ids=["raw", "chat"])
 @pytest.mark.parametrize("strategy", ["me", "ce"])
 def test_the_replies_of_the_files(
     write_models: WriteModels,
     make_llama: MakeLlama,
-    names: tuple[str, ...],
-    options: dict[str, Any],
-    member: str,
+    memory: int,
     raw: bool,
     strategy: str,
 ) -> None:
+    names, options, member = MEMORIES[memory]
     with load(write_models(*names, weights=[0.7, 0.3], member=member)) as ensemble:
         expected = replies(ensemble, strategy, raw=raw)
     instances = {name: make_llama(name, **options) for name in names}

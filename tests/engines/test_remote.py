@@ -131,8 +131,8 @@ def compared(
     return found
 
 
-@pytest.mark.parametrize("settings", slow_but(SETTINGS, "a reply", "a conversation", "several at once"))
-@pytest.mark.parametrize("name", slow_but(CASES, "one here and one there", "both there", "one vocabulary"))
+@pytest.mark.parametrize("settings", slow_but(SETTINGS, "a reply", "several at once"))
+@pytest.mark.parametrize("name", slow_but(CASES, "one here and one there"))
 def test_replies_are_those_of_the_reference(
     open_mixed: OpenMixed, load_reference: LoadReference, calls: Calls, name: str, settings: str
 ) -> None:
@@ -345,7 +345,9 @@ def test_bench_says_what_is_spent_on_the_wire(
         (["generate", "Hi", "--batch", "auto", "-n", 4], ["--batch auto", "elsewhere"]),
         (["bench", "--batch", "1,2"], ["--batch", 'member "spm"', "elsewhere"]),
         (["generate", "Hi", "--batch", PLACES + 1, "-n", 9], ['member "spm"', f"has {PLACES} slots", "--parallel 4"]),
-        (["score", __file__], ['member "spm"', "does not score texts", "llama-server"]),
+        pytest.param(
+            ["score", __file__], ['member "spm"', "does not score texts", "llama-server"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_an_engine_cannot_do_is_one_line(

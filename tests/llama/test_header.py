@@ -182,6 +182,7 @@ def test_a_copy_says_the_same_of_text(tiny: dict[str, Path], tmp_path: Path, nam
     the_same(tiny[name], copy)
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 @pytest.mark.parametrize("model", DEMO_FILES, ids=lambda path: path.stem)
 def test_a_copy_of_a_demo_model_says_the_same_of_text(tmp_path: Path, model: Path) -> None:
@@ -191,6 +192,7 @@ def test_a_copy_of_a_demo_model_says_the_same_of_text(tmp_path: Path, model: Pat
     the_same(model, copy)
 
 
+@pytest.mark.slow
 @pytest.mark.vocabularies
 def test_a_file_without_tensors_is_its_own_copy() -> None:
     paths = fetch_vocabularies.kept(fetch_vocabularies.folder())

@@ -162,6 +162,7 @@ def test_grammars_of_both_kinds() -> None:
     assert fits(grammar('start: "x" %json {"type": "integer"}'), "x12")
 
 
+@pytest.mark.slow
 def test_replies_have_matchers_of_their_own() -> None:
     """One that meets a limit leaves others as they are. These texts have more states than a matcher may."""
     pattern = "(x{1000}){1000}"
