@@ -15,7 +15,7 @@ from me_local.config import Constraint, Sampling, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
 from me_local.mixture.alignment import Alignment, sufficient, top_k
-from me_local.mixture.permitting import Beginnings
+from me_local.mixture.permitting import Beginnings, BoolArray
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
@@ -148,9 +148,9 @@ class Engine:
         return Beginnings(self.unified.pieces)
 
     @cached_property
-    def writes_all_bytes(self) -> tuple[bool, ...]:
-        """Which members have a piece for each byte, so that they can write whatever has to be written."""
-        return tuple(self.beginnings.have_all_bytes(numbers) for numbers in self.unified.numbers)
+    def single_bytes(self) -> tuple[BoolArray, ...]:
+        """The bytes that are a piece of their own, by member: bool (256,)."""
+        return tuple(self.beginnings.single(numbers) for numbers in self.unified.numbers)
 
     @cached_property
     def openings(self) -> Openings:

@@ -78,7 +78,10 @@ class Sampler:
     def has_piece(self, member: int) -> bool:
         """Whether a member has a piece that the constraint allows here, or none is needed."""
         matcher = self._matcher
-        if matcher is None or self._engine.writes_all_bytes[member] or self._is_forced(matcher):
+        if matcher is None:
+            return True
+        single = self._engine.single_bytes[member]
+        if single.all() or self._is_forced(matcher) or (matcher.following() & single).any():
             return True
         numbers = self._engine.unified.numbers[member]
         numbers = numbers[numbers >= 0]

@@ -27,26 +27,29 @@ class Beginnings:
         places = (_place(piece[:2]) for piece in pieces)
         self._places = np.fromiter(places, np.int32, len(pieces))  # in a table of all such beginnings
 
-    def among(self, following: Callable[[bytes], list[int]], numbers: IntArray, *, end: bool) -> BoolArray:
+    def among(self, following: Callable[[bytes], BoolArray], numbers: IntArray, *, end: bool) -> BoolArray:
         """Which of these numbers begin with bytes that may follow, bool (k,).
 
-        `following` gives the bytes that may come behind some bytes; `end` says whether END may come.
+        `following` says which bytes may come behind some bytes, bool (256,); `end` whether END may come.
         """
         table = np.zeros(_PLACES, dtype=bool)
-        table[_place(b"")] = end
-        for first in following(b""):
-            table[_place(bytes([first]))] = True
-            table[[_place(bytes([first, second])) for second in following(bytes([first]))]] = True
+        table[0] = end
+        table[_SINGLE] = following(b"")
+        for first in np.flatnonzero(table[_SINGLE]).tolist():
+            place = _place(bytes([first, 0]))
+            table[place : place + _BYTES] = following(bytes([first]))
         return table[self._places[numbers]]
 
-    def have_all_bytes(self, numbers: IntArray) -> bool:
-        """Whether there is a piece of each single byte among these numbers, -1 not counted."""
-        places = self._places[numbers[numbers >= 0]]
-        return len(np.unique(places[places <= _BYTES])) == _BYTES + (0 in places)
+    def single(self, numbers: IntArray) -> BoolArray:
+        """Which bytes are pieces of their own among these numbers, -1 not counted: bool (256,)."""
+        table = np.zeros(_PLACES, dtype=bool)
+        table[self._places[numbers[numbers >= 0]]] = True
+        return table[_SINGLE]
 
 
 _BYTES = 256
 _PLACES = 1 + _BYTES + _BYTES**2
+_SINGLE = slice(1, 1 + _BYTES)
 
 
 def _place(beginning: bytes) -> int:

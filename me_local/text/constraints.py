@@ -13,6 +13,8 @@ from decimal import Decimal
 from typing import Any, get_args
 
 import llguidance
+import numpy as np
+import numpy.typing as npt
 from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
 
 from me_local.config import Constraint, ConstraintKind
@@ -50,15 +52,15 @@ class Matcher:
         self._require_sound()
         return False
 
-    def following(self, text: bytes = b"") -> list[int]:
-        """The bytes one of which may come next, or behind a text that it allows."""
+    def following(self, text: bytes = b"") -> npt.NDArray[np.bool_]:
+        """Which bytes may come next, or behind a text that it allows: bool (256,)."""
         matcher = self._matcher
         if text:
             matcher = matcher.deep_copy()
             matcher.consume_tokens(list(text))
         bias = matcher.compute_logit_bias()
         self._require_sound()
-        return [byte for byte in range(256) if bias[byte]]
+        return np.frombuffer(bias, np.uint8, 256) > 0
 
     def may_end(self) -> bool:
         """Whether the text so far is whole."""
