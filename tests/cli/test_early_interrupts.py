@@ -95,5 +95,6 @@ def test_ctrl_c_at_any_time_of_a_start() -> None:
             running.process.send_signal(signal.SIGINT)
             assert running.finish() in (0, -signal.SIGINT)
             cut_short += running.process.returncode != 0
-            assert running.log.splitlines()[1:] == ([] if running.process.returncode else [VERSION])
+            said = running.log.splitlines()[1:]  # all of it, or nothing where it was cut short before
+            assert said == [VERSION] or (running.process.returncode and not said)
     assert cut_short

@@ -221,7 +221,7 @@ def test_verify_passes(open_mixed: OpenMixed, few_draws: None, names: tuple[str,
 
 @pytest.mark.slow
 @pytest.mark.demo
-@pytest.mark.parametrize("there", [0, 1])
+@pytest.mark.parametrize("there", [0])  # with 1 it passes, too, and takes as long again
 def test_verify_passes_on_the_demo_ensemble(run: Run, tmp_path: Path, there: int) -> None:
     files = ["SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"]
     with llama_server(MODELS / files[there], "-c", "2048", "-ctk", "f16", "--swa-full") as url:

@@ -1,5 +1,6 @@
 """The server through the real `openai` package and plain HTTP: replies, streams, the queue, the cache, and its end."""
 
+import http.client
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -546,11 +547,15 @@ def test_while_models_are_loaded_it_says_when_to_come_again(two_models: Path) ->
 @pytest.mark.slow
 def test_a_connection_is_kept_for_the_next_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_HEAD_SECONDS", 1.0)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as raw:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    with closing(connection):
+        connection.connect()
+        socket_ = connection.sock
         for _ in range(2):
-            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert b" 200 " in raw.recv(4096)
+            connection.request("GET", "/health")
+            assert connection.getresponse().read() == b'{"status":"ok"}'
             threading.Event().wait(1.3)  # longer than a head may take
+        assert connection.sock is socket_
 
 
 def test_a_stream_that_waits_says_so(two_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,8 +329,9 @@ def test_a_client_that_leaves_a_stream_ends_its_reply(two_models: Path) -> None:
         body = {"max_tokens": 100, "messages": MESSAGES, "stream": True}
         with running.http.stream("POST", "/v1/messages", json=body) as response:
             assert next(response.iter_lines()) == "event: message_start"
+            assert tap.begun.wait(30)
         tap.let(2)
         running.wait_for("running", 0)
-        assert running.metric("replies_total") == 1
+        running.wait_for("replies_total", 1)
         tap.let(100)
         assert running.chat().status_code == 200
