@@ -3,7 +3,7 @@
 import codecs
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ from me_local.decoding.engine import FORCED, Draw, Request, Work
 from me_local.decoding.generation import Generation
 from me_local.errors import RunError
 from me_local.model import EvaluationInterruptedError
+from me_local.text.thoughts import Kind, Thoughts
 from me_local.text.unified import END
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -71,7 +72,8 @@ class Reply:
 
     `text` leaves out a character that was not completed. `finish_reason`: "stop" (end of generation or a stop
     string), "length" (max_tokens, or a context is full), "cancelled" or "error". `seconds` is the time of the whole
-    reply, prompt included; `stop` the stop string that ended it.
+    reply, prompt included; `stop` the stop string that ended it. `thought` and `answer` are parts of the text, where
+    a model thinks; else the answer is all of it.
     """
 
     text: str
@@ -83,6 +85,8 @@ class Reply:
     usage: tuple[MemberUsage, ...]
     seconds: float
     stop: str | None = None
+    thought: str = ""
+    answer: str = ""
 
     @property
     def prompt_seconds(self) -> float:
@@ -109,6 +113,8 @@ class Reply:
         """The reply as JSON can hold it; pieces appear as `text` and, in full, as `bytes`."""
         return {
             "text": self.text,
+            "thought": self.thought,
+            "answer": self.answer,
             "finish_reason": self.finish_reason,
             "strategy": self.strategy,
             "unit": self.unit,
@@ -198,6 +204,7 @@ class Draft:
         names: tuple[str, ...],
         max_tokens: int,
         stop: tuple[str, ...],
+        kinds: Sequence[Kind] = (),
     ) -> None:
         self.generation = generation
         self.steps: list[Step] = []
@@ -206,6 +213,7 @@ class Draft:
         self._request = request
         self._names = names
         self._left = max_tokens
+        self._kinds = kinds
         self._filter = StopFilter(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -230,8 +238,13 @@ class Draft:
     def reply(self) -> Reply:
         """The reply so far; its finish_reason is "error" until it is finished."""
         request = self._request
+        text = "".join(step.text for step in self.steps)
+        thoughts = self.thoughts()
+        first, last = thoughts.add(text), thoughts.end()
         return Reply(
-            text="".join(step.text for step in self.steps),
+            text=text,
+            thought=first.thought + last.thought,
+            answer=first.answer + last.answer,
             finish_reason=self.finish_reason or "error",
             strategy=request.strategy,
             unit=request.unit,
@@ -241,6 +254,10 @@ class Draft:
             seconds=self.seconds,
             stop=self._filter.found,
         )
+
+    def thoughts(self) -> Thoughts:
+        """What parts the text of this reply, from its first step on, into thought and answer."""
+        return Thoughts(self._kinds, self._request.head.decode() if self._kinds else "")
 
     def _shown(self, draws: list[Draw]) -> Iterator[Step]:
         for draw in draws:
@@ -295,6 +312,10 @@ class ReplyStream(Iterator[Step]):
         for _ in self:
             pass
         return self.reply
+
+    def thoughts(self) -> Thoughts:
+        """What parts the text of this reply, from its first step on, into thought and answer."""
+        return self._draft.thoughts()
 
     @property
     def reply(self) -> Reply:
