@@ -211,7 +211,7 @@ class Vocabulary:
 
     def _name_written_tokens(self) -> None:
         """Give the control tokens that a model writes in its thoughts the bytes of their names."""
-        names = [name for name in self.control if is_written(name, self.control)]
+        names = [name for name in self.control if is_written(name, self.pieces)]
         self.written = {name.encode(): self.control[name] for name in names if self.control[name] not in self.end_ids}
         for name, token in self.written.items():
             self.pieces[token] = name
