@@ -1,0 +1,147 @@
+"""The format of GGUF headers: a cursor that reads no more of a file than it must, and trusts nothing it reads.
+
+Knows nothing of what keys and values mean, nor of tensors. What is wrong with a file is a `DamagedError`.
+"""
+
+import os
+import re
+import struct
+from typing import BinaryIO
+
+_CHUNK = 1 << 20  # bytes
+_STRING, _ARRAY = 8, 9
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {kind: struct.Struct("<" + format_) for kind, format_ in _FORMATS.items()}
+_LENGTH = struct.Struct("<Q")
+_VERSIONS = (2, 3)  # the first one had lengths of 32 bits, and llama.cpp does not read it any more
+_SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
+
+Scalar = int | float | bool | bytes
+
+
+class DamagedError(Exception):
+    """What is wrong with a file."""
+
+
+class Cursor:
+    """A place in a file, of which as much is read as is needed, up to `most` bytes."""
+
+    def __init__(self, file: BinaryIO, most: int) -> None:
+        self._file = file
+        self._most = min(os.fstat(file.fileno()).st_size, most)
+        self.data = bytearray()
+        self.at = 0
+
+    def starts_with(self, magic: bytes) -> bool:
+        """Whether the file does; the place is behind it then."""
+        self.data += self._file.read(_CHUNK)
+        self.at = len(magic)
+        return self.data.startswith(magic)
+
+    def take(self, size: int) -> int:
+        """Go on by so many bytes; where they began."""
+        start, end = self.at, self.at + size
+        if not self.reach(end):
+            raise DamagedError(f"it ends within its header, or is damaged, at byte {start:,}")
+        self.at = end
+        return start
+
+    def reach(self, end: int) -> bool:
+        """Have the file read up to there, if it goes as far."""
+        if len(self.data) < end <= self._most:  # lengths are not trusted
+            self.data += self._file.read(max(_CHUNK, end - len(self.data)))
+        return end <= min(len(self.data), self._most)
+
+    def number(self, size: int) -> int:
+        """The next number, of so many bytes."""
+        start = self.take(size)
+        return int.from_bytes(self.data[start : self.at], "little")
+
+    def string(self) -> bytes:
+        """The next text."""
+        start = self.take(self.number(8))
+        return bytes(self.data[start : self.at])
+
+    def skip_strings(self, count: int) -> None:
+        """Go behind so many texts, whose lengths stand in front of each."""
+        at, data = self.at, self.data
+        for _ in range(count):
+            try:
+                length = _LENGTH.unpack_from(data, at)[0]
+            except struct.error:  # not read yet
+                self.at = at
+                length = self.number(8)
+            at += 8 + length
+            if at > self._most:
+                raise DamagedError(f"it ends within its header, or is damaged, at byte {at - length:,}")
+        self.at = at
+        self.take(0)
+
+
+def beginning(cursor: Cursor) -> tuple[int, int, int]:
+    """The version of the format, and the numbers of tensors and of keys."""
+    if not cursor.starts_with(b"GGUF"):
+        raise DamagedError("not a GGUF file (it does not start with the letters GGUF)")
+    version = cursor.number(4)
+    if version and not version & 0xFFFF:
+        raise DamagedError("a GGUF file for big-endian machines, which llama.cpp does not read here")
+    if version not in _VERSIONS:
+        raise DamagedError(f"version {version} of GGUF, where 2 and 3 are known")
+    return version, cursor.number(8), cursor.number(8)
+
+
+def pass_value(cursor: Cursor) -> int:
+    """Go behind a value; how many values there are in it."""
+    kind, length = kind_and_length(cursor)
+    pass_values(cursor, kind, 1 if length is None else length)
+    return 1 if length is None else length
+
+
+def kind_and_length(cursor: Cursor) -> tuple[int, int | None]:
+    """The kind of the value that follows, and, where it is an array, how many values it has; None: it is none."""
+    kind = cursor.number(4)
+    if kind != _ARRAY:
+        return kind, None
+    return cursor.number(4), cursor.number(8)
+
+
+def pass_values(cursor: Cursor, kind: int, count: int) -> None:
+    """Go behind so many values of a kind."""
+    if kind == _STRING:
+        cursor.skip_strings(count)
+    elif kind in _SCALARS:
+        cursor.take(count * _SCALARS[kind].size)
+    else:
+        raise DamagedError(f"its header is damaged: a value of type {kind} at byte {cursor.at:,}")
+
+
+def scalar(cursor: Cursor, kind: int) -> Scalar:
+    """The single value of a kind that follows."""
+    if kind == _STRING:
+        return cursor.string()
+    start = cursor.at
+    pass_values(cursor, kind, 1)
+    value: Scalar = _SCALARS[kind].unpack_from(cursor.data, start)[0]
+    return value
+
+
+def is_string(kind: int) -> bool:
+    """Whether a kind of values is texts."""
+    return kind == _STRING
+
+
+def part_names(file: str) -> list[str]:
+    """The names of all files of a model that is split as llama.cpp does it; llama.cpp finds them beside the first."""
+    split = _SPLIT.fullmatch(file)
+    if not split:
+        return [file]
+    start, number, count = split["start"], int(split["number"]), int(split["count"])
+    if not 1 <= number <= count:
+        return [file]
+    return [f"{start}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
+
+
+def whole_name(file: str) -> str:
+    """The name of a model by that of its file: without the end of its name, and which part it is."""
+    split = _SPLIT.fullmatch(file)
+    return split["start"] if split else file.removesuffix(".gguf")
