@@ -20,7 +20,6 @@ ROOMS = (
     "checks",
     "config",
     "text",
-    "stores",
     "_reference",
     "model",
     "llama",
