@@ -6,7 +6,7 @@ Knows nothing of what keys and values mean, nor of tensors. What is wrong with a
 import os
 import re
 import struct
-from typing import BinaryIO
+from io import BufferedReader
 
 _CHUNK = 1 << 20  # bytes
 _MANY = 1000  # texts
@@ -29,22 +29,25 @@ class DamagedError(Exception):
 class Cursor:
     """A place in a file, of which as much is read as is needed, up to `most` bytes.
 
-    Cursors that are given the same `known` know long lists of texts again, which many files have in common: to compare
-    them is much faster than to go from text to text.
+    `data` begins with what is read. Cursors that are given the same `known` know long lists of texts again, which many
+    files have in common: to compare them is much faster than to go from text to text. One after the other may have the
+    same `buffer`.
     """
 
-    def __init__(self, file: BinaryIO, most: int, known: Known | None = None) -> None:
+    def __init__(
+        self, file: BufferedReader, most: int, known: Known | None = None, buffer: bytearray | None = None
+    ) -> None:
         self._file = file
         self._known: Known = {} if known is None else known
         self._most = min(os.fstat(file.fileno()).st_size, most)
-        self.data = bytearray()
+        self._read = 0  # bytes
+        self.data = bytearray() if buffer is None else buffer
         self.at = 0
 
     def starts_with(self, magic: bytes) -> bool:
         """Whether the file does; the place is behind it then."""
-        self.data += self._file.read(_CHUNK)
         self.at = len(magic)
-        return self.data.startswith(magic)
+        return self.reach(self.at) and self.data.startswith(magic)
 
     def take(self, size: int) -> int:
         """Go on by so many bytes; where they began."""
@@ -56,9 +59,12 @@ class Cursor:
 
     def reach(self, end: int) -> bool:
         """Have the file read up to there, if it goes as far."""
-        if len(self.data) < end <= self._most:  # lengths are not trusted
-            self.data += self._file.read(max(_CHUNK, end - len(self.data)))
-        return end <= min(len(self.data), self._most)
+        if self._read < end <= self._most:  # lengths are not trusted
+            more = min(max(_CHUNK, end - self._read), self._most - self._read)
+            self.data += bytes(max(0, self._read + more - len(self.data)))
+            with memoryview(self.data) as view, view[self._read : self._read + more] as place:
+                self._read += self._file.readinto(place)
+        return end <= self._read
 
     def number(self, size: int) -> int:
         """The next number, of so many bytes."""
@@ -85,12 +91,13 @@ class Cursor:
 
     def _skip_strings(self, count: int) -> None:
         at, data = self.at, self.data
+        last = self._read - 8
         for _ in range(count):
-            try:
-                length = _LENGTH.unpack_from(data, at)[0]
-            except struct.error:  # not read yet
+            if at > last:
                 self.at = at
-                length = self.number(8)
+                self.take(8)
+                last = self._read - 8
+            length = _LENGTH.unpack_from(data, at)[0]
             at += 8 + length
             if at > self._most:
                 raise DamagedError(f"it ends within its header, or is damaged, at byte {at - 8 - length:,}")

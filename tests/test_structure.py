@@ -20,6 +20,7 @@ ROOMS = (
     "checks",
     "config",
     "text",
+    "stores",
     "_reference",
     "model",
     "llama",

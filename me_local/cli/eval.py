@@ -10,9 +10,17 @@ from typing import IO, Any
 import click
 
 from me_local.cli.display import print_json
-from me_local.cli.options import FilePath, batch_option, load_many, models_option, weights_option, with_weights
+from me_local.cli.options import (
+    FilePath,
+    batch_option,
+    described,
+    load_many,
+    models_option,
+    weights_option,
+    with_weights,
+)
 from me_local.cli.progress import progress
-from me_local.config import Config, load_config
+from me_local.config import Config
 from me_local.errors import InputError
 from me_local.evaluation.questions import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
 from me_local.evaluation.tasks import TASKS, find_tasks, read_questions
@@ -75,7 +83,7 @@ def evaluate(
         raise click.UsageError("--batch goes with --method sampling")
     if resume and output is None:
         raise click.UsageError("--resume goes with --output")
-    config = with_weights(load_config(models), weights)
+    config = with_weights(described(models), weights)
     chosen = _method(config, method, _listed(strategies), runs, top_k, few_shot)
     jobs = _jobs(chosen, tasks, data, few_shot, limit)
     with open_records(output, _RECORDS, resume=resume) if output else nullcontext((None, ())) as (file, earlier):

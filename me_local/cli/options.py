@@ -1,12 +1,15 @@
 """Options that several commands have, and what they make of them."""
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from me_local.cli.display import make_console
@@ -14,11 +17,13 @@ from me_local.cli.interrupt import leaves_at_once
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
-from me_local.errors import InputError, LoadError
+from me_local.errors import ConfigError, InputError, LoadError
 from me_local.llama.context import MOST_SEQUENCES
 from me_local.llama.weights import Shelf
 from me_local.measuring.cost import Way, choose_batch
 from me_local.mixture.routing import Stretch
+from me_local.stores.catalogue import entries
+from me_local.stores.members import config_of
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -48,13 +53,13 @@ class _Texts(click.types.StringParamType):
         return [rv]
 
 
-def named(name: str, **attributes: Any) -> Decorator:
+def named(name: str, *short: str, **attributes: Any) -> Decorator:
     """An option that an environment variable of its name sets, too.
 
     So is each that describes models, replies or the server: what one would want to hold for many runs. What a single
     run reads, writes and prints is said on its command line.
     """
-    return click.option(name, envvar=variable_of(name), show_envvar=True, **attributes)
+    return click.option(name, *short, envvar=variable_of(name), show_envvar=True, **attributes)
 
 
 def variable_of(name: str) -> str:
@@ -101,6 +106,46 @@ _PARALLEL = named(
 )
 
 
+_NO_MODELS = (
+    "name them with -m MODEL (me-local models lists those on this machine), name a file that describes them with "
+    "--models FILE, or write a models.toml here"
+)
+_MEMBERS = "me_local.members"
+
+
+class _MemberText(_Texts):
+    """A model as --member takes it; an environment variable holds several, parted and quoted as in a shell."""
+
+    name = "model"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        try:
+            return shlex.split(rv)
+        except ValueError as error:
+            raise ConfigError(f"{variable_of('--member')}: {str(error).lower()}") from None
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Models of the stores on this machine, and files."""
+        names = [entry.name for entry in entries() if entry.name.startswith(incomplete)]
+        return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+
+
+def _note_members(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
+    ctx.meta[_MEMBERS] = value
+
+
+_MEMBER = named(
+    "--member",
+    "-m",
+    type=_MemberText(),
+    multiple=True,
+    metavar="MODEL[:W]",
+    expose_value=False,
+    callback=_note_members,
+    help="A model of the ensemble instead of a file, and its weight: a path, ollama:NAME, lmstudio:NAME, "
+    "hf:OWNER/REPO:FILE, or URL=FILE; once for each.",
+)
+
 _NO_CHECK = "me_local.no_check"
 
 
@@ -119,8 +164,8 @@ _CHECK = named(
 
 
 def models_option(command: Command) -> Command:
-    """Add --models, and what holds wherever models are loaded."""
-    return _MODELS(_CHECK(command))
+    """Add --models and --member, and what holds wherever models are loaded."""
+    return _MODELS(_MEMBER(_CHECK(command)))
 
 
 def weights_option(command: Command) -> Command:
@@ -146,9 +191,22 @@ def served_options(command: Command) -> Command:
     return command
 
 
+def described(models: Path) -> Config:
+    """The ensemble that the options of `models_option` describe. Raises ConfigError."""
+    context = click.get_current_context()
+    source = context.get_parameter_source("models")
+    if members := context.meta.get(_MEMBERS):
+        if source == ParameterSource.COMMANDLINE == context.get_parameter_source("member"):
+            raise ConfigError("--member and --models: name an ensemble by one of the two")
+        return config_of(members)
+    if source == ParameterSource.DEFAULT and not models.exists():
+        raise ConfigError(f"no models: {_NO_MODELS}")
+    return load_config(models)
+
+
 def configured(models: Path, given: dict[str, Any]) -> Config:
-    """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
-    config = load_config(models)
+    """The configuration of `described`, with the options of `sampling_options` before it. Raises ConfigError."""
+    config = described(models)
     weights, stop = given.pop("weights"), given.pop("stop")
     return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
 
