@@ -65,12 +65,15 @@ def _print_models(console: Console, models: Sequence[Found]) -> None:
     if not models:
         return
     table = _table(models)
-    if Measurement.get(console, console.options, table).minimum <= console.width:
+    if Measurement.get(console, console.options.update(width=_UNFOLDED), table).maximum <= console.width:
         console.print(table)
         return
     for model in models:
         console.print(Text(_shown(model.entry.name), style="bold"))
-        console.print(Text("  " + ", ".join(filter(None, _cells(model)))))
+        architecture, count, quantisation, file, context, vocabulary, template = _cells(model)
+        trained = f"context {context}" if context else ""
+        parts = (f"{architecture} {count}", quantisation, file, trained, vocabulary, f"template: {template}")
+        console.print(Text("  " + ", ".join(filter(None, parts))))
 
 
 def _table(models: Sequence[Found]) -> Table:

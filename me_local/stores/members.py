@@ -59,7 +59,7 @@ def member_of(text: str) -> MemberConfig:
         hf = check("hf", entry.name.removeprefix(hub.PREFIX), place)
         return MemberConfig(name=name, hf=hf, url=url, weight=weight)
     path = Path(os.path.abspath(entry.files[0]))
-    return MemberConfig(name=name, path=path, url=url, lora=entry.lora, weight=weight)
+    return MemberConfig(name=name, path=path, url=url, lora=None if url else entry.lora, weight=weight)
 
 
 def _weighed(text: str) -> tuple[Entry, float]:
@@ -134,6 +134,8 @@ _FETCHED = "hf:owner/repo:FILE.gguf, with the whole name of a file, is fetched"
 
 
 def _of_path(text: str) -> Entry:
+    if not text:
+        raise ConfigError(f"no model is named; {_LIST}")
     path = Path(os.path.expanduser(text))
     if "\0" in text or not os.path.lexists(path):
         raise _UnknownError(f"there is no such file; {_meant(text)}")
