@@ -194,11 +194,12 @@ def served_options(command: Command) -> Command:
 def described(models: Path) -> Config:
     """The ensemble that the options of `models_option` describe. Raises ConfigError."""
     context = click.get_current_context()
-    source = context.get_parameter_source("models")
-    if members := context.meta.get(_MEMBERS):
-        if source == ParameterSource.COMMANDLINE == context.get_parameter_source("member"):
+    source, of_members = (context.get_parameter_source(name) for name in ("models", "member"))
+    if members := context.meta[_MEMBERS]:
+        if source == of_members:
             raise ConfigError("--member and --models: name an ensemble by one of the two")
-        return config_of(members)
+        if source != ParameterSource.COMMANDLINE:
+            return config_of(members)
     if source == ParameterSource.DEFAULT and not models.exists():
         raise ConfigError(f"no models: {_NO_MODELS}")
     return load_config(models)
