@@ -1,7 +1,6 @@
 """`me-local models`, and `-m` wherever models are loaded."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,7 @@ def test_a_row_for_each_model(stocked: Path) -> None:
     assert head.split() == titles
     assert [row.split()[0] for row in rows] == [*make_home_names(), "~/gguf/own.gguf"]
     tiny = next(row for row in rows if row.startswith("ollama:tiny:latest"))
-    assert tiny.split() == [
-        "ollama:tiny:latest",
-        *["llama", "44.2", "K", "F32", "186.6", "kB", "2,048", "BPE", "400", "chat"],
-    ]
+    assert " ".join(tiny.split()) == "ollama:tiny:latest llama 44.2 K F32 186.6 kB 2,048 BPE 400 chat"
     others = result.stdout.split("\n\n")[1].splitlines()
     assert others[0] == "No members of an ensemble:"
     assert "  ollama:lost:latest: there is no such file" in others
@@ -119,6 +115,8 @@ def test_members_and_a_file(stocked: Path, elsewhere: Path, two_models: Path) ->
     names = ["inspect", "--json"]
     held = invoke(*names, "-m", "ollama:tiny", ME_LOCAL_MODELS=str(two_models)).stdout
     assert len(json.loads(held)["members"]) == 1
+    both_held = invoke(*names, ME_LOCAL_MEMBER="ollama:tiny", ME_LOCAL_MODELS=str(two_models))
+    one_line(both_held, 2, "--member and --models: name an ensemble by one of the two")
     said = invoke(*names, "--models", two_models, ME_LOCAL_MEMBER="ollama:tiny").stdout
     assert len(json.loads(said)["members"]) == 2
 
@@ -156,4 +154,3 @@ def test_names_are_completed_by_a_shell(stocked: Path) -> None:
     names = completed("ollama:t")
     assert names == [("ollama:tiny:1b", "plain"), ("ollama:tiny:latest", "plain"), ("ollama:t", "file")]
     assert completed("./q")[-1] == ("./q", "file")
-    assert os.path.exists(stocked)
