@@ -125,9 +125,10 @@ class _MemberText(_Texts):
             raise ConfigError(f"{variable_of('--member')}: {str(error).lower()}") from None
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Models of the stores on this machine, and files."""
-        names = [entry.name for entry in entries() if entry.name.startswith(incomplete)]
-        return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+        """Models of the stores on this machine; else files, which would take away what else there is in bash."""
+        found = [entry for entry in entries() if not entry.problem] if incomplete else []
+        names = [entry.name for entry in found if entry.name.startswith(incomplete)]
+        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 def _note_members(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
