@@ -15,7 +15,7 @@ export class Answer {
     this.model = model;
     this.look = look;
     this.element = template.content.firstElementChild.cloneNode(true);
-    this.#find("h2").textContent = model.includes("/") ? `${model.slice(model.indexOf("/") + 1)} alone` : "Reply";
+    this.#find("h2").textContent = model.includes("/") ? `${model.slice(model.indexOf("/") + 1)} alone` : "All together";
     this.shown = new Shown(this.#find(".reply"));
     this.thoughts = new Shown(this.#find(".thoughts > div"), { bars: false });
     this.#find(".pieces").addEventListener("toggle", () => this.#list());
@@ -63,7 +63,7 @@ export class Answer {
 
   /** Show that the reply is complete, with what the server measured. */
   finish({ finish_reason: finish, seed, timings }) {
-    this.#end({ finish, seed, speed: timings?.pieces_per_second ?? null });
+    this.#end({ finish, seed, speed: timings?.pieces_per_second ?? this.#measured() });
   }
 
   /** Show that the reader stopped it. */
@@ -83,7 +83,7 @@ export class Answer {
       const parts = shares ?? this.names.map((_, index) => Number(index === member));
       this.#take({ text, member, probability, shares: parts, thought: Boolean(thought) });
     }
-    this.#end({});
+    this.#end({ finish: kept.finish ?? "stopped" });
   }
 
   /** What `restore` takes; shares are left out where one member has all of a piece. */
@@ -117,8 +117,7 @@ export class Answer {
   }
 
   #end(kept) {
-    Object.assign(this.kept, kept);
-    this.seconds = (performance.now() - this.started) / 1000;
+    Object.assign(this.kept, { speed: this.kept.speed ?? this.#measured() }, kept);
     this.element.dataset.state = "done";
     this.#find(".pieces").hidden = !this.kept.pieces.length;
     this.#draw(true);
@@ -154,10 +153,14 @@ export class Answer {
   }
 
   #speed() {
-    const seconds = this.kept.finish ? this.seconds : (performance.now() - this.started) / 1000;
-    this.kept.speed = this.kept.finish ? (this.kept.speed ?? (this.kept.pieces.length - 1) / seconds) : null;
-    const speed = this.kept.speed ?? (this.kept.pieces.length - 1) / seconds;
-    return Number.isFinite(speed) && speed > 0 ? `${speed.toFixed(speed < 10 ? 1 : 0)} pieces/s` : "– pieces/s";
+    const speed = this.kept.speed ?? this.#measured();
+    return speed > 0 ? `${speed.toFixed(speed < 10 ? 1 : 0)} pieces/s` : "– pieces/s";
+  }
+
+  /** Pieces per second since the first one, or null where there is no telling. */
+  #measured() {
+    const speed = (1000 * (this.kept.pieces.length - 1)) / (performance.now() - this.started);
+    return this.started && Number.isFinite(speed) ? speed : null;
   }
 
   /** Fill the details, once they are opened. */

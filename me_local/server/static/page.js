@@ -23,6 +23,7 @@ const look = store.look({ markdown: true, colours: true });
 let model = null;
 let conversation = new Conversation();
 let running = null; // what stops the reply that is being made
+let atEnd = true; // of the conversation, so that what comes next is to be in sight
 
 async function start() {
   showTips($("tip"), $("turns"));
@@ -45,6 +46,7 @@ function connectControls() {
   $("turns").addEventListener("click", onTurns);
   $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
   $("key-form").addEventListener("submit", onKey);
+  $("conversation").addEventListener("scroll", () => (atEnd = isAtEnd()));
   addEventListener("storage", () => history.show(store.list().found, conversation));
   addEventListener("pagehide", keep);
 }
@@ -93,6 +95,7 @@ async function onSend(event) {
   const turn = new Turn({ turn: $("turn"), answer: $("answer") }, text, look);
   conversation.add(turn);
   append(turn);
+  keep();
   await answer(turn, settings.seed);
 }
 
@@ -115,6 +118,7 @@ function onTurns({ target }) {
 async function answer(turn, seed) {
   if (running || !model) return;
   begin();
+  settings.members.showShares(null);
   await ask(turn, turn.begin(settings.members.names, model.id), settings.mixing(), seed);
   end(turn);
 }
@@ -169,7 +173,6 @@ function take(answer, choice) {
 
 function begin() {
   running = new AbortController();
-  settings.members.showShares(null);
   swap("send", "stop");
 }
 
@@ -178,9 +181,6 @@ function drawn(answer) {
   if (answer.model === model.id) settings.members.showShares(answer.shares);
   if (atEnd) toEnd();
 }
-
-let atEnd = true;
-$("conversation").addEventListener("scroll", () => (atEnd = isAtEnd()));
 
 function stopped(answer) {
   answer.stop();

@@ -15,7 +15,7 @@ function show(tip, element) {
   const piece = aboutOf(element);
   tip.hidden = !piece;
   if (!piece) return;
-  tip.textContent = piece.member < 0 ? whoOf(piece) : said(piece(element));
+  tip.textContent = piece.member < 0 ? whoOf(piece) : said(piece);
   place(tip, element.getClientRects()[0]);
 }
 
