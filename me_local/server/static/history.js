@@ -22,7 +22,7 @@ export class History {
     this.$("conversations").replaceChildren(...items);
     this.$("none").hidden = found.length > 0;
     this.$("bar").hidden = open.turns.length === 0;
-    this.$("title").value = open.title;
+    if (document.activeElement !== this.$("title")) this.$("title").value = open.title;
   }
 
   #item(id, title, isOpen) {

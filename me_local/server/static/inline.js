@@ -140,7 +140,7 @@ class Inline {
   #bare(at) {
     BARE.lastIndex = at;
     let url = BARE.exec(this.text)?.[0] ?? "";
-    while (AFTER_LINK.includes(url.at(-1) ?? " ") && !(url.endsWith(")") && url.includes("("))) url = url.slice(0, -1);
+    while (AFTER_LINK.includes(url.at(-1) ?? " ") && !(url.endsWith(")") && isBalanced(url))) url = url.slice(0, -1);
     const href = WORD.test(this.text[at - 1] ?? " ") ? null : destination(url);
     if (!href) return this.#text(at, at + 1);
     this.tokens.push({ kind: "auto", href, from: at, to: at + url.length });
@@ -156,6 +156,10 @@ class Inline {
       if (run.canOpen && run.to > run.from) stack.push(run);
     }
   }
+}
+
+function isBalanced(url) {
+  return url.split("(").length >= url.split(")").length;
 }
 
 function pair(closer, stack, floors) {
@@ -258,7 +262,15 @@ class Tree {
     this.stack.push(node);
   }
 
-  /** Text as leaves, one for each line that it is on. */
+  /** A leaf, or more of the one before where it goes on in the source. */
+  #leaf(text, at) {
+    const { children } = this.stack.at(-1);
+    const last = children.at(-1);
+    if (last?.type === "text" && last.at + last.text.length === at) last.text += text;
+    else children.push({ type: "text", text, at });
+  }
+
+  /** Text as leaves, one for each line that it is on where something stands before lines. */
   #leaves({ from, to }) {
     while (from < to) {
       while (from > this.start + this.lines[this.line].text.length) {
@@ -267,7 +279,7 @@ class Tree {
       }
       const { text, at } = this.lines[this.line];
       const end = Math.min(to, this.start + text.length + 1); // with its newline
-      this.stack.at(-1).children.push({ type: "text", text: this.text.slice(from, end), at: at + from - this.start });
+      this.#leaf(this.text.slice(from, end), at + from - this.start);
       from = end;
     }
   }

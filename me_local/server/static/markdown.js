@@ -184,8 +184,11 @@ function endOfItem(lines, index, marker) {
   return end;
 }
 
-function itemLines([first, ...others], { length, space, column }) {
-  return [outdented(cut(first, length), space), ...others.map((line) => outdented(line, column))];
+/** The lines of an item without what they are indented by: as its first line asks for, or the next one has it. */
+function itemLines([first, ...others], { length, space, column, indent }) {
+  const next = others.find((line) => !isBlank(line) && indentOf(line.text) >= Math.min(column, indent + 2));
+  const columns = next ? Math.min(column, indentOf(next.text)) : column;
+  return [outdented(cut(first, length), space), ...others.map((line) => outdented(line, columns))];
 }
 
 function table(lines, index) {

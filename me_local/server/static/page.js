@@ -48,7 +48,7 @@ function connectControls() {
   $("key-form").addEventListener("submit", onKey);
   $("conversation").addEventListener("scroll", () => (atEnd = isAtEnd()));
   addEventListener("storage", () => history.show(store.list().found, conversation));
-  addEventListener("pagehide", keep);
+  addEventListener("pagehide", () => keep());
 }
 
 /** Learn what the ensemble is, with a key where one is asked for. */
@@ -117,21 +117,21 @@ function onTurns({ target }) {
 /** Have a turn answered by the ensemble. */
 async function answer(turn, seed) {
   if (running || !model) return;
-  begin();
+  const owner = begin();
   settings.members.showShares(null);
   await ask(turn, turn.begin(settings.members.names, model.id), settings.mixing(), seed);
-  end(turn);
+  end(turn, owner);
 }
 
 /** Have a turn answered by each member alone as well, one after the other, with the seed of the ensemble. */
 async function compare(turn) {
   if (running || !model) return;
-  begin();
+  const owner = begin();
   const { signal } = running;
   for (const name of settings.members.names) {
     if (!signal.aborted) await ask(turn, turn.beside(settings.members.names, `${model.id}/${name}`), {}, turn.main.kept.seed);
   }
-  end(turn);
+  end(turn, owner);
 }
 
 /** Show a reply while it is made. */
@@ -171,9 +171,11 @@ function take(answer, choice) {
   if (choice.finish_reason) answer.finish(choice);
 }
 
+/** Let a reply be stopped; gives the conversation that it is of. */
 function begin() {
   running = new AbortController();
   swap("send", "stop");
+  return conversation;
 }
 
 /** Keep the end of the conversation in sight, for those who have it there. */
@@ -196,11 +198,11 @@ function failed(answer, error) {
   if (error.status === 401) askKey();
 }
 
-function end(turn) {
+function end(turn, owner) {
   running = null;
   turn.end();
   swap("stop", "send");
-  if (conversation.turns.includes(turn)) keep();
+  keep(owner);
 }
 
 /** Show one button in the place of the other, and keep the focus there. */
@@ -211,9 +213,9 @@ function swap(old, now) {
   if (focused) $(now).focus();
 }
 
-/** Keep what is open, and show what there is. */
-function keep() {
-  if (conversation.turns.length) problem(store.keep(conversation.packed()));
+/** Keep a conversation, and show what there is. */
+function keep(kept = conversation) {
+  if (kept.turns.length) problem(store.keep(kept.packed()));
   sessionStorage.setItem(OPEN, conversation.id);
   showHistory();
 }
@@ -265,6 +267,7 @@ function rename(title) {
 
 function drop() {
   store.drop(conversation.id);
+  conversation.turns = []; // so that a reply that is stopped does not bring it back
   change(new Conversation());
 }
 

@@ -68,8 +68,9 @@ export class Shown {
 
   #block(block, next) {
     const content = this.#described(block);
-    if (!this.bars) return { tag: "div", name: "block", children: [content] };
-    return { tag: "div", name: "block", children: [bar(this.#shares(block.start, next?.start)), content] };
+    const dir = directionOf(this.text.slice(block.start, block.start + 200));
+    const bars = this.bars ? [bar(this.#shares(block.start, next?.start))] : [];
+    return { tag: "div", name: "block", attributes: { dir }, children: [...bars, content] };
   }
 
   #described(node) {
@@ -145,6 +146,12 @@ export function sharesOf(pieces) {
   return sums.map((sum) => sum / pieces.length);
 }
 
+/** The direction of the first letter; `dir=auto` looks through the whole block for each piece that it gets. */
+function directionOf(text) {
+  const letter = text.match(/\p{L}/u)?.[0] ?? "";
+  return /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Nko}\p{Script=Syriac}\p{Script=Thaana}]/u.test(letter) ? "rtl" : "ltr";
+}
+
 function whole(text) {
   return text ? [{ type: "plain", start: 0, end: text.length, children: [{ type: "text", text, at: 0 }] }] : [];
 }
@@ -158,11 +165,10 @@ function bar(shares) {
 }
 
 function shape(node) {
-  if (node.type === "heading") return { tag: `h${Math.min(6, node.level + 2)}`, attributes: { dir: "auto" } };
+  if (node.type === "heading") return { tag: `h${Math.min(6, node.level + 2)}` };
   if (node.type === "list") return { tag: node.ordered ? "ol" : "ul", attributes: node.ordered ? { start: node.first } : {} };
   if (node.type === "link") return { tag: "a", attributes: linked(node.href) };
-  const blockwise = node.type === "paragraph" || node.type === "item";
-  return { tag: TAGS[node.type], attributes: blockwise ? { dir: "auto" } : {} };
+  return { tag: TAGS[node.type] };
 }
 
 function linked(href) {
