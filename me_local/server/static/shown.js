@@ -48,7 +48,7 @@ export class Shown {
   paragraphs() {
     const found = this.markdown ? parse(this.text) : whole(this.text);
     return found.map((block, index) => ({
-      words: this.text.slice(block.start, block.start + 60).replaceAll("\n", " "),
+      words: this.text.slice(block.start, Math.min(block.end, block.start + 60)).replaceAll("\n", " "),
       shares: this.#shares(block.start, found[index + 1]?.start),
     }));
   }
