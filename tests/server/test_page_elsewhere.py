@@ -36,8 +36,6 @@ i
 
 ---
 """
-    "# A\n\n*b* `c` [d](https://e.example)\n\n1. f\n   - g\n\n> h\n\n```py\ni\n```\n\n|j|k|\n|-|-|\n|l|m|\n\n---\n"
-)
 
 
 def found_by_axe(page: Page) -> list[str]:
