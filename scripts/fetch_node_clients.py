@@ -49,7 +49,7 @@ def fetch(place: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch them; give the exit status."""
-    argparse.ArgumentParser(description="Fetch the packages of Node that the server is tried with.").parse_args(
+    argparse.ArgumentParser(description="Fetch the packages of Node that server and page are tried with.").parse_args(
         arguments
     )
     return exit_status(lambda: fetch(folder()))

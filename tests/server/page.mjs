@@ -11,7 +11,9 @@ const told = { faults: [] };
 
 const done = () => document.querySelector("article:last-of-type")?.dataset.state === "done";
 const serious = (page) =>
-  page.evaluate(`(async () => { ${axe}; return (await axe.run()).violations.map(({ id, impact }) => [id, impact]); })()`);
+  page.evaluate(
+    `(async () => { ${axe}; return (await axe.run()).violations.map(({ id, impact }) => [id, impact]); })()`,
+  );
 
 const browser = await puppeteer.launch({ browser: "firefox", executablePath, headless: true });
 try {

@@ -114,6 +114,20 @@ def test_stop(context: BrowserContext, models: Path) -> None:
         finished(page)
 
 
+def test_a_reload_keeps_what_there_is_of_a_reply(context: BrowserContext, models: Path) -> None:
+    with served(models) as server:
+        tap = Tap(server.ensemble)
+        page = opened(context, server)
+        tap.let(3)
+        send(page)
+        expect(last(page).locator(".figures")).to_contain_text("3 pieces")
+        half = last(page).locator(".reply").text_content()
+        page.reload()
+        assert finished(page) == half != ""
+        assert figures(page).endswith("· stopped")
+        tap.let(100)
+
+
 def test_escape_stops_a_reply_that_has_not_begun(context: BrowserContext, models: Path) -> None:
     with served(models) as server:
         tap = Tap(server.ensemble)

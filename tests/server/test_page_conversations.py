@@ -66,7 +66,16 @@ def test_names_and_deleting(chat: Page) -> None:
     chat.get_by_role("button", name="Delete", exact=True).click()
     chat.get_by_role("button", name="Delete it").click()
     expect(chat.locator("article")).to_have_count(0)
+    expect(chat.get_by_label("Message", exact=True)).to_be_focused()
     assert kept(chat) == []
+    ask(chat, "second", "one")
+    chat.get_by_role("button", name="Delete", exact=True).click()
+    chat.keyboard.press("Escape")
+    expect(chat.locator("#delete-dialog")).to_be_hidden()
+    assert kept(chat) == ["second"]
+    chat.get_by_role("button", name="Delete", exact=True).click()
+    chat.get_by_role("button", name="Delete it").click()
+    expect(chat.locator("article")).to_have_count(0)
     chat.reload()
     expect(chat.locator("#none")).to_be_visible()
 
@@ -106,7 +115,8 @@ def test_what_is_kept_and_broken_is_said_and_left(chat: Page) -> None:
 
 
 def test_a_browser_that_keeps_nothing(context: BrowserContext, page_server: Served) -> None:
-    context.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('no') } })")
+    for storage in ("localStorage", "sessionStorage"):
+        context.add_init_script(f"Object.defineProperty(window, '{storage}', {{ get() {{ throw new Error('no') }} }})")
     page = context.new_page()
     page.goto(page_server.url)
     expect(page.locator("#members li")).not_to_have_count(0)

@@ -1,4 +1,6 @@
-// One reply as it stands on the page: thoughts, text, calls of tools, figures and pieces. Knows nothing of who asks for it.
+// One reply as it stands on the page: thoughts, text, calls of tools, figures and pieces.
+//
+// Knows nothing of who asks for it, and of how a text is shown.
 
 import { partsOf, styleOf } from "./members.js";
 import { make } from "./nodes.js";
@@ -9,13 +11,15 @@ const BETWEEN_DRAWINGS = 40; // milliseconds
 const EMPTY = { strategy: "", pieces: [], calls: [], finish: null, seed: null, speed: null, problem: "" };
 
 export class Answer {
-  /** Of the ensemble, or of the member that `model` names; `names` are those of the members; `look` is how texts are shown. */
+  /** Of the ensemble, or of the member that `model` names; `names` are those of all, `look` is how texts are shown. */
   constructor(template, { names, model, look }) {
     this.names = names;
     this.model = model;
     this.look = look;
     this.element = template.content.firstElementChild.cloneNode(true);
-    this.#find("h2").textContent = model.includes("/") ? `${model.slice(model.indexOf("/") + 1)} alone` : "All together";
+    this.#find("h2").textContent = model.includes("/")
+      ? `${model.slice(model.indexOf("/") + 1)} alone`
+      : "All together";
     this.shown = new Shown(this.#find(".reply"));
     this.thoughts = new Shown(this.#find(".thoughts > div"), { bars: false });
     this.#find(".pieces").addEventListener("toggle", () => this.#list());
@@ -147,7 +151,8 @@ export class Answer {
 
   #state() {
     const { pieces, finish } = this.kept;
-    if (finish === "failed") return pieces.length ? "not finished" : "no reply: the conversation goes on without this message";
+    if (finish === "failed")
+      return pieces.length ? "not finished" : "no reply: the conversation goes on without this message";
     if (this.element.dataset.state === "waiting") return "waiting";
     return ENDS[finish];
   }
@@ -183,7 +188,13 @@ export class Answer {
 }
 
 function described({ name, arguments: given }) {
-  const title = { tag: "p", children: [{ tag: "span", text: "Call of " }, { tag: "b", text: name }] };
+  const title = {
+    tag: "p",
+    children: [
+      { tag: "span", text: "Call of " },
+      { tag: "b", text: name },
+    ],
+  };
   return { tag: "div", name: "call", children: [title, { tag: "pre", attributes: { tabindex: "0" }, text: given }] };
 }
 
@@ -202,5 +213,7 @@ export function probability(piece) {
 
 /** A piece on its own, with its white space to be seen. */
 function shown(text) {
-  return text === "" ? "(a part of a character)" : text.replaceAll("\n", "↵").replaceAll(" ", "␣").replaceAll("\t", "⇥");
+  return text === ""
+    ? "(a part of a character)"
+    : text.replaceAll("\n", "↵").replaceAll(" ", "␣").replaceAll("\t", "⇥");
 }

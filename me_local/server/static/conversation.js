@@ -23,7 +23,7 @@ export class Conversation {
       asked.push(...said);
       if (said.length) role = roleAfter(said[1]);
     }
-    return [...asked, withId({ role, content: turn.text }, asked.at(-1))].map((message, at, all) => withId(message, all[at - 1]));
+    return [...asked, { role, content: turn.text }].map((message, at, all) => withId(message, all[at - 1]));
   }
 
   packed() {

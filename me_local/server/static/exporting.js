@@ -2,18 +2,28 @@
 
 /** The conversation as Markdown; thoughts are left out, and calls of tools are code. */
 export function asMarkdown({ title, turns }) {
-  return [`# ${title}`, ...turns.flatMap(({ text, answers }) => ["## You", text, ...answers.flatMap(answered)])].join("\n\n") + "\n";
+  const said = turns.flatMap(({ text, answers }) => ["## You", text, ...answers.flatMap(answered)]);
+  return `${[`# ${title}`, ...said].join("\n\n")}\n`;
+}
+
+/** The conversation with all that is known of its pieces. */
+export function asJson(packed) {
+  return JSON.stringify(packed, null, 1);
 }
 
 function answered({ model, pieces, calls }) {
   const text = pieces.filter(([, , , , thought]) => !thought).map(([piece]) => piece);
-  const called = calls.map((call) => `\`\`\`json\n${JSON.stringify({ name: call.name, arguments: call.arguments })}\n\`\`\``);
+  const called = calls.map(({ id, ...call }) => `\`\`\`json\n${JSON.stringify(call)}\n\`\`\``);
   return [`## ${model}`, text.join("").trim(), ...called].filter(Boolean);
 }
 
 /** A name that file systems take. */
 export function fileName(title, ending) {
-  const plain = title.replace(/[^\p{L}\p{N}._ -]/gu, "").trim().replace(/^\.+/, "").slice(0, 60);
+  const plain = title
+    .replace(/[^\p{L}\p{N}._ -]/gu, "")
+    .trim()
+    .replace(/^\.+/, "")
+    .slice(0, 60);
   return `${plain || "conversation"}.${ending}`;
 }
 

@@ -2,7 +2,7 @@
 //
 // Knows the controls; what they do is for `on`: { open, rename, drop, format }.
 
-import { asMarkdown, download, fileName } from "./exporting.js";
+import { asJson, asMarkdown, download, fileName } from "./exporting.js";
 
 export class History {
   constructor($, on) {
@@ -11,9 +11,9 @@ export class History {
     $("title").addEventListener("change", () => on.rename($("title").value.trim()));
     $("title").addEventListener("keydown", (event) => event.key === "Enter" && $("title").blur());
     $("export-markdown").addEventListener("click", () => this.#export("md", "text/markdown", asMarkdown));
-    $("export-json").addEventListener("click", () => this.#export("json", "application/json", (packed) => JSON.stringify(packed, null, 1)));
-    $("delete").addEventListener("click", () => $("delete-dialog").showModal());
-    $("delete-form").addEventListener("submit", (event) => event.submitter.value === "yes" && on.drop());
+    $("export-json").addEventListener("click", () => this.#export("json", "application/json", asJson));
+    $("delete").addEventListener("click", () => this.#askToDelete());
+    $("delete-dialog").addEventListener("close", () => $("delete-dialog").returnValue === "yes" && on.drop());
   }
 
   /** Show which conversations there are, and which is open. */
@@ -23,6 +23,11 @@ export class History {
     this.$("none").hidden = found.length > 0;
     this.$("bar").hidden = open.turns.length === 0;
     if (document.activeElement !== this.$("title")) this.$("title").value = open.title;
+  }
+
+  #askToDelete() {
+    this.$("delete-dialog").returnValue = "no"; // and so it stays where Escape closes it
+    this.$("delete-dialog").showModal();
   }
 
   #item(id, title, isOpen) {

@@ -14,11 +14,10 @@ const WORD = /[\p{L}\p{N}]/u;
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>]{1,2000})>/y;
 const BARE = /https?:\/\/[^\s<>`[\]]{1,2000}/y;
 const AFTER_LINK = ".,;:!?'\"*_~)"; // what ends a sentence rather than an address
-const TITLE = /"[^"]{0,500}"|'[^']{0,500}'/.source;
-const TARGET = new RegExp(
-  `\\([ \\t\\n]{0,9}(?:<([^<>\\n]{0,2000})>|((?:[^\\s()<>]|\\([^\\s()]{0,500}\\)){1,2000}))(?:[ \\t\\n]{1,9}(?:${TITLE}))?[ \\t\\n]{0,9}\\)`,
-  "y",
-);
+const SPACES = "[ \\t\\n]{0,9}";
+const ADDRESS = /<([^<>\n]{0,2000})>|((?:[^\s()<>]|\([^\s()]{0,500}\)){1,2000})/.source;
+const TITLE = /[ \t\n]{1,9}(?:"[^"]{0,500}"|'[^']{0,500}')/.source;
+const TARGET = new RegExp(`\\(${SPACES}(?:${ADDRESS})(?:${TITLE})?${SPACES}\\)`, "y"); // of a link, with its brackets
 
 /** The tree of lines, each { text, at }. */
 export function inline(lines) {
@@ -65,7 +64,8 @@ class Inline {
   /** Take what begins with a special character; gives where it ends. */
   #special(at) {
     const char = this.text[at];
-    if (char === "\\") return ESCAPABLE.test(this.text[at + 1] ?? "") ? this.#text(at + 1, at + 2) : this.#text(at, at + 1);
+    if (char === "\\")
+      return ESCAPABLE.test(this.text[at + 1] ?? "") ? this.#text(at + 1, at + 2) : this.#text(at, at + 1);
     if (char === "`") return this.#code(at);
     if (char === "*" || char === "_" || char === "~") return this.#delimiter(at, char);
     if (char === "[") return this.#open(at, at + 1);
@@ -102,7 +102,17 @@ class Inline {
     const inWord = char === "_";
     const canOpen = left && (!inWord || !right || PUNCTUATION.test(before));
     const canClose = right && (!inWord || !left || PUNCTUATION.test(after));
-    const token = { kind: "delimiter", char, length: end - at, from: at, to: end, canOpen, canClose, opens: [], closes: [] };
+    const token = {
+      kind: "delimiter",
+      char,
+      length: end - at,
+      from: at,
+      to: end,
+      canOpen,
+      canClose,
+      opens: [],
+      closes: [],
+    };
     this.tokens.push(token);
     this.delimiters.push(token);
     return end;

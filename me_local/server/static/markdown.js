@@ -1,9 +1,8 @@
-// Markdown by blocks: paragraphs, headings, lists, quotes, code, tables and rules, from text to a tree. Knows nothing of
-// the page.
+// Markdown by blocks: paragraphs, headings, lists, quotes, code, tables and rules, from text to a tree.
 //
-// What models write is meant: indented code, headings that are underlined and HTML are left out, so that no text changes
-// its looks when a line behind it is half there, and lists may be indented by less than CommonMark wants. What is too
-// deep or too large stays text.
+// Knows nothing of the page. What models write is meant: indented code, headings that are underlined and HTML are left
+// out, so that no text changes its looks when a line behind it is half there, and lists may be indented by less than
+// CommonMark wants. What is too deep or too large stays text.
 
 import { inline } from "./inline.js";
 
@@ -87,7 +86,11 @@ function fence(lines, index) {
   let end = index + 1;
   while (end < lines.length && !closes(lines[end].text, opened[1])) end++;
   const code = lines.slice(index + 1, end).map((line) => outdented(line, columns));
-  const children = code.map(({ text, at }, i) => ({ type: "text", text: i < code.length - 1 ? `${text}\n` : text, at }));
+  const children = code.map(({ text, at }, i) => ({
+    type: "text",
+    text: i < code.length - 1 ? `${text}\n` : text,
+    at,
+  }));
   const language = opened[2].trim().split(/\s/, 1)[0].slice(0, 40);
   return [{ type: "codeblock", language, children }, Math.min(end + 1, lines.length)];
 }
@@ -149,7 +152,7 @@ function list(lines, index, depth) {
   if (!first) return null;
   const items = [];
   let [at, loose] = [index, false];
-  for (let marker = first; marker; ) {
+  for (let marker = first; marker;) {
     const end = endOfItem(lines, at, marker);
     items.push(itemLines(lines.slice(at, end), marker));
     at = end;
@@ -161,24 +164,26 @@ function list(lines, index, depth) {
     at = next;
   }
   const parsed = items.map((item) => blocks(item, depth + 1));
-  loose ||= items.some((item, i) => parsed[i].filter(({ type }) => type === "paragraph").length > 1 && item.some(isBlank));
+  loose ||= items.some((item, i) => item.some(isBlank) && parsed[i].filter(isParagraph).length > 1);
   const children = parsed.map((item) => ({ type: "item", children: loose ? item : item.flatMap(unwrapped) }));
   return [{ type: "list", ordered: first.number !== null, first: first.number, children }, at];
 }
 
+const isParagraph = ({ type }) => type === "paragraph";
+
 /** A paragraph of an item without blank lines is its text. */
 function unwrapped(block) {
-  return block.type === "paragraph" ? block.children : [block];
+  return isParagraph(block) ? block.children : [block];
 }
 
-/** Where an item ends: at a line that is neither indented nor goes on with its paragraph; blank lines are not its last. */
+/** Where an item ends: at a line that is not indented and begins something; its last line is not blank. */
 function endOfItem(lines, index, marker) {
   const enough = Math.min(marker.column, marker.indent + 2);
   let end = index + 1;
   for (let at = index + 1; at < lines.length; at++) {
     if (isBlank(lines[at])) continue;
-    const within = indentOf(lines[at].text) >= enough || (end === at && !begins(lines, at) && !markerOf(lines[at].text));
-    if (!within) break;
+    const goesOn = end === at && !begins(lines, at) && !markerOf(lines[at].text);
+    if (indentOf(lines[at].text) < enough && !goesOn) break;
     end = at + 1;
   }
   return end;

@@ -9,7 +9,9 @@ export const styleOf = (index) => (index < 0 ? "forced" : `member-${index % STYL
 export const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
 /** Who had which part, in words. */
-export const partsOf = (shares, names) => shares.map((share, index) => `${names[index]}\u00a0${percent(share)}`).join(", ");
+export function partsOf(shares, names) {
+  return shares.map((share, index) => `${names[index]}\u00a0${percent(share)}`).join(", ");
+}
 
 export class Members {
   /** `members` as the server describes them: names and weights; `presets` is the select for weights that are ready. */
@@ -42,7 +44,10 @@ export class Members {
 
   /** What the select offers: names, and their weights. */
   #offered() {
-    const single = this.names.map((name, only) => [`Only ${name}`, this.names.map((_, index) => Number(index === only))]);
+    const single = this.names.map((name, only) => [
+      `Only ${name}`,
+      this.names.map((_, index) => Number(index === only)),
+    ]);
     const even = this.names.map(() => 1 / this.names.length);
     return [["As in models.toml", this.given], ["Even", even], ...single, ["By hand", null]];
   }

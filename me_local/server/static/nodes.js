@@ -1,8 +1,9 @@
 // Elements from a description of them, and as few changes to them as another description asks for.
 //
-// A description is { tag, name, attributes, text, grow, children, about }: `name` is the class, `text` stands for children,
-// `grow` is the part of a row that the element fills, `about` is kept for who asks with `aboutOf`. All of a description
-// but its texts comes from this program; elements are made by it one by one, so texts are only ever text.
+// A description is { tag, name, attributes, text, grow, children, about }: `name` is the class, `text` stands for
+// children, `grow` is the part of a row that the element fills, `about` is kept for who asks with `aboutOf`. All of a
+// description but its texts comes from this program; elements are made by it one by one, so texts are only ever text.
+// Knows nothing of what is described.
 
 const about = new WeakMap();
 

@@ -7,6 +7,7 @@ import { Failure, ensemble, reply } from "./server.js";
 import { Settings } from "./settings.js";
 import { Speech } from "./speech.js";
 import { Store } from "./store.js";
+import { recall, remember } from "./tab.js";
 import { Turn } from "./turn.js";
 import { showTips } from "./tip.js";
 
@@ -39,7 +40,10 @@ function connectControls() {
   document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
   $("stop").addEventListener("click", () => running?.abort());
   $("new").addEventListener("click", () => change(new Conversation()));
-  for (const [button, panel] of [["fold", "settings"], ["fold-history", "history"]]) {
+  for (const [button, panel] of [
+    ["fold", "settings"],
+    ["fold-history", "history"],
+  ]) {
     $(button).addEventListener("click", () => fold($(button), $(panel)));
   }
   $("show").addEventListener("change", onLook);
@@ -54,7 +58,7 @@ function connectControls() {
 /** Learn what the ensemble is, with a key where one is asked for. */
 async function connect() {
   try {
-    model = await ensemble(sessionStorage.getItem(KEY));
+    model = await ensemble(recall(KEY));
   } catch (failure) {
     if (failure.status === 401) askKey();
     else problem(failure.message);
@@ -66,14 +70,14 @@ async function connect() {
 }
 
 function askKey() {
-  $("key-problem").textContent = sessionStorage.getItem(KEY) ? "The server did not take that key." : "";
+  $("key-problem").textContent = recall(KEY) ? "The server did not take that key." : "";
   if (!$("key-dialog").open) $("key-dialog").showModal();
   $("key").focus();
 }
 
 async function onKey(event) {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value);
+  remember(KEY, $("key").value);
   $("key").value = "";
   await connect();
 }
@@ -128,8 +132,9 @@ async function compare(turn) {
   if (running || !model) return;
   const owner = begin();
   const { signal } = running;
-  for (const name of settings.members.names) {
-    if (!signal.aborted) await ask(turn, turn.beside(settings.members.names, `${model.id}/${name}`), {}, turn.main.kept.seed);
+  const { names } = settings.members;
+  for (const name of names) {
+    if (!signal.aborted) await ask(turn, turn.beside(names, `${model.id}/${name}`), {}, turn.main.kept.seed);
   }
   end(turn, owner);
 }
@@ -143,7 +148,9 @@ async function ask(turn, answer, mixing, seed) {
   toEnd();
   try {
     const body = request(turn, answer.model, mixing, seed);
-    for await (const { choices: [choice] } of reply(body, sessionStorage.getItem(KEY), signal)) {
+    for await (const {
+      choices: [choice],
+    } of reply(body, recall(KEY), signal)) {
       if (choice) take(answer, choice);
     }
     speech.end();
@@ -190,11 +197,10 @@ function stopped(answer) {
 }
 
 function failed(answer, error) {
-  const ours = !(error instanceof Failure);
-  const message = error instanceof SyntaxError ? `The tools are no JSON: ${error.message}` : `An error of this page: ${error.message}`;
-  if (ours && !(error instanceof SyntaxError)) console.error(error);
-  answer.fail(ours ? message : error.message);
-  speech.end(error.message);
+  if (!(error instanceof Failure)) console.error(error);
+  const message = error instanceof Failure ? error.message : `An error of this page: ${error.message}`;
+  answer.fail(message);
+  speech.end(message);
   if (error.status === 401) askKey();
 }
 
@@ -216,7 +222,7 @@ function swap(old, now) {
 /** Keep a conversation, and show what there is. */
 function keep(kept = conversation) {
   if (kept.turns.length) problem(store.keep(kept.packed()));
-  sessionStorage.setItem(OPEN, conversation.id);
+  remember(OPEN, conversation.id);
   showHistory();
 }
 
@@ -234,7 +240,7 @@ function change(other) {
   for (const turn of other.turns) append(turn);
   $("welcome").hidden = other.turns.length > 0;
   settings.members?.showShares(null);
-  sessionStorage.setItem(OPEN, other.id);
+  remember(OPEN, other.id);
   problem("");
   showHistory();
   toEnd();
@@ -244,7 +250,7 @@ function change(other) {
 /** Go on with the conversation that this tab had open. */
 function reopen() {
   showHistory();
-  const id = sessionStorage.getItem(OPEN);
+  const id = recall(OPEN);
   if (store.list().found.some((packed) => packed.id === id)) open(id);
 }
 

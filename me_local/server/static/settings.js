@@ -1,6 +1,7 @@
 // What is set beside the chat, as requests have it: strategy, unit, weights, system prompt, seed and tools.
 
 import { Members } from "./members.js";
+import { Failure } from "./server.js";
 
 export class Settings {
   constructor($) {
@@ -45,10 +46,14 @@ export class Settings {
     return { strategy: this.strategy, unit: chosen("unit"), weights: this.members.asked() };
   }
 
-  /** The tools, as a field of a request. Throws SyntaxError where they are no JSON. */
+  /** The tools, as a field of a request. Throws Failure where they are no JSON. */
   tools() {
     const text = this.$("tools").value.trim();
-    return text ? { tools: JSON.parse(text) } : {};
+    try {
+      return text ? { tools: JSON.parse(text) } : {};
+    } catch (error) {
+      throw new Failure(`The tools are no JSON: ${error.message}`);
+    }
   }
 
   /** CE, also that of UniTE, is of whole distributions, so it has no words. */

@@ -1,4 +1,4 @@
-// A text of pieces as it stands on the page, while it grows: as Markdown or as it was written, each piece by its writer.
+// A text of pieces as it stands on the page, while it grows: as Markdown or as it was written, with who wrote what.
 //
 // Knows how blocks and their parts are shown, and who wrote which. Blocks that more text cannot change are left alone.
 
@@ -6,7 +6,17 @@ import { parse, settled } from "./markdown.js";
 import { styleOf } from "./members.js";
 import { patch } from "./nodes.js";
 
-const TAGS = { paragraph: "p", quote: "blockquote", item: "li", emphasis: "em", strong: "strong", deleted: "s", code: "code" };
+const TAGS = {
+  paragraph: "p",
+  quote: "blockquote",
+  item: "li",
+  emphasis: "em",
+  strong: "strong",
+  deleted: "s",
+  code: "code",
+};
+
+const TO_THE_LEFT = /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Nko}\p{Script=Syriac}\p{Script=Thaana}]/u;
 
 export class Shown {
   /** In `element`; `bars` tells whether each paragraph has a bar of who wrote it. */
@@ -89,20 +99,25 @@ export class Shown {
     const button = { tag: "button", name: "copy-code", attributes: { type: "button" }, text: "Copy" };
     const head = { tag: "div", name: "head", children: [{ tag: "span", text: language }, button] };
     const code = { tag: "code", children: children.flatMap((leaf) => this.#leaf(leaf)) };
-    const attributes = { tabindex: "0", role: "region", "aria-label": "Code" };
+    const attributes = { tabindex: "0", role: "group", "aria-label": "Code" };
     return { tag: "div", name: "code", children: [head, { tag: "pre", attributes, children: [code] }] };
   }
 
   #table({ alignments, rows: [head, ...rows] }) {
     const row = (cells, tag, attributes) => ({
       tag: "tr",
-      children: cells.map((children, i) => ({ tag, name: alignments[i], attributes, children: this.#children({ children }) })),
+      children: cells.map((children, i) => ({
+        tag,
+        name: alignments[i],
+        attributes,
+        children: this.#children({ children }),
+      })),
     });
     const parts = [
       { tag: "thead", children: [row(head, "th", { scope: "col" })] },
       { tag: "tbody", children: rows.map((cells) => row(cells, "td")) },
     ];
-    const attributes = { tabindex: "0", role: "region", "aria-label": "Table" };
+    const attributes = { tabindex: "0", role: "group", "aria-label": "Table" };
     return { tag: "div", name: "scroll", attributes, children: [{ tag: "table", children: parts }] };
   }
 
@@ -149,7 +164,7 @@ export function sharesOf(pieces) {
 /** The direction of the first letter; `dir=auto` looks through the whole block for each piece that it gets. */
 function directionOf(text) {
   const letter = text.match(/\p{L}/u)?.[0] ?? "";
-  return /[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Nko}\p{Script=Syriac}\p{Script=Thaana}]/u.test(letter) ? "rtl" : "ltr";
+  return TO_THE_LEFT.test(letter) ? "rtl" : "ltr";
 }
 
 function whole(text) {
@@ -159,14 +174,15 @@ function whole(text) {
 /** For those who see it: figures for all are in the details of a reply. */
 function bar(shares) {
   const rest = 1 - shares.reduce((sum, share) => sum + share, 0);
-  const parts = [...shares.map((grow, index) => ({ tag: "span", name: styleOf(index), grow })), { tag: "span", name: styleOf(-1), grow: Math.max(0, rest) }];
-  const children = parts.map((part) => ({ ...part, grow: part.grow.toFixed(3) })).filter(({ grow }) => grow > 0);
+  const part = (share, index) => ({ tag: "span", name: styleOf(index), grow: share.toFixed(3) });
+  const children = [...shares.map(part), part(rest, -1)].filter(({ grow }) => grow > 0);
   return { tag: "div", name: "who", attributes: { "aria-hidden": "true" }, children };
 }
 
 function shape(node) {
   if (node.type === "heading") return { tag: `h${Math.min(6, node.level + 2)}` };
-  if (node.type === "list") return { tag: node.ordered ? "ol" : "ul", attributes: node.ordered ? { start: node.first } : {} };
+  if (node.type === "list")
+    return { tag: node.ordered ? "ol" : "ul", attributes: node.ordered ? { start: node.first } : {} };
   if (node.type === "link") return { tag: "a", attributes: linked(node.href) };
   return { tag: TAGS[node.type] };
 }

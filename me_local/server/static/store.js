@@ -7,6 +7,7 @@ import { isPacked } from "./conversation.js";
 const PREFIX = "me-local:";
 const MOST = 200; // conversations
 const LARGEST = 4_000_000; // characters of all of them; browsers give about five million
+const NO_ROOM = "There is no room for more conversations: this one is not kept. Delete some.";
 const LOOK = "me-local-look";
 
 export class Store {
@@ -29,7 +30,7 @@ export class Store {
       const [key, text] = [PREFIX + packed.id, JSON.stringify(packed)];
       const others = this.#keys().filter((other) => other !== key);
       const size = others.reduce((sum, other) => sum + localStorage.getItem(other).length, text.length);
-      if (others.length >= MOST || size > LARGEST) return "There is no room for more conversations: this one is not kept. Delete some.";
+      if (others.length >= MOST || size > LARGEST) return NO_ROOM;
       localStorage.setItem(key, text);
       return "";
     } catch (error) {
