@@ -230,7 +230,6 @@ def test_comparing(chat: Page) -> None:
     """The real server: each member alone, with the seed of the ensemble; the conversation goes on with all together."""
     chat.get_by_label("Seed").fill("3")
     send(chat)
-    alone = {}
     asked: list[dict[str, Any]] = []
     chat.on("request", lambda request: asked.append(body_of(request.post_data)) if request.post_data else None)
     finished(chat)
@@ -239,11 +238,10 @@ def test_comparing(chat: Page) -> None:
     expect(last(chat)).to_have_attribute("data-state", "done")
     assert [(body["model"], body["seed"]) for body in asked] == [("me-local/bpe_a", 3), ("me-local/spm", 3)]
     expect(last(chat).locator(".answer h2")).to_have_text(["All together", "bpe_a alone", "spm alone"])
-    for index, name in ((1, "bpe_a"), (2, "spm")):
-        alone[name] = last(chat).locator(".answer").nth(index).locator(".piece")
-        expect(alone[name]).not_to_have_count(0)
-        classes = alone[name].evaluate_all("pieces => pieces.map((e) => e.className)")
-        assert set(classes) == {f"piece member-{index - 1}"}
+    for index in (1, 2):
+        pieces = last(chat).locator(".answer").nth(index).locator(".piece")
+        expect(pieces).not_to_have_count(0)
+        assert set(pieces.evaluate_all("all => all.map((e) => e.className)")) == {f"piece member-{index - 1}"}
     tops = last(chat).locator(".answer").evaluate_all("all => all.map((e) => e.getBoundingClientRect().top)")
     assert tops[0] == tops[1]
     chat.set_viewport_size({"width": 400, "height": 800})
