@@ -202,7 +202,7 @@ class ResponsesRequest(Translated):
     def _messages(self) -> list[dict[str, Any]]:
         """The input as messages: equal roles in a row are one, and calls belong to what was said before them.
 
-        What was thought belongs to what was said, or called, behind it.
+        What was thought belongs to what was said, or called, behind it; where nothing was, it is left out.
         """
         told: list[dict[str, Any]] = [{"role": "system", "content": self.instructions}] if self.instructions else []
         for item in self.input:
@@ -217,7 +217,7 @@ class ResponsesRequest(Translated):
                 last.setdefault("tool_calls", []).extend(message["tool_calls"])
             else:
                 last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
-        return told
+        return [each for each in told if "reasoning_content" not in each or each["content"] or "tool_calls" in each]
 
 
 def _text(parts: list[Part] | None) -> str:
