@@ -55,13 +55,16 @@ KINDS = (
     ),
 )
 
-_KIND_OF = {token: kind for kind in KINDS for token in kind.tokens}
+_TOKENS = frozenset(token for kind in KINDS for token in kind.tokens)
 _OF_CHANNELS = ("<|start|>", "<|message|>", "<|end|>")  # which mean other things in vocabularies without channels
 
 
-def is_written(name: str, control: Container[str]) -> bool:
-    """Whether a model with these control tokens has to write the one of this name in its thoughts."""
-    return name in _KIND_OF and (name not in _OF_CHANNELS or "<|channel|>" in control)
+def is_written(name: str, pieces: Container[bytes]) -> bool:
+    """Whether a model has to write the control token of this name in its thoughts.
+
+    `pieces` are those of its vocabulary without the control tokens; llama.cpp counts "<|channel|>" among them.
+    """
+    return name in _TOKENS and (name not in _OF_CHANNELS or b"<|channel|>" in pieces)
 
 
 def opened(prompt: str) -> int | None:

@@ -70,11 +70,13 @@ class Vocabulary:
             raise LoadError("it has no vocabulary, or one of a kind that is not known")
         self.size: int = llama_cpp.llama_vocab_n_tokens(self._pointer)
         self.pieces = read_pieces(self._pointer)
-        unseen = [token for token, piece in enumerate(self.pieces) if not piece]
+        lengths = np.fromiter(map(len, self.pieces), np.int64, self.size)
+        unseen: list[int] = np.flatnonzero(lengths == 0).tolist()
         self.end_ids = find_end_ids(model, unseen, header)
         self._read_control_tokens(unseen)
         self._name_written_tokens()
-        lengths = np.fromiter(map(len, self.pieces), np.int64, self.size)
+        for name, token in self.written.items():
+            lengths[token] = len(name)
         lines = b"\n".join([*self.pieces, b""])
         first = np.frombuffer(lines, np.uint8)[np.cumsum(lengths + 1) - lengths - 1]
         brackets = np.flatnonzero(((first == ord("<")) | (first == ord("["))) & (lengths >= 3)).tolist()
@@ -211,7 +213,7 @@ class Vocabulary:
 
     def _name_written_tokens(self) -> None:
         """Give the control tokens that a model writes in its thoughts the bytes of their names."""
-        names = [name for name in self.control if is_written(name, self.control)]
+        names = [name for name in self.control if is_written(name, self.pieces)]
         self.written = {name.encode(): self.control[name] for name in names if self.control[name] not in self.end_ids}
         for name, token in self.written.items():
             self.pieces[token] = name
