@@ -124,8 +124,8 @@ def test_a_reload_keeps_what_there_is_of_a_reply(context: BrowserContext, models
         half = last(page).locator(".reply").text_content()
         page.reload()
         assert finished(page) == half != ""
-        assert figures(page).endswith("· stopped")
         tap.let(100)
+        assert figures(page).endswith(("· stopped", "· not finished"))  # where the page learns before it goes
 
 
 def test_escape_stops_a_reply_that_has_not_begun(context: BrowserContext, models: Path) -> None:
