@@ -162,8 +162,13 @@ class Prompter:
 
 
 def parted(messages: Sequence[Message]) -> tuple[list[Message], bytes]:
-    """What is to be answered, and the beginning of the answer, where the assistant has the last word."""
+    """What is to be answered, and the beginning of the answer, where the assistant has the last word.
+
+    Raises InputError for one with a thought, as members have marks of their own for it.
+    """
     if messages and isinstance(messages[-1], Message) and messages[-1].role == "assistant":
+        if messages[-1].thought:
+            raise InputError("a reply that is to be gone on with cannot have a thought; leave it out")
         return list(messages[:-1]), messages[-1].content.encode()
     return list(messages), b""
 

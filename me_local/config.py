@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
 
-from me_local.checks import by_rule, nearest, number, require_known, shown
+from me_local.checks import argument, by_rule, nearest, number, require_known, shown
 from me_local.errors import ConfigError
 
 Strategy = Literal["me", "ce", "union"]
@@ -192,7 +192,7 @@ _HERE = (
 )
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
-_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit")
+_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit", "template_args")
 
 
 def load_config(path: Path) -> Config:
@@ -263,7 +263,9 @@ def parse_setting(key: str, value: str) -> Overrides:
     """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
     if key not in _SETTINGS:
         raise ConfigError(f"/set: unknown key {shown(key)}; {nearest(key, _SETTINGS)}")
-    typed = number(value) if key in _NUMBER_SETTINGS else value
+    typed: object = number(value) if key in _NUMBER_SETTINGS else value
+    if key == "template_args":
+        typed = dict([argument(value, "/set template_args")])
     return Overrides(**{key: check(key, typed, f"/set {key}")})
 
 

@@ -497,7 +497,7 @@ def test_parse_setting(key, value, expected):
             "zzz",
             "1",
             '/set: unknown key "zzz"; allowed: temperature, top_k, top_p, min_p, '
-            "max_tokens, seed, stop, decode, strategy, unit",
+            "max_tokens, seed, stop, decode, strategy, unit, template_args",
         ),
         ("temperature", "-1", "/set temperature: must be at least 0, got -1"),
         ("temperature", "hot", '/set temperature: must be a number, got "hot"'),

@@ -83,9 +83,9 @@ class PromptWriter:
     def _ids(self, text: str, marks: "_Marks", watch: Watch) -> IntArray:
         return np.array(self._with_bos(self._encode(text, marks, watch)), dtype=np.int32)
 
-    def text(self, messages: Sequence[Message]) -> str:
-        """The prompt as the template writes it. Raises InputError when it refuses the conversation."""
-        return self._render(messages)
+    def text(self, messages: Sequence[Message], arguments: Arguments) -> str:
+        """The prompt as the template writes it with these arguments. Raises InputError when it refuses."""
+        return self._render(messages, arguments)
 
     def raw_prompt(self) -> IntArray:
         """The ids in front of a raw completion: BOS where the vocabulary wants one."""
