@@ -6,19 +6,18 @@ is one alone.
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from me_local.asking import check_conversation, parted
 from me_local.ensemble import Ensemble
+from me_local.server.fields import Loose
 from me_local.server.protocol import MODEL, ChatMessage, as_messages, model_names
 from me_local.server.refusals import ApiError
 
 _MOST_TOKENS = 1 << 20
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _Body(Loose):
     model: str = MODEL
 
 
