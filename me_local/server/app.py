@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply
+from me_local.echoes import Echo
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, MeLocalError
 from me_local.jsonl import json_text
@@ -244,8 +245,8 @@ class Routes:
         answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
         events = self._events(asks)
         if not asked.stream:
-            replies = await while_there(request, _replies(events))
-            return JSONResponse(answer.whole(replies))
+            echoes, replies = await while_there(request, _heard(events))
+            return JSONResponse(answer.whole(replies, echoes))
         first, beating = await self._begin(request, events)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return EventStream(_lines(answer, first, beating, chat=isinstance(asked, ChatRequest), usage=usage))
@@ -262,7 +263,7 @@ class Routes:
             answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, ask) if asked.stream else 0)
         events = self._events([ask])
         if not asked.stream:
-            [reply] = await while_there(request, _replies(events))
+            _, [reply] = await while_there(request, _heard(events))
             return JSONResponse(answer.whole(reply))
         return EventStream(_told(answer, *await self._begin(request, events)))
 
@@ -308,7 +309,10 @@ async def _lines(
                 offsets[index] = 0
                 if chat:
                     yield _line(answer.opening(index))
-            if isinstance(event, Reply):
+            if isinstance(event, Echo):
+                yield _line(answer.echo(index, event))
+                offsets[index] += len(event.text)
+            elif isinstance(event, Reply):
                 replies[index] = event
                 yield _line(answer.end(index, event))
             else:
@@ -350,11 +354,20 @@ def _lines_of(answer: MessageAnswer | ResponseAnswer, heard: tuple[int, Event] |
     if heard is None:
         return iter((answer.waiting(),))
     _, event = heard
+    assert not isinstance(event, Echo)  # of no conversation
     return answer.end(event) if isinstance(event, Reply) else answer.piece(event)
 
 
-async def _replies(events: Events) -> list[Reply]:
-    return _in_order({index: event async for index, event in events if isinstance(event, Reply)})
+async def _heard(events: Events) -> tuple[dict[int, Echo], list[Reply]]:
+    """The echoes by their indices, and the replies."""
+    echoes: dict[int, Echo] = {}
+    replies: dict[int, Reply] = {}
+    async for index, event in events:
+        if isinstance(event, Echo):
+            echoes[index] = event
+        elif isinstance(event, Reply):
+            replies[index] = event
+    return echoes, _in_order(replies)
 
 
 def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:

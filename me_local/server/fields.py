@@ -50,9 +50,9 @@ def without(*off: object) -> BeforeValidator:
     return BeforeValidator(lambda raw: None if not isinstance(raw, bool) and raw in off else raw)
 
 
-def listed(raw: Any) -> Any:
-    """One text as a list of one."""
-    return [raw] if isinstance(raw, str) else raw
+def as_prompts(raw: Any) -> Any:
+    """One text, or the ids of one, as a list of one."""
+    return [raw] if isinstance(raw, str) or _are_ids(raw) else raw
 
 
 def bounded_texts(raw: Any) -> Any:
@@ -73,7 +73,17 @@ def _bounded_fields(raw: Any) -> Any:
 
 
 def _stops(raw: Any) -> Any:
-    return None if raw == "" else listed(raw)
+    return None if raw == "" else [raw] if isinstance(raw, str) else raw
+
+
+def _are_ids(raw: Any) -> bool:
+    return isinstance(raw, list) and len(raw) > 0 and all(type(id_) is int for id_ in raw)
+
+
+def _text_or_ids(raw: Any) -> Any:
+    if isinstance(raw, str) or raw == [] or _are_ids(raw):
+        return raw
+    raise PydanticCustomError("prompt", "is neither a text nor a list of ids")
 
 
 Ignored = Annotated[Any, Field(default=None)]
@@ -83,6 +93,8 @@ Factor = Annotated[float | None, Field(default=None), no_effect_but(1)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Limit = Annotated[Count | None, without(-1)]
+LimitOrNothing = Annotated[Annotated[int, Field(ge=0, le=2**31 - 1)] | None, without(-1)]
+TextOrIds = Annotated[Any, BeforeValidator(_text_or_ids)]
 Weights = Annotated[dict[str, Finite], BeforeValidator(_bounded_fields)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Annotated[Annotated[list[_Stop], Field(max_length=16)] | None, BeforeValidator(_stops)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from me_local.asking import Ask, check_conversation, parted
+from me_local.asking import Ask, Prompt, Tokens, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
@@ -21,13 +21,15 @@ from me_local.server.fields import (
     Finite,
     Ignored,
     Limit,
+    LimitOrNothing,
     Penalty,
     Stops,
     Strict,
+    TextOrIds,
     Unsupported,
     Weights,
+    as_prompts,
     bounded_texts,
-    listed,
     no_effect_but,
     without,
 )
@@ -134,13 +136,17 @@ class _Request(Structure, Strict):
         """The largest number of pieces in a reply."""
         return self.max_tokens
 
-    def prompts(self) -> list[str | tuple[Message, ...]]:
+    def prompts(self) -> list[Prompt]:
         """What is to be answered or completed. Raises InputError."""
         raise NotImplementedError
 
     def top(self) -> int:
         """How many of the likeliest pieces are wanted at each step."""
         raise NotImplementedError
+
+    def echoed(self) -> Literal["text", "scores"] | None:
+        """What is told of the prompt in front of the reply: nothing of a conversation."""
+        return None
 
     def asks(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[Ask]:
         """The replies that are asked for, in the order of the choices; the i-th has the seed + i.
@@ -167,7 +173,8 @@ class _Request(Structure, Strict):
         prompts = [prompt for prompt in given for _ in range(n)]
         seeds = [None if overrides.seed is None else overrides.seed + i for i in range(len(prompts))]
         return [
-            Ask(prompt, replace(overrides, seed=seed), self.top()) for prompt, seed in zip(prompts, seeds, strict=True)
+            Ask(prompt, replace(overrides, seed=seed), self.top(), self.echoed())
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
     def _constraint(self) -> Constraint | None:
@@ -229,7 +236,7 @@ class ChatRequest(_Request):
         """The largest number of pieces in a reply."""
         return self.max_completion_tokens or self.max_tokens
 
-    def prompts(self) -> list[str | tuple[Message, ...]]:
+    def prompts(self) -> list[Prompt]:
         """The conversation. Raises InputError when it cannot be answered."""
         messages = as_messages(self.messages)
         if self.tools and self.may_call:
@@ -276,21 +283,28 @@ def as_messages(given: Sequence[ChatMessage]) -> list[Message]:
 class CompletionRequest(_Request):
     """A body of POST /v1/completions."""
 
-    prompt: Annotated[list[str], Field(min_length=1, max_length=128), BeforeValidator(listed)]
+    prompt: Annotated[list[TextOrIds], Field(min_length=1, max_length=128, fail_fast=True), BeforeValidator(as_prompts)]
+    max_tokens: LimitOrNothing = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[Any, no_effect_but(1)] = None
-    echo: Annotated[Any, no_effect_but(False)] = None
+    echo: bool | None = None
     suffix: Unsupported
 
-    def prompts(self) -> list[str | tuple[Message, ...]]:
+    def prompts(self) -> list[Prompt]:
         """The texts to complete. Raises InputError for one that is empty."""
         if not all(self.prompt):
             raise InputError("prompt: a text is empty: there is nothing to complete")
-        return list(self.prompt)
+        return [given if isinstance(given, str) else Tokens(tuple(given)) for given in self.prompt]
 
     def top(self) -> int:
         """How many of the likeliest pieces are wanted at each step."""
         return self.logprobs or 0
+
+    def echoed(self) -> Literal["text", "scores"] | None:
+        """What is told of the prompt."""
+        if not self.echo:
+            return None
+        return "text" if self.logprobs is None else "scores"
 
 
 def parse(kind: type[R], body: bytes) -> R:

@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply, Step
+from me_local.echoes import Echo, echo
 from me_local.ensemble import Ensemble
 from me_local.errors import MeLocalError
 from me_local.llama.states import States
@@ -159,7 +160,7 @@ class Worker:
     def _hear(self, events: Iterable[tuple[Job, Event | Exception]]) -> None:
         for job, event in events:
             if job in self._running:
-                if not isinstance(event, Step):
+                if not isinstance(event, Echo | Step):
                     self._running.remove(job)
                 job.hear(event)
         self._fill()
@@ -168,6 +169,8 @@ class Worker:
 
     def _begin(self, job: Job) -> None:
         try:
+            if job.ask.echo:
+                self._tell([(job, echo(self.ensemble, job.ask, job.stopped.is_set))])
             self._making.begin(job)
         except Exception as error:
             self._tell([(job, error)])
