@@ -1,7 +1,9 @@
 """What clients get: replies in OpenAI's shapes, whole or in chunks, with me-local's extensions.
 
 Extensions: each chunk's choice has the piece's `member`, `probability` and `shares`; the end of a choice its `seed`
-and `timings`. `usage` counts prompt tokens as the member does that has most of them, and pieces as completion tokens.
+and `timings`, those of llama-server among them, with the tokens of all members together. What a constraint forced has
+the member "" and no shares. `usage` counts prompt tokens as the member does that has most of them, and pieces as
+completion tokens.
 """
 
 import codecs
@@ -26,10 +28,12 @@ class Answer:
     """The objects of one answer.
 
     `chat` tells a conversation from a completion, `logprobs` whether they are wanted, `tools` whether calls of tools
-    are looked for; `n` is the number of replies to each prompt.
+    are looked for; `n` is the number of replies to each prompt; `fingerprint` that of the ensemble.
     """
 
-    def __init__(self, model: str, *, chat: bool, logprobs: bool, n: int, tools: bool = False) -> None:
+    def __init__(
+        self, model: str, *, chat: bool, logprobs: bool, n: int, tools: bool = False, fingerprint: str | None = None
+    ) -> None:
         self._tools = tools
         self._splitters: dict[int, Splitter] = {}  # of streamed choices
         self._echoed: dict[int, int] = {}  # the lengths of prompts in front of streamed choices, in characters
@@ -38,6 +42,7 @@ class Answer:
         self._n = n  # replies to each prompt
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._model = model
+        self._fingerprint = fingerprint
         self._created = int(time.time())
 
     def whole(self, replies: Sequence[Reply], echoes: Mapping[int, Echo] = MappingProxyType({})) -> Object:
@@ -124,7 +129,7 @@ class Answer:
             "object": kind,
             "created": self._created,
             "model": self._model,
-            "system_fingerprint": None,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
         }
 
@@ -143,16 +148,28 @@ class Answer:
 
 
 def timings(replies: Sequence[Reply]) -> Object:
-    """Seconds and tokens of all replies together, and what each member did."""
+    """Seconds and tokens of all replies together, and what each member did; the same under llama-server's names."""
     seconds, prompt = sum(r.seconds for r in replies), sum(r.prompt_seconds for r in replies)
     pieces = sum(len(reply.steps) for reply in replies)
-    members = [_work(usages) for usages in zip(*[reply.usage for reply in replies], strict=True)]
+    usages = [usage for reply in replies for usage in reply.usage]
     return {
         "seconds": seconds,
         "prompt_seconds": prompt,
         "decode_seconds": sum(reply.decode_seconds for reply in replies),
         "pieces_per_second": pieces / (seconds - prompt) if seconds > prompt else 0.0,
-        "members": members,
+        "cache_n": sum(usage.prompt_cached for usage in usages),
+        **_timed("prompt", sum(usage.prompt_evaluated for usage in usages), prompt),
+        **_timed("predicted", pieces, max(0.0, seconds - prompt)),
+        "members": [_work(each) for each in zip(*[reply.usage for reply in replies], strict=True)],
+    }
+
+
+def _timed(what: str, count: int, seconds: float) -> Object:
+    return {
+        f"{what}_n": count,
+        f"{what}_ms": seconds * 1000,
+        f"{what}_per_token_ms": seconds * 1000 / count if count else 0.0,
+        f"{what}_per_second": count / seconds if seconds else 0.0,
     }
 
 

@@ -24,15 +24,16 @@ Event = Echo | Step | Reply
 class Job:
     """One reply to be made.
 
-    `hear` takes what happens to it, in the event loop: an echo of its prompt where that is asked for, its steps, and at
-    the end the reply or an exception. One that is
-    `admitted` belongs to a request that had its turn, and always finds room in the queue. `stopped` may be set from any
-    thread: it ends at once what would take long.
+    `hear` takes what happens to it, in the event loop: an echo of its prompt where that is asked for, its steps, of
+    which there were `steps` so far, and at the end the reply or an exception. One that is `admitted` belongs to a
+    request that had its turn, and always finds room in the queue. `stopped` may be set from any thread: it ends at once
+    what would take long.
     """
 
     ask: Ask
     hear: Callable[[Event | Exception], None]
     admitted: bool
+    steps: int = 0
     came: float = field(default_factory=time.monotonic)
     stopped: threading.Event = field(default_factory=threading.Event)
 

@@ -344,9 +344,8 @@ def test_lm_eval_chooses(tiny: dict[str, Path], tmp_path: Path) -> None:
         [samples] = (tmp_path / "out").rglob("samples_*.jsonl")
         found = {sample["doc_id"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
         for number, question in enumerate(QUESTIONS):
-            scores = [
-                server.ensemble.score(question["question"], f" {choice}", raw=True) for choice in question["choices"]
-            ]
+            choices = [f" {choice}" for choice in question["choices"]]
+            scores = [server.ensemble.score(str(question["question"]), choice, raw=True) for choice in choices]
             told = [float(response[0]) for [response] in found[number]["resps"]]
             assert told == pytest.approx([score.log_likelihood for score in scores], abs=1e-3)
             greedy = [response[1] == "True" for [response] in found[number]["resps"]]
