@@ -13,7 +13,10 @@ from pathlib import Path
 from pip_downloads import FetchError, cache_folder, exit_status
 from processes import run
 
-PACKAGES = ("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@anthropic-ai/sdk@1", "zod@4")
+PACKAGES = (
+    *("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@anthropic-ai/sdk@1", "zod@4"),
+    "@qwen-code/qwen-code@0.15",
+)
 LIMIT = 300.0  # seconds
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from me_local.asking import Ask, Prompt, Tokens, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
@@ -56,6 +56,8 @@ class TextPart(Strict):
 
 
 def _as_parts(raw: Any) -> Any:
+    if raw is not None and not isinstance(raw, str | list):
+        raise PydanticCustomError("content", "is neither a text nor a list of parts")
     return [{"type": "text", "text": raw}] if isinstance(raw, str) else raw
 
 

@@ -120,6 +120,29 @@ def test_the_likeliest_pieces(server: Served) -> None:
     assert [entry.logprob for entry in bare.choices[0].logprobs.content] == [entry.logprob for entry in content]
 
 
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_prompt_has_its_length_whoever_is_drawn(two_models: Path, parallel: int) -> None:
+    """Members count different tokens; the longest prompt of those with a weight is told, under ME and CE alike."""
+    with served(two_models, parallel=parallel) as server:
+        lengths = [
+            len(prompt)
+            for prompt in server.ensemble.prompter.prompts(
+                [Message("user", MESSAGES[0]["content"])], server.ensemble.config
+            )
+        ]
+        assert lengths[0] != lengths[1]
+        drawn: set[str] = set()
+        for seed in range(12):
+            for strategy in ("me", "ce"):
+                answer = server.chat(seed=seed, strategy=strategy, max_tokens=1).json()
+                assert answer["usage"]["prompt_tokens"] == max(lengths)
+                if strategy == "me":
+                    drawn |= {work["member"] for work in answer["timings"]["members"] if work["calls"]}
+        assert drawn == {"bpe_a", "spm"}  # 12 draws of one member: odds of one in 2,048
+        for length, name in zip(lengths, server.ensemble.names, strict=True):
+            assert server.chat(model=f"me-local/{name}", seed=1).json()["usage"]["prompt_tokens"] == length
+
+
 def test_completions(server: Served) -> None:
     settings = Overrides(seed=1, max_tokens=20)
     expected = [server.ensemble.generate(text, settings, raw=True).text for text in ("the cat", "a dog")]
@@ -376,6 +399,18 @@ def started(models: Path, *options: str) -> Iterator[tuple[processes.Running, op
     ) as process:
         url = process.expect(r"serving bpe_a \+ spm at (\S+)")[1]
         yield process, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_connection_without_requests_is_closed_in_its_time(two_models: Path) -> None:
+    """And not sooner: two requests go through it."""
+    with served(two_models, limits=Limits(keep_alive=1)) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            for _ in range(2):
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+            while connection.recv(4096):
+                pass
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [MANY_FIELDS]}, "messages.0", "257 fields are too many, at most 256 are taken"),
     ({"messages": [{"role": "user", "content": [MANY_FIELDS]}]}, "messages.0.content.0", "257 fields are too many"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0", "content: is missing"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "array"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "neither a text nor a list of parts"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "'system'"),
     ({"messages": [{"role": "user", "content": " "}]}, None, "the prompt is empty"),
     ({"messages": [{"role": "system", "content": "x"}]}, None, "no user message"),
