@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.node]
 
 AGENT = fetch_node_clients.folder() / "node_modules" / "@qwen-code" / "qwen-code" / "cli.js"
 """Before the tests get a cache of their own."""
+OTHERS = ("agent", "ask_user_question", "exit_plan_mode", "send_message", "skill", "task_stop", "tool_search")
+"""Tools, each with a long description, that it has beside those that are asked for."""
 CALL = '<tool_call>{"name": "run_shell_command", "arguments": {"command": "echo 40 + 2"}}</tool_call>'
 
 
@@ -73,12 +75,20 @@ def test_qwen_code(server: Served, tmp_path: Path) -> None:
 
 
 def ask(server: Served, folder: Path, question: str) -> str:
-    """What it prints of two turns; a third is not allowed, or it would go on for ever."""
+    """What it prints of two turns; a third is not allowed, or it would go on for ever.
+
+    Its settings keep it from reporting its use to its makers, and from looking for newer versions of itself.
+    """
     (folder / "work").mkdir()
+    (folder / ".qwen").mkdir()
+    quiet = {"privacy": {"usageStatisticsEnabled": False}, "general": {"enableAutoUpdate": False}}
+    quiet["memory"] = {"enableManagedAutoMemory": False}
+    (folder / ".qwen" / "settings.json").write_text(json.dumps(quiet))
     own = {"HOME": str(folder), "OPENAI_API_KEY": "none", "OPENAI_BASE_URL": f"{server.url}/v1"}
     command = [
-        "node", AGENT, "--bare", "--auth-type", "openai", "--model", "me-local", "--system-prompt", "You help.",
-        "--yolo", "--exclude-tools", "edit", "--exclude-tools", "read_file", "--max-session-turns", "2",
+        "node", AGENT, "--auth-type", "openai", "--model", "me-local", "--system-prompt", "You help.",
+        "--yolo", "--core-tools", "run_shell_command",
+        *(f"--exclude-tools={name}" for name in OTHERS), "--max-session-turns", "2",
         "--output-format", "stream-json", question,
     ]  # fmt: skip
     return run(command, seconds=300, env=os.environ | own, cwd=folder / "work").stdout

@@ -404,13 +404,15 @@ def started(models: Path, *options: str) -> Iterator[tuple[processes.Running, op
 @pytest.mark.slow
 def test_a_connection_without_requests_is_closed_in_its_time(two_models: Path) -> None:
     """And not sooner: two requests go through it."""
-    with served(two_models, limits=Limits(keep_alive=1)) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-            for _ in range(2):
-                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-            while connection.recv(4096):
-                pass
+    with (
+        served(two_models, limits=Limits(keep_alive=1)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
+    ):
+        for _ in range(2):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        while connection.recv(4096):
+            pass
 
 
 @pytest.mark.slow
