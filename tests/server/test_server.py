@@ -81,6 +81,22 @@ def test_a_stream_has_the_pieces_and_who_wrote_them(server: Served) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_guidellm_sends(server: Served, path: str) -> None:
+    """Word for word what its version 0.8 sends for a prompt from a file; the package itself takes 6 GB."""
+    text = "the cat sat number 1 on the mat"
+    asked = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": [
+        {"type": "text", "text": text}
+    ]}]}  # fmt: skip
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "me-local", "stream": True, "stream_options": usage} | asked
+    *events, end = [line for line in server.http.post(path, json=body).text.splitlines() if line.startswith("data: ")]
+    assert end == "data: [DONE]"
+    counted = json.loads(events[-1].removeprefix("data: "))["usage"]
+    assert counted["prompt_tokens"] > 0
+    assert counted["total_tokens"] == counted["prompt_tokens"] + counted["completion_tokens"]
+
+
 def test_a_member_can_be_asked_alone(server: Served) -> None:
     answer = server.openai.chat.completions.create(**{**ASK, "model": "me-local/spm"})
     reply = direct(server, 1, weights={"bpe_a": 0, "spm": 1})
@@ -406,13 +422,15 @@ def test_a_connection_without_requests_is_closed_in_its_time(two_models: Path) -
     """And not sooner: two requests go through it."""
     with (
         served(two_models, limits=Limits(keep_alive=1)) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection,
+        closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection,
     ):
+        connection.connect()
+        kept = connection.sock
         for _ in range(2):
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-        while connection.recv(4096):
-            pass
+            connection.request("GET", "/health")
+            assert json.loads(connection.getresponse().read())
+        assert connection.sock is kept
+        assert kept.recv(1) == b""
 
 
 @pytest.mark.slow
