@@ -63,7 +63,7 @@ def echo(ensemble: Ensemble, ask: Ask, interrupted: Callable[[], bool] = lambda:
             chosen = [prompt[: len(prompt) - len(ids)] for prompt in chosen]
             pieces = [vocabulary.pieces[id_] for id_ in ids]
         elif scorer.same:
-            ids, starts = scorer.readers[0].tokens(text, at_start=True)
+            ids, starts = scorer.readers[0].tokens(text, typed=len(text))
             pieces = [text[start:end] for start, end in pairwise(starts.tolist())]
         else:
             return Echo(shown, tuple(listing.words(chosen, text)))
@@ -105,7 +105,7 @@ class _Listing:
         yield Unit(text[:first])
         if first == len(text):
             return
-        passage = Passage(tuple(prompts), text, first)
+        passage = Passage(tuple(prompts), text, first, typed=len(text))
         scores = self._scorer.units(passage, self._interrupted)
         weights = unit_weights(self._router, passage, scores, self._weights)
         borders = pairwise([*scores.starts.tolist(), len(text)])

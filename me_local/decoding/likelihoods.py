@@ -36,12 +36,13 @@ OUTPUTS = 64
 class Passage:
     """A text to score: `text` after each member's `prompts`, int32 (tokens,), without its first `given` bytes.
 
-    A text with some bytes given begins a document; one without is a reply.
+    A user wrote the first `typed` bytes of it, as it is a document; None: it is a reply.
     """
 
     prompts: tuple[IntArray, ...]
     text: bytes
     given: int
+    typed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class Scorer:
         Raises InputError when a member cannot write it, has no room for it, or has nothing in front of it; RunError
         when llama.cpp fails; EvaluationInterruptedError.
         """
-        tokens, cuts = self._cut(passage.text, passage.given)
+        tokens, cuts = self._cut(passage.text, passage.given, passage.typed)
         rows = [
             reader.score(prompt, ids, starts, cuts, interrupted)
             for reader, prompt, (ids, starts) in zip(self.readers, passage.prompts, tokens, strict=True)
@@ -129,12 +130,10 @@ class Scorer:
 
     def first_end(self, text: bytes) -> int:
         """Where the first unit of a document ends, in bytes. Raises InputError when a member cannot write it."""
-        return int(self._cut(text, 0, at_start=True)[1].positions[1])
+        return int(self._cut(text, 0, len(text))[1].positions[1])
 
-    def _cut(
-        self, text: bytes, given: int, *, at_start: bool = False
-    ) -> tuple[list[tuple[list[int], Positions]], Cuts]:
-        tokens = [reader.tokens(text, at_start=at_start or given > 0) for reader in self.readers]
+    def _cut(self, text: bytes, given: int, typed: int | None) -> tuple[list[tuple[list[int], Positions]], Cuts]:
+        tokens = [reader.tokens(text, typed) for reader in self.readers]
         starts = [starts for _, starts in tokens]
         return tokens, token_cuts(starts[0], given) if self.same else word_cuts(text, starts, given)
 
@@ -155,10 +154,10 @@ class Reader:
         """Its vocabulary."""
         return self._member.vocabulary
 
-    def tokens(self, text: bytes, *, at_start: bool) -> tuple[list[int], Positions]:
-        """The canonical ids of a text, and where they begin in it."""
+    def tokens(self, text: bytes, typed: int | None) -> tuple[list[int], Positions]:
+        """The canonical ids of a text, and where they begin in it; `typed` as in `Passage`."""
         vocabulary = self._member.vocabulary
-        ids = vocabulary.encode(text, at_start=at_start)
+        ids = vocabulary.canonical(text, typed=typed or 0, at_start=typed is not None)
         try:
             return ids, token_starts(vocabulary, ids, text)
         except InputError as error:

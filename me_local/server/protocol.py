@@ -35,6 +35,7 @@ from me_local.server.fields import (
 )
 from me_local.server.refusals import ApiError
 from me_local.server.structure import Structure
+from me_local.server.thinking import Thinking
 from me_local.text import constraints
 from me_local.text.messages import Message, Role
 
@@ -68,6 +69,8 @@ class ChatMessage(Strict):
     content: Annotated[list[TextPart] | None, Field(fail_fast=True), BeforeValidator(_as_parts)] = None
     name: Ignored
     refusal: Unsupported
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: Annotated[list[toolbox.Called] | None, Field(max_length=128)] = None
     tool_call_id: Ignored
     function_call: Unsupported
@@ -80,7 +83,14 @@ class ChatMessage(Strict):
             raise ValueError("content: is missing")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only the assistant has them")
+        if self.thought and self.role != "assistant":
+            raise ValueError("reasoning_content: only the assistant has it")
         return self
+
+    @property
+    def thought(self) -> str:
+        """What stood in front of the content, by either of its names."""
+        return self.reasoning_content or self.reasoning or ""
 
     def as_message(self) -> Message:
         """The message as members see it."""
@@ -88,9 +98,9 @@ class ChatMessage(Strict):
         if self.role == "tool":
             return Message("user", toolbox.response(text))
         if self.role == "assistant" and self.tool_calls:
-            return Message("assistant", toolbox.called(text, self.tool_calls))
+            return Message("assistant", toolbox.called(text, self.tool_calls), self.thought)
         role: Role = "system" if self.role == "developer" else self.role
-        return Message(role, text)
+        return Message(role, text, self.thought)
 
 
 class StreamOptions(Strict):
@@ -150,6 +160,10 @@ class _Request(Structure, Strict):
         """What is told of the prompt in front of the reply: nothing of a conversation."""
         return None
 
+    def template_args(self) -> dict[str, Any] | None:
+        """Variables for chat templates. Raises ConfigError."""
+        return None
+
     def asks(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[Ask]:
         """The replies that are asked for, in the order of the choices; the i-th has the seed + i.
 
@@ -167,6 +181,7 @@ class _Request(Structure, Strict):
             min_p=self.min_p,
             constraint=self._constraint(),
             weights=self._weights(ensemble, aliases),
+            template_args=self.template_args(),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
@@ -198,7 +213,7 @@ class _Request(Structure, Strict):
         return {other: float(other == name) for other in ensemble.names}
 
 
-class ChatRequest(_Request):
+class ChatRequest(Thinking, _Request):
     """A body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(bounded_texts)]
@@ -212,7 +227,6 @@ class ChatRequest(_Request):
     functions: Unsupported
     audio: Unsupported
     prediction: Unsupported
-    reasoning_effort: Unsupported
     verbosity: Unsupported
     web_search_options: Unsupported
     parallel_tool_calls: bool | None = None
@@ -227,6 +241,8 @@ class ChatRequest(_Request):
             raise ValueError("max_completion_tokens: contradicts max_tokens")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: there are no tools")
+        if self.may_call and not self.tells_thoughts:
+            raise ValueError('reasoning_format: "none" does not go with tools: calls are looked for behind thoughts')
         return self
 
     @property
