@@ -114,6 +114,7 @@ FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"model": "me-local/spm", "weights": {"spm": 1}}, "weights", "a single member has none"),
     ({"repetition_penalty": 1.1}, "repetition_penalty", "not supported"),
     ({"mirostat": 2}, "mirostat", "no such field"),
+    ({"ignore_eos": True}, "ignore_eos", "no such field"),
     ({"grammar": "start: ("}, "grammar", "grammar"),
     ({"guided_regex": "(("}, "guided_regex", "unclosed group"),
     ({"guided_choice": []}, "guided_choice", "at least 1"),
@@ -213,7 +214,7 @@ def test_models_that_there_are_not(server: Served, model: str) -> None:
 def test_fields_without_effect(server: Served) -> None:
     neutral = {
         "user": "u", "metadata": {"a": "b"}, "store": True, "cache_prompt": True,
-        "timings_per_token": True, "mirostat": None, "service_tier": "auto", "parallel_tool_calls": True,
+        "timings_per_token": True, "id_slot": 0, "mirostat": None, "service_tier": "auto", "parallel_tool_calls": True,
         "logit_bias": {}, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "top_p": 1,
         "presence_penalty": 0, "frequency_penalty": 0.0, "n": 1, "stop": "",
         "seed": -1, "max_tokens": -1, "top_k": -1, "unit": "token", "stream": False,
