@@ -246,6 +246,7 @@ def parse_setting(key: str, value: str) -> Overrides:
 
 
 def read_toml(path: Path) -> dict[str, object]:
+    """What a TOML file holds. Raises ConfigError that names it."""
     try:
         data = path.read_bytes()
         return tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark

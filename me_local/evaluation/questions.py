@@ -255,4 +255,3 @@ def _arms(names: Sequence[str], ensembles: tuple[str, ...]) -> tuple[str, ...]:
     if taken:
         raise ConfigError(f'member "{taken.pop()}": the tables use this name for the ensemble: rename the member')
     return (*names, *ensembles)
-

@@ -1,4 +1,4 @@
-"""Majority vote: the answer that has most of the members' weight behind it. Knows answers alone, and no order of them."""
+"""Majority vote: the answer that has most of the members' weight behind it. Knows answers alone, not their order."""
 
 import hashlib
 import math

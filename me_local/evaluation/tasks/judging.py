@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AllowInfNan, Field, Strict, TypeAdapter
 
-from me_local.checks import by_rule, require_known
+from me_local.checks import by_rule, require_known, shown
 from me_local.errors import ConfigError, InputError
 from me_local.evaluation.tasks import answers
 from me_local.evaluation.tasks.rows import Row, as_text
@@ -50,10 +50,11 @@ class Rule:
         text = row.text(self.field).strip()
         answer = self._normal(text)
         if count and text not in [letter_of(i) for i in range(count)]:
-            raise InputError(f'{row.where}: {self.field}: must be a letter from A to {letter_of(count - 1)}, got "{text}"')
+            last = letter_of(count - 1)
+            raise InputError(f"{row.where}: {self.field}: must be a letter from A to {last}, got {shown(text)}")
         if answer is None:
             problem = "must be a number" if self.compare == "number" else "is blank"
-            raise InputError(f"{row.where}: {self.field}: {problem}, got {json.dumps(text)}")
+            raise InputError(f"{row.where}: {self.field}: {problem}, got {shown(text)}")
         return answer, count
 
     def extract(self, reply: str, count: int) -> str | None:

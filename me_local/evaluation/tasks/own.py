@@ -1,6 +1,6 @@
 """A task of one's own: a TOML file that says what is asked, how the answer is found, and which answers are right.
 
-    questions = "capitals.csv"           # beside this file; or .jsonl; a field `id` names a question, else its line does
+    questions = "capitals.csv"           # beside this file; or .jsonl; the field `id` names a question, else its number
     prompt = "What is the capital of {country}? Answer with its name alone."
     system = "You know geography."       # optional, as are max_tokens, stop and examples
     max_tokens = 20
@@ -19,7 +19,6 @@
 """
 
 import hashlib
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,11 +56,14 @@ def read_task(path: Path) -> Task:
     rule = parse_rule(values.get("answer", {}), f"{path}: [answer]")
     listed = rule.choices if isinstance(rule.choices, str) else None
     template = Template.parse(values["prompt"], f"{path}: prompt", listed)
-    rows, data = read_rows(path.parent / values["questions"])
+    if not template.fields:
+        raise ConfigError(f"{path}: prompt: names no field of the questions, such as {{question}}")
+    rows = read_rows(path.parent / values["questions"])
     shown = [Row(f"{path}: examples[{i}]", fields) for i, fields in enumerate(values.get("examples", []))]
     examples = tuple(_example(row, template, rule) for row in shown)
     questions = _questions(rows, template, rule, examples)
     system = (Message("system", values["system"]),) if "system" in values else ()
+    limits = values.get("max_tokens"), values.get("stop")
     return Task(
         name=path.stem,
         description="a task of one's own",
@@ -72,7 +74,7 @@ def read_task(path: Path) -> Task:
         messages=lambda question: (*system, *turns(question, lambda asked: asked.text)),
         extract=lambda question, reply: rule.extract(reply, len(question.choices)),
         same=rule.same,
-        own=Own(_digest(path, data), values.get("max_tokens"), values.get("stop")),
+        own=Own(_digest(questions, system, rule, *limits), *limits),
     )
 
 
@@ -113,10 +115,9 @@ def _asked(template: Template, row: Row) -> str:
     return text
 
 
-def _digest(path: Path, questions: bytes) -> str:
-    """One of the two files."""
-    parts: Mapping[str, bytes] = {"task": path.read_bytes(), "questions": questions}
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts.values())).hexdigest()[:16]
+def _digest(*parts: object) -> str:
+    """One of what is asked and of how replies are judged, however the two files say it."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 @cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from me_local.checks import shown
 from me_local.errors import ConfigError, InputError
 from me_local.evaluation.tasks.task import letter_of
 from me_local.jsonl import checked_text, json_text, parse_object
@@ -70,6 +71,11 @@ class Template:
                 raise ConfigError(f'{place}: "{match[0]}" in {where} is no part of a {{field}}: write {match[0] * 2}')
         return cls((*parts, (plain + text[end:], "")), choices)
 
+    @property
+    def fields(self) -> list[str]:
+        """The names of the fields in it."""
+        return [name for _, name in self.parts if name]
+
     def fill(self, row: Row) -> str:
         """The text for a row; a list of choices has a line for each, "(A) …". Raises InputError."""
         return "".join(text + (self._value(row, name) if name else "") for text, name in self.parts)
@@ -80,8 +86,8 @@ class Template:
         return "\n".join(f"({letter_of(i)}) {choice}" for i, choice in enumerate(row.choices(name)))
 
 
-def read_rows(path: Path) -> tuple[list[Row], bytes]:
-    """The rows of a file, by its name's ending, and its bytes. Raises InputError that names file and line."""
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, whose form its name's ending says. Raises InputError that names file and line."""
     readers: dict[str, Callable[[Path, bytes], Iterator[Row]]] = {".jsonl": _objects, ".csv": _records}
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: questions are a .jsonl or a .csv file")
@@ -89,10 +95,12 @@ def read_rows(path: Path) -> tuple[list[Row], bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a zero character in the name
+        raise InputError(f"{shown(str(path))}: cannot be read: {error}") from None
     rows = list(readers[path.suffix.lower()](path, data))
     if not rows:
         raise InputError(f"{path}: there are no questions in it")
-    return rows, data
+    return rows
 
 
 def _objects(path: Path, data: bytes) -> Iterator[Row]:
