@@ -110,12 +110,13 @@ def _figure(values: FloatArray) -> Figure:
 
 def markdown(rows: Sequence[Row], arms: Sequence[str]) -> str:
     """The rows as Markdown tables: figures ± standard errors, accuracies in per cent with the gain over the best
-    member; and the paired differences, where there are any.
+    member; and the paired differences of accuracies, where there are any.
     """
     lines = [["task", "measure", "questions", *arms]]
     for row in rows:
         questions = f"{row.questions:,}" + (f" x {row.runs}" if row.runs > 1 else "")
         lines.append([row.task, row.measure, questions, *(_cell(row, row.cells.get(arm)) for arm in arms)])
+    rows = [row for row in rows if row.measure not in COSTS]
     pairs = list(dict.fromkeys(pair for row in rows for pair in row.differences))
     if not pairs:
         return _table(lines)
