@@ -8,7 +8,7 @@ from decimal import Decimal
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AllowInfNan, Field, Strict, TypeAdapter
+from pydantic import AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
 
 from me_local.checks import by_rule, require_known, shown
 from me_local.errors import ConfigError, InputError
@@ -19,8 +19,15 @@ from me_local.evaluation.tasks.task import letter_of
 Find = Literal["text", "number", "letter", "regex", "json"]
 Compare = Literal["exact", "case-insensitive", "number"]
 
+
+def _checked_choices(raw: object) -> object:
+    if type(raw) is int and 2 <= raw <= 26 or isinstance(raw, str) and raw:
+        return raw
+    raise ValueError("must be their number, 2 to 26, or the name of the field that lists them")
+
+
 _Text = Annotated[str, Field(min_length=1)]
-_Letters = Annotated[int, Strict(), Field(ge=2, le=26)]
+_Choices = Annotated[int | str, BeforeValidator(_checked_choices)]
 _BELONGS = {"pattern": "regex", "key": "json", "choices": "letter"}
 _SCIENTIFIC = re.compile(r"[+-]?[0-9]+(?:\.[0-9]*)?[eE][+-]?[0-9]{1,3}")
 
@@ -37,7 +44,7 @@ class Rule:
     find: Find = "text"
     pattern: _Text | None = None
     key: _Text | None = None
-    choices: _Letters | _Text | None = None
+    choices: _Choices | None = None
     compare: Compare = "exact"
     tolerance: Annotated[float, Strict(), AllowInfNan(False), Field(ge=0)] = 0.0
 
