@@ -12,7 +12,7 @@ from pydantic import AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
 
 from me_local.checks import by_rule, require_known, shown
 from me_local.errors import ConfigError, InputError
-from me_local.evaluation.tasks import answers
+from me_local.evaluation.tasks.answers import letter, number
 from me_local.evaluation.tasks.rows import Row, as_text
 from me_local.evaluation.tasks.task import letter_of
 
@@ -21,7 +21,7 @@ Compare = Literal["exact", "case-insensitive", "number"]
 
 
 def _checked_choices(raw: object) -> object:
-    if type(raw) is int and 2 <= raw <= 26 or isinstance(raw, str) and raw:
+    if (type(raw) is int and 2 <= raw <= 26) or (isinstance(raw, str) and raw):
         return raw
     raise ValueError("must be their number, 2 to 26, or the name of the field that lists them")
 
@@ -77,8 +77,8 @@ class Rule:
 
     def _found(self, reply: str, count: int) -> str | None:
         if self.find == "letter":
-            letter = answers.letter(reply, count)
-            return letter if letter in [letter_of(i) for i in range(count)] else None
+            chosen = letter(reply, count)
+            return chosen if chosen in [letter_of(i) for i in range(count)] else None
         if self.pattern is not None:
             groups = [match[1] for match in re.finditer(self.pattern, reply) if match[1] is not None]
             return groups[-1] if groups else None
@@ -87,7 +87,7 @@ class Rule:
     def _normal(self, text: str) -> str | None:
         text = text.strip()
         if self.compare == "number":
-            return format(Decimal(text), "f") if _SCIENTIFIC.fullmatch(text) else answers.number(text)
+            return format(Decimal(text), "f") if _SCIENTIFIC.fullmatch(text) else number(text)
         return (text.casefold() if self.compare == "case-insensitive" else text) or None
 
 
