@@ -1,16 +1,18 @@
 """Tasks of one's own: what is asked, which answers are found and right, and what each wrong file comes to."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from commands import one_line
+from conftest import ROOT
 
 from me_local import ConfigError, InputError
 from me_local.cli.program import main
-from me_local.evaluation.tasks import Task, find_tasks, read_questions
-from me_local.evaluation.tasks.judging import parse_rule
+from me_local.evaluation.tasks import Task, find_tasks, own, read_questions
+from me_local.evaluation.tasks.judging import Rule, parse_rule
 from me_local.evaluation.tasks.own import read_task
 from me_local.text.messages import Message
 
@@ -248,6 +250,31 @@ def test_wrong_csv_names_its_line(write_task: WriteTask, rows: str | bytes, part
 def test_a_prompt_that_comes_out_blank(write_task: WriteTask) -> None:
     with pytest.raises(InputError, match="line 1: the prompt is blank"):
         read_task(write_task(PLAIN.replace("What is {x}?", "{x}"), '{"x": "", "answer": 1}'))
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    for name, kind in (("capitals.toml", "toml"), ("capitals.csv", "csv")):
+        block = re.search(rf"^```{kind}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        assert block is not None
+        (tmp_path / name).write_text(block[1], "utf-8")
+    task = read_task(tmp_path / "capitals.toml")
+    france, _, argentina = read_questions(task, Path())
+    assert [message.content for message in task.messages(france)] == [
+        "What is the capital of Portugal? Answer with its name alone.",
+        "Lisbon",
+        "What is the capital of France? Answer with its name alone.",
+    ]
+    assert task.correct(france, "It is\nParis.\n")
+    assert task.correct(argentina, "buenos aires")
+    assert not task.correct(france, "It is Paris")
+
+
+def test_each_key_has_a_row_in_the_documentation() -> None:
+    section = (ROOT / "docs" / "evaluation.md").read_text("utf-8").partition("## Your own questions")[2]
+    table = "".join(re.findall(r"^\|.*\|$", section, re.MULTILINE))
+    keys = {*own.KEYS, *Rule.__dataclass_fields__}
+    assert {key for key in keys if f"`{key}`" not in table and f"[{key}]" not in table} == set()
 
 
 def test_a_list_of_tasks_with_files(write_task: WriteTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

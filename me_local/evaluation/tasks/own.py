@@ -35,7 +35,7 @@ from me_local.text.messages import Message
 
 _Text = Annotated[str, Field(min_length=1)]
 _Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: [raw] if isinstance(raw, str) else raw)]
-_KEYS: dict[str, Any] = {
+KEYS: dict[str, Any] = {
     "questions": _Text,
     "prompt": _Text,
     "system": _Text,
@@ -81,7 +81,7 @@ def read_task(path: Path) -> Task:
 def _values(path: Path) -> dict[str, Any]:
     document = read_toml(path)
     for key in document:
-        require_known(key, _KEYS, f"{path}: ", "key")
+        require_known(key, KEYS, f"{path}: ", "key")
     for key in ("questions", "prompt"):
         if key not in document:
             raise ConfigError(f"{path}: {key}: is missing")
@@ -122,4 +122,4 @@ def _digest(*parts: object) -> str:
 
 @cache
 def _type(key: str) -> TypeAdapter[Any]:
-    return TypeAdapter(_KEYS[key])
+    return TypeAdapter(KEYS[key])
