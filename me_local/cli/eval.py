@@ -10,9 +10,17 @@ from typing import IO, Any
 import click
 
 from me_local.cli.display import print_json
-from me_local.cli.options import FilePath, batch_option, load_many, models_option, weights_option, with_weights
+from me_local.cli.options import (
+    FilePath,
+    batch_option,
+    load_many,
+    models_option,
+    template_option,
+    weights_option,
+    with_weights,
+)
 from me_local.cli.progress import progress
-from me_local.config import Config, load_config
+from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.errors import InputError
 from me_local.evaluation.questions import Job, Likelihood, Method, Sampling, spread
 from me_local.evaluation.tables import Record, markdown, tabulate
@@ -59,6 +67,7 @@ _NAMES = ", ".join([*TASKS, "arc"])
     type=click.IntRange(0),
     help="For replies, as in generate; else 10, and models.toml's for tasks of one's own.",
 )
+@template_option
 @click.option("--output", type=FilePath(), help="Where a record per answer goes.")
 @click.option("--resume", is_flag=True, help="Go on after the records that --output already has.")
 @batch_option
@@ -74,6 +83,7 @@ def evaluate(
     runs: int,
     strategies: str,
     top_k: int | None,
+    template_args: dict[str, object] | None,
     output: Path | None,
     resume: bool,
     batch: str | None,
@@ -89,7 +99,7 @@ def evaluate(
         raise click.UsageError("--batch goes with --method sampling")
     if resume and output is None:
         raise click.UsageError("--resume goes with --output")
-    config = with_weights(load_config(models), weights)
+    config = override(with_weights(load_config(models), weights), Overrides(template_args=template_args))
     found = _tasks(tasks, data, few_shot)
     settings = _settings(config, found, few_shot)
     weighted = {member.name: member.weight for member in config.members}
@@ -132,7 +142,7 @@ def _tasks(names: str, data: Path | None, few_shot: bool) -> list[Task]:
 
 def _settings(config: Config, tasks: Sequence[Task], few_shot: bool) -> dict[str, Any]:
     """What makes records those of one run: with tasks of one's own also these, and what models.toml says of replies."""
-    members = {m.name: {"model": m.path.name if m.path else m.hf, "weight": m.weight} for m in config.members}
+    members = {m.name: _described(config, m) for m in config.members}
     settings: dict[str, Any] = {"members": members, "few_shot": few_shot}
     own = {task.name: task.own.digest for task in tasks if task.own}
     if not own:
@@ -140,6 +150,12 @@ def _settings(config: Config, tasks: Sequence[Task], few_shot: bool) -> dict[str
     reply = {key: getattr(config, key) for key in ("unit", "decode", "system", "max_tokens")}
     shaped = {m.name: asdict(m.sampling) | {"system": m.system} for m in config.members}
     return settings | {"own": own, "replies": reply | {"stop": list(config.stop), "members": shaped}}
+
+
+def _described(config: Config, member: MemberConfig) -> dict[str, Any]:
+    arguments = {**config.template_args, **member.template_args}
+    described = {"model": member.path.name if member.path else member.hf, "weight": member.weight}
+    return described | ({"template_args": arguments} if arguments else {})
 
 
 def _jobs(method: Method, tasks: Sequence[Task], data: Path | None, few_shot: bool, limit: int | None) -> list[Job]:

@@ -114,7 +114,8 @@ class Sampling:
     `weights` are the members', by their names; `strategies` are "members" (each alone), "me", "ce", "union" and "vote",
     which is the weighted majority of the members that have a weight: these then answer alone, too. The protocol is that
     of the paper, up to 512 pieces at temperature 1 from the `top_k` likeliest tokens (10 by default). A task of one's
-    own has its own limits, and the sampling of models.toml, but for a `top_k`.
+    own has its own limits, and the sampling of models.toml, but for a `top_k`. What is looked into is the answer of a
+    reply, behind its thought.
     """
 
     def __init__(
@@ -188,12 +189,13 @@ class Sampling:
         return replace(shared, temperature=1.0, top_k=top_k, top_p=1.0, min_p=0.0, max_tokens=MAX_TOKENS)
 
     def _record(self, job: Job, reply: Reply, seconds: float) -> Record:
-        found = job.task.extract(job.question, reply.text)
+        found = job.task.extract(job.question, reply.answer)
         return _sampled(job, self.settings, found) | {
             "seed": reply.seed,
             "finish_reason": reply.finish_reason,
             "cost": _cost(reply, seconds),
-            "reply": reply.text,
+            "reply": reply.answer,
+            "thought": reply.thought,
         }
 
     def _vote(self, job: Job, ballots: Mapping[str, Record]) -> Record:

@@ -14,6 +14,7 @@ from commands import one_line
 
 from me_local import ConfigError, Ensemble, Overrides, load
 from me_local.cli.program import main
+from me_local.decoding.reply import Reply
 from me_local.evaluation.questions import Job, Likelihood, Sampling, spread
 from me_local.evaluation.tasks import TASKS, Question, read_questions
 
@@ -135,7 +136,7 @@ def test_replies_at_once_are_those_of_one_at_a_time(
 def test_a_table_of_replies(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("me_local.evaluation.questions.MAX_TOKENS", 4)
     output = tmp_path / "out.jsonl"
-    options = ["--task", "gsm8k,arc_easy", "--strategies", "me,members,union", "--runs", 2, "--limit", 2]
+    options = ["--task", "gsm8k,arc_easy", "--strategies", "me,members,union", "--runs", 2, "--limit", 2, "--batch", 1]
     result = run(*options, "--output", output)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -248,6 +249,20 @@ def test_json_has_the_figures(run: Run) -> None:
     assert list(cells) == ["bpe_a", "spm", "ensemble"]
     best = max(cells["bpe_a"]["mean"], cells["spm"]["mean"])
     assert cells["ensemble"]["gain"]["mean"] == pytest.approx(cells["ensemble"]["mean"] - best)
+
+
+def test_answers_are_looked_for_behind_thoughts(data: Path) -> None:
+    task = TASKS["gsm8k"]
+    reply = Reply("Is it 2?</think>It is.", "stop", "me", "token", 1, (), (), 1.0, None, "Is it 2?", "It is.")
+    job = Job(task, read_questions(task, data)[0], "ME")
+    record = Sampling({"a": 1.0}, ["me"], 1, 5, {})._record(job, reply, 1.0)
+    assert (job.question.answer, record["found"], record["correct"]) == ("2", None, {"accuracy": {"ME": False}})
+    assert (record["thought"], record["reply"]) == ("Is it 2?", "It is.")
+
+
+def test_records_say_what_templates_were_given(run: Run) -> None:
+    told = json.loads(run("--task", "mmlu", "--method", "likelihood", "--json", "--template-arg", "x=1").stdout)
+    assert told["settings"]["members"]["spm"]["template_args"] == {"x": 1}
 
 
 def test_a_limit_is_spread_over_the_file() -> None:
