@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from me_local.cli.display import print_json
 from me_local.cli.options import (
@@ -33,6 +34,13 @@ _DEFAULT = "members,me,ce"
 _NAMES = ", ".join([*TASKS, "arc"])
 
 
+def _complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """In a shell: the tasks that the last name of a list begins, else files."""
+    before, comma, last = incomplete.rpartition(",")
+    names = [before + comma + name for name in (*TASKS, "arc") if name.startswith(last)]
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
 @click.command(name="eval")
 @models_option
 @weights_option
@@ -40,6 +48,7 @@ _NAMES = ", ".join([*TASKS, "arc"])
     "--task",
     "tasks",
     required=True,
+    shell_complete=_complete,
     help=f"A list with commas of {_NAMES} (both sets of ARC), and files FILE.toml of tasks of one's own.",
 )
 @click.option(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from commands import jsonl, one_line, records
 
@@ -192,6 +193,19 @@ def test_what_does_not_go_together(run: Run, arguments: list[str], parts: list[s
 def test_a_question_that_is_too_long_is_named(run: Run, tmp_path: Path) -> None:
     jsonl(tmp_path / "q.jsonl", {"id": "long", "x": "what " * 3000, "answer": 1})
     one_line(run("--strategies", "vote"), 2, "letters, question long: the prompt has")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("", [(name, "plain") for name in ("gsm8k", "mmlu", "bbh", "arc_challenge", "arc_easy", "arc")]),
+        ("gsm8k,arc_", [("gsm8k,arc_challenge", "plain"), ("gsm8k,arc_easy", "plain")]),
+        ("./my", [("./my", "file")]),
+    ],
+)
+def test_a_shell_completes_tasks_and_files(typed: str, offered: list[tuple[str, str]]) -> None:
+    shell = ShellComplete(main, {}, "me-local", "_ME_LOCAL_COMPLETE")
+    assert [(item.value, item.type) for item in shell.get_completions(["eval", "--task"], typed)] == offered
 
 
 def test_a_member_that_is_called_vote() -> None:
