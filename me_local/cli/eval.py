@@ -1,7 +1,7 @@
 """`me-local eval`: does the ensemble answer better than its members?"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -123,11 +123,18 @@ def evaluate(
     if as_json:
         print_json({"settings": chosen.settings, "rows": [asdict(row) for row in rows]})
     else:
-        click.echo(markdown(rows, chosen.arms))
-        if "UNION" in chosen.arms:
-            click.echo(
-                "\nUNION is CE over the union of the members' candidates (UniTE): ME cannot have its distribution."
-            )
+        click.echo("\n\n".join([markdown(rows, chosen.arms), *_notes(chosen, records)]))
+
+
+def _notes(method: Method, records: Sequence[Record]) -> Iterator[str]:
+    """What is to be known beside a table."""
+    if any(record.get("route") for record in records if record.get("arm") == "ME"):
+        yield (
+            "ME's replies drew the same members where they were made at once; its standard errors, made for "
+            'independent ones,\nare too small. --batch 1, or route = "own" in models.toml, makes them independent.'
+        )
+    if "UNION" in method.arms:
+        yield "UNION is CE over the union of the members' candidates (UniTE): ME cannot have its distribution."
 
 
 def _listed(strategies: str) -> list[str]:

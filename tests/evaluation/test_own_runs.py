@@ -136,6 +136,20 @@ def test_an_interrupted_run_goes_on(run: Run, tmp_path: Path) -> None:
         assert untimed(records(cut)) == untimed(records(whole))
 
 
+def test_replies_that_share_a_route_are_told_of(run: Run, tmp_path: Path) -> None:
+    """Where ME has one, and in a run that goes on from records too."""
+    note = "ME's replies drew the same members"
+    output = tmp_path / "out.jsonl"
+    options = ["--strategies", "me,ce", "--limit", 2, "--output"]
+    assert note in run(*options, output, "--batch", 2).stdout
+    assert note in run(*options, output, "--resume").stdout
+    assert note not in run(*options, tmp_path / "one.jsonl", "--batch", 1).stdout
+    assert note not in run("--strategies", "ce,vote", "--limit", 2, "--batch", 2).stdout
+    models = tmp_path / "models.toml"
+    models.write_text('[ensemble]\nroute = "own"\n' + models.read_text())
+    assert note not in run(*options, tmp_path / "own.jsonl", "--batch", 2).stdout
+
+
 def test_votes_are_added_to_the_records_of_members(run: Run, tmp_path: Path) -> None:
     """No model is needed for them."""
     output = tmp_path / "out.jsonl"
