@@ -28,6 +28,7 @@ ROOMS = (
     "records",
     "asking",
     "ensemble",
+    "echoes",
     "chat",
     "batch",
     "evaluation",
