@@ -30,6 +30,7 @@ ROOMS = (
     "records",
     "asking",
     "ensemble",
+    "echoes",
     "chat",
     "batch",
     "evaluation",
