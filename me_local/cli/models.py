@@ -21,7 +21,6 @@ _NOTHING = f"""\
 No GGUF models are on this machine where Ollama, LM Studio, Hugging Face and llama.cpp keep theirs.
 {VARIABLE} names further folders, parted by {os.pathsep!r}; -m takes the path of a file anywhere."""
 _UNFOLDED = 10_000  # columns
-_THOUSANDS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
 @click.command()
@@ -48,7 +47,8 @@ def models(as_json: bool) -> None:
 def _record(model: Found) -> dict[str, Any]:
     entry = model.entry
     facts = {} if model.facts is None else asdict(model.facts)
-    facts.pop("unfit", None)
+    for key in ("unfit", "shape"):
+        facts.pop(key, None)
     return {
         "name": entry.name,
         "store": entry.store,
@@ -92,7 +92,7 @@ def _cells(model: Found) -> tuple[str, ...]:
     template = "none" if facts.template is None else "thinks" if facts.thinks else "chat"
     return (
         facts.architecture,
-        _count(facts.parameters),
+        facts.count,
         facts.quantisation,
         decimal(model.size),
         f"{facts.context:,}" if facts.context else "",
@@ -112,10 +112,3 @@ def _shown(name: str) -> str:
     """The name as it is typed in a shell."""
     home = os.path.expanduser("~/")
     return f"~/{shlex.quote(name.removeprefix(home))}" if name.startswith(home) else shlex.quote(name)
-
-
-def _count(parameters: int) -> str:
-    for size, letter in _THOUSANDS:
-        if parameters >= size:
-            return f"{parameters / size:.3g} {letter}"
-    return str(parameters)

@@ -1,0 +1,180 @@
+"""`me-local init`: from the models on this machine to a models.toml that works."""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+from rich.filesize import decimal
+
+from me_local.chat import Chat
+from me_local.cli.commands import Session
+from me_local.cli.display import Painter, make_console
+from me_local.cli.menu import Menu
+from me_local.cli.models_toml import SAMPLING, models_toml
+from me_local.cli.options import FilePath, load, model_names, no_check_option
+from me_local.config import Config, Overrides, override
+from me_local.errors import InputError, LoadError, RunError
+from me_local.llama.devices import free_gpu_memory
+from me_local.measuring.cuts import Cuts
+from me_local.measuring.inspection import compare
+from me_local.measuring.proposing import Candidate, Room, candidates, propose, reasons, weights_of
+from me_local.stores.catalogue import found
+from me_local.stores.folders import VARIABLE
+from me_local.stores.members import config_of
+from me_local.system.machine import available_memory
+
+_NOTHING = (
+    "no models are on this machine: `ollama pull qwen3:4b`, LM Studio or `hf download OWNER/REPO FILE.gguf` bring "
+    f"some, and {VARIABLE} names folders with GGUF files (me-local models shows what is found)"
+)
+_QUESTION, _MOST_PIECES = "What is the capital of France?", 48
+
+
+class _Names(click.types.StringParamType):
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return model_names(incomplete)
+
+
+@click.command()
+@click.argument("names", nargs=-1, type=_Names(), metavar="[MODEL[:W]]...")
+@click.option("--yes", is_flag=True, help="Take the proposal without asking.")
+@click.option("--output", type=FilePath(), default=Path("models.toml"), show_default=True, help="The file to write.")
+@no_check_option
+def init(names: tuple[str, ...], yes: bool, output: Path) -> None:
+    """Choose an ensemble from the models on this machine, try it, and write a models.toml.
+
+    Proposes two models that fit this machine's memory and go well together; on a terminal the arrow keys choose others.
+    With names, as -m takes them, these are the members, and nothing is asked. A file that exists is left as it is.
+    """
+    _require_new(output)
+    cuts = Cuts()
+    room = _room()
+    models = candidates(found())
+    chosen = names or _chosen(models, room, cuts, yes=yes)
+    config = config_of(chosen)
+    known = _known(config, models)
+    if not names:
+        weighted = zip(config.members, weights_of(known), strict=True)
+        config = replace(config, members=tuple(replace(member, weight=weight) for member, weight in weighted))
+    config = _fitted(override(config, Overrides(temperature=SAMPLING.temperature)), known)
+    why = _explained(config, known, room, cuts)
+    _try(config)
+    _write(output, models_toml(config, why, Path.cwd() / output.parent))
+
+
+def _require_new(output: Path) -> None:
+    """Raise InputError where the file cannot, or must not, be written."""
+    if output.exists() or output.is_symlink():
+        raise InputError(
+            f"{output}: it exists already, and is left as it is: move it away, or name another by --output"
+        )
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: there is no folder {output.parent}")
+
+
+def _room() -> Room:
+    gpu = free_gpu_memory()
+    return Room(available_memory(), gpu=False) if gpu is None else Room(gpu, gpu=True)
+
+
+def _chosen(models: Sequence[Candidate], room: Room, cuts: Cuts, *, yes: bool) -> list[str]:
+    """The names of the models that are proposed, or of those that the user chooses."""
+    if not models:
+        raise InputError(_NOTHING)
+    with make_console(stderr=True).status("looking at the models on this machine"):
+        proposal = propose(models, room, cuts.agreement)
+    for note in proposal.notes:
+        click.echo(f"Note: {note}", err=True)
+    if yes:
+        if not proposal.members:
+            raise InputError("there is no ensemble to propose")
+        return [one.name for one in proposal.members]
+    picked = _menu(models, [models.index(one) for one in proposal.members], room).choose()
+    if picked is None:
+        click.echo("nothing is written", err=True)
+        click.get_current_context().exit(130)
+    return [models[i].name for i in picked]
+
+
+def _menu(models: Sequence[Candidate], proposed: list[int], room: Room) -> Menu:
+    width = max(len(one.name) for one in models)
+
+    def row(one: Candidate) -> str:
+        kind = "base model" if not one.chats else "thinks" if one.facts.thinks else ""
+        return f"{one.name:<{width}}  {one.facts.count:>7}  {one.facts.quantisation:<7} {decimal(one.needs):>9}  {kind}"
+
+    def sums(chosen: Sequence[int]) -> str:
+        members = [models[i] for i in chosen]
+        few = "" if room.holds(members) else ": too much"
+        needed = decimal(sum(one.needs for one in members))
+        return f"{len(members)} chosen, {needed} in memory, and {room}{few}"
+
+    return Menu([row(one) for one in models], proposed, lambda i: reasons([models[i]], lambda *_: None)[0], sums)
+
+
+def _known(config: Config, models: Sequence[Candidate]) -> list[Candidate]:
+    """Those of the members whose headers are read: in their order."""
+    by_path = {_path(one): one for one in models}
+    paths = [str(member.path) for member in config.members if not member.url]
+    return [by_path[path] for path in paths if path in by_path]
+
+
+def _fitted(config: Config, known: Sequence[Candidate]) -> Config:
+    """The members without more context than they were trained with."""
+    trained = {_path(one): one.facts.context for one in known}
+    lengths = [min(member.n_ctx, trained.get(str(member.path), 0) or member.n_ctx) for member in config.members]
+    members = zip(config.members, lengths, strict=True)
+    return replace(config, members=tuple(replace(member, n_ctx=length) for member, length in members))
+
+
+def _explained(config: Config, known: Sequence[Candidate], room: Room, cuts: Cuts) -> list[str]:
+    """A sentence on each member, which are shown, too."""
+    sentences = reasons(known, cuts.agreement)
+    of_path = {_path(one): f"{one.name}: {why}" for one, why in zip(known, sentences, strict=True)}
+    why = [of_path.get(str(member.path), "") for member in config.members]
+    for member, reason in zip(config.members, why, strict=True):
+        click.echo(f"{member.weight:.2f}  {reason or f'{member.name}: named by you'}", err=True)
+    if not room.holds(known):
+        click.echo(f"Note: they need {decimal(sum(one.needs for one in known))} together, and {room}", err=True)
+    return why
+
+
+def _path(one: Candidate) -> str:
+    return os.path.abspath(one.found.entry.files[0])
+
+
+def _try(config: Config) -> None:
+    """Let the members write a reply together, and say how they cut a text."""
+    try:
+        ensemble = load(override(config, Overrides(max_tokens=_MOST_PIECES)))
+    except LoadError as error:
+        raise type(error)(f"{error}; nothing is written: choose other models, me-local init MODEL MODEL") from None
+    with ensemble:
+        session = Session(Chat(ensemble), Painter(make_console(), ensemble.names), make_console(stderr=True))
+        session.note(f"> {_QUESTION}")
+        session.show(session.chat.say(_QUESTION))
+        if session.last and session.last.finish_reason == "cancelled":
+            session.note("nothing is written")
+            click.get_current_context().exit(130)
+        for pair in (compare(a, b) for a, b in combinations(ensemble.members, 2)):
+            how = (
+                "have one vocabulary" if pair.same_vocabulary else f"cut a text alike in {pair.agreement:.0%} of places"
+            )
+            session.note(f"{pair.first} and {pair.second} {how}{': risky' if pair.risky else ''}")
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise RunError(f"{output}: {error.strerror}") from None
+    named = "" if output == Path("models.toml") else f" --models {shlex.quote(str(output))}"
+    click.echo(f"{output} is written. A conversation: me-local chat{named}", err=True)
