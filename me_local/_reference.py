@@ -30,7 +30,8 @@ import llama_cpp
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import MemberConfig, Sampling
+from me_local.config import MemberConfig
+from me_local.sampling import Sampling
 from me_local.text.unified import END, UnifiedVocabulary
 from me_local.text.vocabulary import Vocabulary
 

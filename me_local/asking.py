@@ -13,11 +13,12 @@ from typing import TypeAlias
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import Config, Overrides, Sampling
+from me_local.config import Config, Overrides
 from me_local.decoding.engine import Engine, Request, needed_logits
 from me_local.errors import ConfigError, InputError, PromptTooLongError
 from me_local.mixture.alignment import top_k
 from me_local.model import EvaluationInterruptedError, LoadedModel
+from me_local.sampling import Sampling
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS

@@ -17,6 +17,7 @@ ROOMS = (
     "jsonl",
     "system",
     "checks",
+    "sampling",
     "config",
     "text",
     "_reference",

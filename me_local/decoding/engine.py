@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.config import Constraint, Sampling, Strategy, Unit
+from me_local.config import Constraint, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
 from me_local.mixture.alignment import Alignment, sufficient, top_k
@@ -20,6 +20,7 @@ from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
 from me_local.model import Model, Row, Shortlist
+from me_local.sampling import Sampling
 from me_local.system.inflight import InFlight
 from me_local.text.unified import UnifiedVocabulary
 

@@ -16,13 +16,13 @@ from itertools import chain
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Sampling
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request
 from me_local.errors import RunError
 from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample, sufficient, top_k
 from me_local.mixture.permitting import permitted
 from me_local.mixture.words import is_free, may_end
 from me_local.model import Row, split
+from me_local.sampling import Sampling
 from me_local.text import constraints
 from me_local.text.constraints import Matcher
 from me_local.text.growing import Text

@@ -27,13 +27,13 @@ from test_reference import Calls, Comparison, LoadReference, calls, compare_repl
 from me_local import Chat, ConfigError, Ensemble, InputError, LoadError, Overrides, _reference, ensemble, load
 from me_local.arrays import IntArray
 from me_local.asking import Ask
-from me_local.config import Sampling
 from me_local.decoding.engine import Engine
 from me_local.engines.remote import RemoteModel
 from me_local.errors import MeLocalError
 from me_local.measuring.verify import verify
 from me_local.mixture.routing import constant
 from me_local.model import Evaluated, Row
+from me_local.sampling import Sampling
 
 __all__ = ["calls", "load_reference", "open_all", "tiny"]
 
