@@ -77,9 +77,9 @@ class Sampling:
     presence_penalty: Annotated[Number, Field(ge=-100, le=100)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-100, le=100)] = 0.0
     repeat_last_n: Annotated[Int, Field(ge=-1)] = 64  # tokens of context; -1 = all of them
-    dry_multiplier: AtLeast0 = 0.0  # 0 = off
+    dry_multiplier: Annotated[Number, Field(ge=0, le=1000)] = 0.0  # 0 = off
     dry_base: Annotated[Number, Field(ge=1)] = 1.75
-    dry_allowed_length: Annotated[Int, Field(ge=0)] = 2  # tokens
+    dry_allowed_length: Annotated[Int, Field(ge=1)] = 2  # tokens
     dry_penalty_last_n: Annotated[Int, Field(ge=-1)] = -1  # as repeat_last_n
     dry_sequence_breakers: Texts = ("\n", ":", '"', "*")
     logit_bias: Biases = ()

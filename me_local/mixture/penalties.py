@@ -15,7 +15,7 @@ from me_local.sampling import Sampling
 
 BoolArray = npt.NDArray[np.bool_]
 
-_LARGEST = 88.0  # the logarithm of what a penalty grows to
+_LARGEST = 60.0  # the logarithm of what a penalty grows to, times the multiplier
 
 
 def window(length: int, last_n: int) -> int:
