@@ -18,8 +18,8 @@ same probabilities either way, because A_i depends on nothing but the member and
     print(b"".join(step.piece for step in reply(members, b"Once upon a time", strategy="me", seed=1)))
 
 A seed gives the same reply here and in the engine, unless rounding decides a draw: tests/decoding/test_reference.py
-compares them. Left out: constraints, words and "union", the likeliest piece of the mixture (`decode`), stop strings,
-adapters, GPUs, and llama.cpp's own parameters.
+compares them. Left out: penalties, biases, and what else shapes a member's distribution; constraints, words and
+"union"; the likeliest piece of the mixture (`decode`); stop strings, adapters, GPUs, and llama.cpp's own parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -42,7 +42,8 @@ def _bias(of: object, value: object) -> Bias:
     return Bias(of, -math.inf if value <= BAN else float(value))
 
 
-def _biases(raw: Any) -> Any:
+def read_biases(raw: Any) -> tuple[Bias, ...]:
+    """What some spelling of biases means. Raises ValueError, whose text goes on behind their name."""
     entries = raw.items() if isinstance(raw, Mapping) else raw
     if isinstance(entries, str) or not hasattr(entries, "__iter__"):
         raise ValueError("must be a table of texts and numbers, or a list of pairs")
@@ -58,7 +59,7 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2
 
 
-Biases = Annotated[tuple[Bias, ...], BeforeValidator(_biases)]
+Biases = Annotated[tuple[Bias, ...], BeforeValidator(read_biases)]
 
 
 @dataclass(frozen=True, slots=True)

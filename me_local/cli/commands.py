@@ -196,7 +196,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "clear": ("forget the conversation", _clear),
     "regen": ("another reply to the last message", _regen),
     "system": ("TEXT: set the system message; without a text, remove it", _system),
-    "set": ("KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode", _set),
+    "set": ("KEY VALUE: temperature, top_k, stop, seed, any other key of [sampling] in models.toml; decode", _set),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
     "strategy": ("show the strategy, or set it: me, ce or union", _strategy),
     "unit": ("show what a member is drawn for, or set it: token or word (word needs me)", _unit),

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
+from me_local.cli.shaping import Lines, Option, each_option, take_shaping
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
@@ -40,21 +41,14 @@ class FilePath(click.Path):
         return super().convert(os.path.expanduser(value), parameter, context)
 
 
-class _Texts(click.types.StringParamType):
-    """Texts, of which an environment variable holds one: white space belongs to it."""
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        """The values of an environment variable."""
-        return [rv]
-
-
-def named(name: str, **attributes: Any) -> Decorator:
+def named(name: str, *destination: str, **attributes: Any) -> Decorator:
     """An option that an environment variable of its name sets, too.
 
     So is each that describes models, replies or the server: what one would want to hold for many runs. What a single
     run reads, writes and prints is said on its command line.
     """
-    return click.option(name, envvar=variable_of(name), show_envvar=True, **attributes)
+    kind = attributes.pop("cls", Option)
+    return click.option(name, *destination, cls=kind, envvar=variable_of(name), show_envvar=True, **attributes)
 
 
 def variable_of(name: str) -> str:
@@ -86,14 +80,11 @@ _SAMPLING: list[Decorator] = [
     ),
     _WEIGHTS,
     named("--seed", type=int, help="Makes a reply repeatable."),
-    named("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
-    named("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
-    named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
-    named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
-    named("--stop", type=_Texts(), multiple=True, help="End the reply before this text; may be given several times."),
+    named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
+    *each_option(named),
 ]
 
 _PARALLEL = named(
@@ -149,6 +140,7 @@ def served_options(command: Command) -> Command:
 def configured(models: Path, given: dict[str, Any]) -> Config:
     """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
     config = load_config(models)
+    given = take_shaping(given)
     weights, stop = given.pop("weights"), given.pop("stop")
     return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
 

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, RunError
 from me_local.evaluation.tasks import Question, Task
 from me_local.records import route_record, stretch_of
+from me_local.sampling import Sampling as Shape
 
 Record = dict[str, Any]
 
@@ -146,11 +147,10 @@ class Sampling:
             strategy=_STRATEGIES.get(arm, "me"),
             weights={name: float(name == arm) for name in ensemble.names} if arm in self._singles else None,
             seed=zlib.crc32(arm.encode()),  # of the route
-            temperature=1.0,
-            top_k=self._top_k,
-            top_p=1.0,
-            min_p=0.0,
             max_tokens=MAX_TOKENS,
+            min_tokens=0,
+            ignore_eos=False,
+            **asdict(Shape(top_k=self._top_k)),
         )
 
     def _record(self, job: Job, reply: Reply) -> Record:

@@ -17,6 +17,7 @@ from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.server import tools as toolbox
 from me_local.server.refusals import ApiError
+from me_local.server.shaping import Shaping
 from me_local.server.structure import Structure
 from me_local.text import constraints
 from me_local.text.messages import Message, Role
@@ -75,8 +76,6 @@ def _without(*off: object) -> BeforeValidator:
 _SAYS_NOTHING: tuple[Any, ...] = (None, [], {}, "")
 _Ignored = Annotated[Any, Field(default=None)]
 _Unsupported = Annotated[Any, Field(default=None), _no_effect_but([], {}, "")]
-_Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
-_Factor = Annotated[float | None, Field(default=None), _no_effect_but(1)]
 _Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _Stops = Annotated[list[_Stop], Field(max_length=16)]
@@ -149,14 +148,10 @@ class StreamOptions(_Model):
     continuous_usage_stats: _Ignored
 
 
-class _Request(Structure, _Model):
+class _Request(Structure, Shaping, _Model):
     """What conversations and completions have in common."""
 
     model: str = MODEL
-    temperature: _Finite | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1), BeforeValidator(lambda raw: 0 if raw == -1 else raw)] = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: _Limit = None
     stop: Annotated[_Stops | None, BeforeValidator(_stops)] = None
     seed: Annotated[int | None, Field(ge=0, le=2**62), _without(-1)] = None
@@ -166,11 +161,6 @@ class _Request(Structure, _Model):
     strategy: Strategy | None = None
     weights: _Weights | None = None
     unit: Unit | None = None
-    presence_penalty: _Penalty
-    frequency_penalty: _Penalty
-    repeat_penalty: _Factor
-    repetition_penalty: _Factor
-    logit_bias: _Unsupported
     user: _Ignored
     metadata: _Ignored
     store: _Ignored
@@ -205,12 +195,9 @@ class _Request(Structure, _Model):
             seed=self.seed if self.seed is not None else ensemble.config.seed,
             max_tokens=self.limit(),
             stop=None if self.stop is None else tuple(self.stop),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
             constraint=self._constraint(),
             weights=self._weights(ensemble, aliases),
+            **self.shaping(),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
