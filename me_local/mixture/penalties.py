@@ -5,7 +5,6 @@ Pure functions of a member's logits and of the ids of its own context, as in lla
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from me_local.sampling import Sampling
 
 BoolArray = npt.NDArray[np.bool_]
 
+_NONE = np.zeros(0, dtype=np.int32)
 _LARGEST = 60.0  # the logarithm of what a penalty grows to, times the multiplier
 
 
@@ -47,44 +47,36 @@ def repetitions(context: IntArray, breaks: BoolArray, sampling: Sampling) -> tup
     broken = np.flatnonzero(breaks[ids])
     limit = len(ids) - 1 - int(broken[-1]) if len(broken) else len(ids)
     least = sampling.dry_allowed_length
-    longest: dict[int, int] = {}
-    if limit >= least and len(ids) > least:
-        backwards = ids[::-1].tolist()
-        for start, length in _matches(backwards):
-            if (length := min(length, limit)) >= least:
-                following = backwards[start - 1]
-                longest[following] = max(longest.get(following, 0), length)
-    found = np.array([id_ for id_ in sorted(longest) if not breaks[id_]], dtype=np.int32)
-    exponents = np.array([longest[id_] - least for id_ in found.tolist()], dtype=np.float64)
+    if limit < least or len(ids) <= least:
+        return _NONE, _NONE.astype(np.float32)
+    lengths = np.minimum(_matches(ids[::-1], least), limit)  # of what ends at each place, the last first
+    places = np.flatnonzero(lengths >= least)
+    following = ids[len(ids) - places]
+    places, following = places[~breaks[following]], following[~breaks[following]]
+    found, where = np.unique(following, return_inverse=True)
+    longest = np.zeros(len(found))
+    np.maximum.at(longest, where, lengths[places])
     most = _LARGEST / math.log(sampling.dry_base) if sampling.dry_base > 1 else math.inf
-    return found, (sampling.dry_multiplier * sampling.dry_base ** np.minimum(exponents, most)).astype(np.float32)
+    losses = sampling.dry_multiplier * sampling.dry_base ** np.minimum(longest - least, most)
+    return found, losses.astype(np.float32)
 
 
-def _matches(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """The places behind the first from which the ids go on like at the first, and for how many.
-
-    Gusfield's Z algorithm, which takes as many steps as there are ids at most; places that begin otherwise are skipped.
-    """
+def _matches(ids: IntArray, least: int) -> npt.NDArray[np.int64]:
+    """For how many ids they go on at each place like at the first, int64 (ids,); 0 at the first, and for few."""
     count = len(ids)
+    alike = np.ones(count - least, dtype=bool)  # at the places behind the first
+    for offset in range(least):
+        alike &= ids[1 + offset : 1 + offset + len(alike)] == ids[offset]
+    places = np.flatnonzero(alike) + 1
     lengths = [0] * count
+    listed = ids.tolist()
     left = right = 0
-    place = 1
-    found = []
-    while place < count:
-        if place >= right:
-            try:
-                place = ids.index(ids[0], place)
-            except ValueError:
-                break
-            length = 1
-        else:
-            length = min(lengths[place - left], right - place)
+    for place in places.tolist():  # Gusfield's Z algorithm: no id is looked at twice
+        length = min(lengths[place - left], right - place) if place < right else 0
+        length = max(length, least)
         if place + length >= right:
-            while place + length < count and ids[length] == ids[place + length]:
+            while place + length < count and listed[length] == listed[place + length]:
                 length += 1
             left, right = place, place + length
-        if length:
-            lengths[place] = length
-            found.append((place, length))
-        place += 1
-    return found
+        lengths[place] = length
+    return np.array(lengths)
