@@ -59,10 +59,10 @@ class Sampler:
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_uniform = route or _uniforms(route_seed)
         self._piece_uniform = _uniforms(piece_seed)
-        # Two would do, but spawn_key=(2,) is that of shared routes, and members must not be drawn by XTC's coins.
-        self._coin_uniform = _uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
-        self._coin = 1.0  # of this position, the same for all members
         self._throws = any(0 < each.xtc_probability < 1 for each in request.sampling)
+        if self._throws:  # spawn_key=(2,) is that of shared routes: members must not be drawn by XTC's coins
+            self._coin_uniform = _uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
+        self._coin = 1.0  # of this position, the same for all members
         self._matcher = constraints.start(request.constraint) if request.constraint else None
         self._shapers = [shaper if shaper.changes else None for shaper in shapers]
         self._context = context

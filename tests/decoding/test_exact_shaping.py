@@ -34,12 +34,18 @@ from me_local.mixture.alignment import top_k
 from me_local.model import Shortlist
 from me_local.sampling import Bias, Sampling
 
-COUNT = 2_000  # replies of a case
-BROKEN_COUNT = 4_000
-SEEDS = 60  # whose replies are the same by a shortlist
-ALIKE = b"the cat the cat the"
+COUNT = 800  # replies of a case
+BROKEN_COUNT = 1_200
+SEEDS = 25  # whose replies are the same by a shortlist
+HEAD = b"the catckWCckckckck"
+"""The models would go on with what stands in it already, and so behind the next."""
+HEAD_OF_ONE_VOCABULARY = b"the cathatfPallzltDf?f sebf"
 
 Piece = bytes | int | None
+
+
+ENDS = (Bias(1, 5.0, "bpe_c"), Bias(2, 5.0, "spm"))
+"""The members would end soon."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,9 @@ class Shaped:
     min_tokens: int = 0
 
 
-def shaped(*names: str, min_tokens: int = 0, head: bytes = ALIKE, length: int = 3, **sampling: Any) -> Shaped:
-    weights = (0.6, 0.3, 0.1)[: len(names)] if len(names) == 3 else (0.6, 0.4)
+def shaped(*names: str, min_tokens: int = 0, length: int = 2, **sampling: Any) -> Shaped:
+    weights = (0.6, 0.3, 0.1) if len(names) == 3 else (0.6, 0.4)
+    head = HEAD_OF_ONE_VOCABULARY if "bpe_b" in names else HEAD
     each = (Sampling(**({"top_k": 6} | sampling)),) * len(names)
     return Shaped(case(*names, weights=weights, head=head, length=length, sampling=each), min_tokens)
 
@@ -62,31 +69,32 @@ def banned(*texts: str) -> tuple[Bias, ...]:
 
 CASES = {
     "penalties": shaped("bpe_c", "spm", repeat_penalty=1.5, presence_penalty=0.3, frequency_penalty=0.2),
-    "penalties of one vocabulary": shaped("bpe_a", "bpe_b", repeat_penalty=1.4, repeat_last_n=3),
-    "rewards": shaped("bpe_c", "spm", presence_penalty=-1.0, frequency_penalty=-0.2, repeat_last_n=-1),
-    "DRY": shaped("bpe_c", "spm", dry_multiplier=1.0, dry_allowed_length=1),
-    "DRY of one vocabulary, in a window": shaped("bpe_a", "bpe_b", dry_multiplier=1.0, dry_penalty_last_n=7),
-    "DRY with breakers": shaped(
-        "bpe_c", "spm", dry_multiplier=2.0, dry_allowed_length=1, dry_sequence_breakers=("c", "q")
+    "penalties, one vocabulary": shaped("bpe_a", "bpe_b", repeat_penalty=1.4, presence_penalty=-0.5, repeat_last_n=6),
+    "DRY": shaped("bpe_c", "spm", dry_multiplier=1.0, dry_allowed_length=1, dry_sequence_breakers=("W", "e")),
+    "DRY, one vocabulary": shaped(
+        "bpe_a", "bpe_b", dry_multiplier=2.0, dry_allowed_length=1, dry_penalty_last_n=20, dry_base=2.5
     ),
-    "biases": shaped("bpe_c", "spm", logit_bias=(Bias(" the", 1.5), Bias("e", -1.0), *banned(" ", "t", "s"))),
-    "a bias by an id": shaped("bpe_c", "spm", logit_bias=(Bias(300, 3.0, "spm"), Bias(301, 2.0, "bpe_c"))),
-    "no end before two pieces": shaped("bpe_c", "spm", min_tokens=2, temperature=2.0, top_k=0, length=3),
-    "no end": shaped("bpe_a", "spm", min_tokens=99, temperature=2.0, top_k=0, length=2),
-    "typical": shaped("bpe_c", "spm", typical_p=0.6, top_k=12),
-    "typical, top-p and min-p": shaped("bpe_c", "spm", typical_p=0.8, top_k=0, top_p=0.7, min_p=0.05, length=2),
-    "top-n-sigma": shaped("bpe_c", "spm", top_n_sigma=2.0, top_k=0, temperature=1.5, length=2),
+    "biases": shaped("bpe_c", "spm", logit_bias=(Bias("i", 1.5), Bias("in", -1.0), *banned("ck", "B"))),
+    "a bias by an id": shaped("bpe_c", "spm", logit_bias=(Bias(300, 5.0, "spm"), Bias(301, 5.0, "bpe_c"))),
+    "min_tokens": shaped("bpe_c", "spm", min_tokens=1, logit_bias=ENDS),
+    "ignore_eos": shaped("bpe_c", "spm", min_tokens=99, logit_bias=ENDS),
+    "typical-p": shaped("bpe_c", "spm", typical_p=0.6, top_k=12, top_p=0.9, min_p=0.05),
+    "top-n-sigma": shaped("bpe_c", "spm", top_n_sigma=2.0, top_k=0, temperature=1.5),
     "XTC": shaped("bpe_c", "spm", xtc_probability=0.5, xtc_threshold=0.15),
-    "XTC in every step": shaped("bpe_c", "spm", xtc_probability=1.0, xtc_threshold=0.1, length=2),
     "all, three members": shaped(
-        *("bpe_b", "bpe_c", "spm"),
+        *("swa", "bpe_c", "spm"),
         **{"repeat_penalty": 1.2, "presence_penalty": 0.2, "dry_multiplier": 0.5, "typical_p": 0.9, "top_p": 0.95},
-        **{"xtc_probability": 0.4, "xtc_threshold": 0.2, "logit_bias": (Bias("e", -0.5),), "temperature": 0.8},
-        length=2,
+        **{"xtc_probability": 0.4, "xtc_threshold": 0.2, "logit_bias": (Bias("i", -0.5),), "temperature": 0.8},
         min_tokens=1,
+        top_k=4,
     ),
 }
-BROKEN = shaped("bpe_c", "spm", repeat_penalty=1.5, dry_multiplier=1.0, dry_allowed_length=1, xtc_probability=0.5)
+QUICK = ("penalties", "DRY")
+BROKEN = shaped(
+    *("bpe_c", "spm"),
+    **{"repeat_penalty": 1.8, "presence_penalty": 0.5, "dry_multiplier": 2.0, "dry_allowed_length": 1},
+    **{"xtc_probability": 0.5},
+)
 
 
 class Short(Remembered):
@@ -240,25 +248,29 @@ def open_all(open_member: Callable[..., Member]) -> OpenAll:
     return lambda this: [open_member(name, **SETTINGS) for name in this.names]
 
 
+def distance(a: dict[Piece, float], b: dict[Piece, float]) -> float:
+    return sum(abs(a.get(piece, 0.0) - b.get(piece, 0.0)) for piece in {*a, *b}) / 2
+
+
 def is_as_defined(drawn: Counter[Reply], tree: ShapedTree) -> bool:
     cells = tree.cells(drawn.total())
     assert sum(cells.values()) == pytest.approx(1, abs=1e-9)
     return all(tree.possible(reply) for reply in drawn) and g_test(drawn, cells) > EXACT
 
 
-@pytest.mark.parametrize("name", slow_but(CASES, "penalties", "DRY"))
+@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
 def test_replies_have_the_probabilities_of_the_definition(open_all: OpenAll, name: str) -> None:
     this = CASES[name]
     members = open_all(this.case)
     tree, engine = ShapedTree(members, this), engine_of(members, this)
-    plain = Tree(members, replace(this.case, sampling=(Sampling(top_k=6),) * len(members)))
-    assert tree.following(()) != pytest.approx(plain.following(()), abs=1e-3)  # the shape matters
+    plain = [Sampling(each.temperature, each.top_k) for each in this.case.sampling]
+    assert distance(tree.following(()), Tree(members, replace(this.case, sampling=plain)).following(())) > 0.02
     for strategy in ("me", "ce"):
         assert is_as_defined(draw(engine, this, strategy), tree)
 
 
 @pytest.mark.parametrize("strategy", ["me", "ce"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(CASES, *QUICK))
 def test_replies_by_the_largest_logits_are_the_same(open_all: OpenAll, name: str, strategy: str) -> None:
     this = CASES[name]
     members = open_all(this.case)
@@ -267,19 +279,13 @@ def test_replies_by_the_largest_logits_are_the_same(open_all: OpenAll, name: str
         assert written(short, this, strategy, seed) == written(whole, this, strategy, seed)
 
 
-def too_few_logits(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Shaper, "_most_lowered", lambda self, n_ctx: 0)
-
-
-def one_context_for_all(patch: pytest.MonkeyPatch) -> None:
+def a_context_without_its_last_id(patch: pytest.MonkeyPatch) -> None:
     shape = Shaper.shape
-    seen: list[IntArray] = []
 
-    def by_the_last(self: Shaper, row: Any, context: Callable[[], IntArray], written: int) -> Any:
-        seen.append(context())
-        return shape(self, row, lambda: seen[-2 % len(seen)], written)
+    def early(self: Shaper, row: Any, context: Callable[[], IntArray], written: int) -> Any:
+        return shape(self, row, lambda: context()[:-1], written)
 
-    patch.setattr(Shaper, "shape", by_the_last)
+    patch.setattr(Shaper, "shape", early)
 
 
 def rows_that_change(patch: pytest.MonkeyPatch) -> None:
@@ -315,32 +321,52 @@ def penalties_behind_the_truncation(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["me", "ce"])
+@pytest.mark.filterwarnings("ignore:overflow")
 @pytest.mark.parametrize(
-    "fault", [one_context_for_all, rows_that_change, a_coin_for_each_alignment, penalties_behind_the_truncation]
+    "fault",
+    [
+        a_context_without_its_last_id,
+        rows_that_change,
+        a_coin_for_each_alignment,
+        penalties_behind_the_truncation,
+    ],
 )
 def test_a_broken_engine_is_found_out(
-    open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None], strategy: str
+    open_all: OpenAll, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     members = open_all(BROKEN.case)
     tree = ShapedTree(members, BROKEN)
-    assert is_as_defined(draw(engine_of(members, BROKEN), BROKEN, strategy), tree)
     fault(monkeypatch)
-    assert not is_as_defined(draw(engine_of(members, BROKEN), BROKEN, strategy, BROKEN_COUNT), tree)
+    assert not is_as_defined(draw(engine_of(members, BROKEN), BROKEN, "ce", BROKEN_COUNT), tree)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("off", [-1, 1])
 def test_an_end_at_another_piece_is_found_out(open_all: OpenAll, off: int) -> None:
-    this = CASES["no end before two pieces"]
+    this = CASES["min_tokens"]
     members = open_all(this.case)
     drawn = draw(engine_of(members, this), replace(this, min_tokens=this.min_tokens + off), "me", BROKEN_COUNT)
     assert not is_as_defined(drawn, ShapedTree(members, this))
 
 
+def test_ends_of_generation_are_spared(open_all: OpenAll) -> None:
+    [member, _] = open_all(CASES["penalties"].case)
+    vocabulary, [end] = member.vocabulary, member.vocabulary.end_ids
+    sampling = Sampling(presence_penalty=1.0, dry_multiplier=1.0, dry_allowed_length=1)
+    shaper = Shaper("bpe_c", vocabulary, sampling, n_ctx=8, min_tokens=0, breaks=lambda: np.zeros(999, dtype=bool))
+    row = np.zeros(vocabulary.size, dtype=np.float32)
+    changed = shaper.shape(row, lambda: np.array([300, end, 300, 301, 300], dtype=np.int32), 0)
+    assert isinstance(changed, np.ndarray)
+    assert {i: x for i, x in enumerate(changed.tolist()) if x} == {300: -1.0, 301: -2.0}
+    assert not row.any()
+    assert shaper.lowered == 8
+
+
 def test_too_few_logits_are_found_out(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
-    this = CASES["penalties"]
-    members = open_all(this.case)
+    plain = shaped("bpe_c", "spm", top_k=6)
+    members = open_all(plain.case)
+    likely = [piece.decode() for piece in ShapedTree(members, plain).following(()) if isinstance(piece, bytes)]
+    this = shaped("bpe_c", "spm", top_k=4, logit_bias=banned(*likely), presence_penalty=0.5)
     whole = [written(engine_of(members, this), this, "me", seed) for seed in range(SEEDS)]
-    too_few_logits(monkeypatch)
+    monkeypatch.setattr(Shaper, "_most_lowered", lambda self, n_ctx: 0)
     assert [written(engine_of(members, this, Short), this, "me", seed) for seed in range(SEEDS)] != whole
