@@ -63,6 +63,14 @@ def parsed(text: str) -> object:
     return text
 
 
+def argument(text: str, place: str) -> tuple[str, object]:
+    """The name and the value of "NAME=VALUE": JSON, else a text. Raises ConfigError that begins with the place."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"{place}: must look like NAME=VALUE, got {shown(text)}")
+    return name.strip(), parsed(value)
+
+
 _PROBLEMS = {
     "bool_type": "must be true or false",
     "dict_type": "must be a table",

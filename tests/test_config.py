@@ -226,9 +226,10 @@ NAME_RULE = 'must be a name without "=", ",", control characters and outer space
 MEMBER_KEYS = (
     "name, path, hf, url, engine, api_key_env, model, "
     "weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
-    "tensor_split, lora, system, chat_template, tokenizer, llama, temperature, top_k, top_p, min_p, typical_p, "
-    "top_n_sigma, xtc_probability, xtc_threshold, repeat_penalty, presence_penalty, frequency_penalty, repeat_last_n, "
-    "dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, dry_sequence_breakers, logit_bias"
+    "tensor_split, lora, system, chat_template, template_args, tokenizer, llama, temperature, top_k, top_p, min_p, "
+    "typical_p, top_n_sigma, xtc_probability, xtc_threshold, repeat_penalty, presence_penalty, "
+    "frequency_penalty, repeat_last_n, dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, "
+    "dry_sequence_breakers, logit_bias"
 )
 NUMBERS = ".logit_bias: must give each a number, at most 1000000, or false"
 PAIRS = ".logit_bias: must be a table of texts and numbers, or a list of pairs"
@@ -350,7 +351,7 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         (
             "[ensemble]\nzzz = 1",
             "[ensemble].zzz: unknown key; allowed: strategy, unit, decode, seed, router, alignment, route, parallel, "
-            "system",
+            "system, template_args",
         ),
         ("[sampling]\ntemperature = -1", "[sampling].temperature: must be at least 0, got -1"),
         ("[sampling]\nmax_tokens = -1", "[sampling].max_tokens: must be at least 0, got -1"),
@@ -542,7 +543,7 @@ def test_parse_setting(key, value, expected):
             '/set: unknown key "zzz"; allowed: temperature, top_k, top_p, min_p, typical_p, top_n_sigma, '
             "xtc_probability, xtc_threshold, repeat_penalty, presence_penalty, frequency_penalty, repeat_last_n, "
             "dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, min_tokens, max_tokens, seed, "
-            "logit_bias, dry_sequence_breakers, ignore_eos, stop, decode, strategy, unit",
+            "logit_bias, dry_sequence_breakers, ignore_eos, stop, decode, strategy, unit, template_args",
         ),
         ("temperature", "-1", "/set temperature: must be at least 0, got -1"),
         ("temperature", "hot", '/set temperature: must be a number, got "hot"'),

@@ -40,9 +40,9 @@ class Request:
     depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
     its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
     with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name. A `constraint` says
-    what the reply has to be; the head does not count. The end of generation comes behind `min_tokens` pieces or more;
-    where a constraint leaves nothing else, it ends the reply at once. With `prefill` the head is the beginning of a
-    reply, behind its prompt, and not that of a document.
+    what the reply has to be; the head does not count, nor does a thought that it opens, which ends with `closing`. The
+    end of generation comes behind `min_tokens` pieces or more; where a constraint leaves nothing else, it ends the
+    reply at once. With `prefill` the head is the beginning of a reply, behind its prompt, and not that of a document.
     """
 
     prompts: tuple[IntArray, ...]
@@ -58,6 +58,7 @@ class Request:
     top: int = 0
     constraint: Constraint | None = None
     prefill: bool = False
+    closing: bytes = b""
     min_tokens: int = 0
 
 

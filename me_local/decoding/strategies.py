@@ -63,7 +63,7 @@ class Sampler:
         if self._throws:  # spawn_key=(2,) is that of shared routes: members must not be drawn by XTC's coins
             self._coin_uniform = _uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
         self._coin = 1.0  # of this position, the same for all members
-        self._matcher = constraints.start(request.constraint) if request.constraint else None
+        self._matcher = constraints.start(request.constraint, request.closing) if request.constraint else None
         self._shapers = [shaper if shaper.changes else None for shaper in shapers]
         self._context = context
         self._written = 0  # pieces
