@@ -59,7 +59,13 @@ def _is_pair(entry: object) -> bool:
     return isinstance(entry, list | tuple) and len(entry) == 2
 
 
+def _no_limit(raw: Any) -> Any:
+    """As others have it, -1 is no limit, too."""
+    return 0 if type(raw) is int and raw == -1 else raw
+
+
 Biases = Annotated[tuple[Bias, ...], BeforeValidator(read_biases)]
+_TopK = Annotated[Int, Field(ge=0), BeforeValidator(_no_limit)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class Sampling:
     """How one member's distribution is shaped before it is mixed with the others."""
 
     temperature: AtLeast0 = 1.0  # 0 = argmax
-    top_k: Annotated[Int, Field(ge=0)] = 10  # 0 = no limit
+    top_k: _TopK = 10  # 0 = no limit
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     typical_p: Annotated[Number, Field(gt=0, le=1)] = 1.0

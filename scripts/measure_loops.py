@@ -4,7 +4,7 @@ Answers twenty prompts with each of several settings of models.toml's [sampling]
 where a phrase of any length follows itself at least twice, over 60 characters in all (so does one of 20 characters that
 comes three times in a row), or where half of its word 4-grams or more have come before in it. White space counts once,
 and in a phrase with a letter in it all numbers are alike: "1. I am here. 2. I am here. 3. …" loops.
-`--text` adds bits per byte, as `me-local score` finds them (temperature 1, no truncation, mixed by words), but with what
+`--text` adds bits per byte, as `me-local score` finds them (temperature 1, no truncation, mixed by words), but of what
 penalties and DRY make of each member's logits:
 
     python scripts/measure_loops.py --given repeat_penalty=1.1 --given dry_multiplier=0.8,dry_allowed_length=4
@@ -115,14 +115,13 @@ def answered(ensemble: Ensemble, pieces: int, temperature: float, seeds: int) ->
 def penalised(ensemble: Ensemble) -> Iterator[None]:
     """Members' logits have their penalties while a text is scored."""
     shapers = {
-        id(model): ensemble.engine.shaper(i, member.sampling, 0)
-        for i, (model, member) in enumerate(zip(ensemble.members, ensemble.config.members, strict=True))
+        member.name: ensemble.engine.shaper(i, member.sampling, 0) for i, member in enumerate(ensemble.config.members)
     }
     plain = Member.each_logits
 
     def each_logits(member: Member, ids: IntArray, start: int) -> Iterator[LogitArray]:
         for end, row in enumerate(plain(member, ids, start), start + 1):
-            yield shapers[id(member)].shape(row, lambda end=end: ids[:end], end - start)  # type: ignore[misc]
+            yield shapers[member.name].shape(row, lambda end=end: ids[:end], end - start)  # type: ignore[misc]
 
     with patch.object(Member, "each_logits", each_logits):
         yield

@@ -248,7 +248,7 @@ ARGMAX = 'decode "argmax" needs strategy "ce"; "me" runs one member per step and
         ('top_k = "ten"', '.top_k: must be an integer, got "ten"'),
         ("top_k = 2.0", ".top_k: must be an integer, got 2.0"),
         ("top_k = true", ".top_k: must be an integer, got true"),
-        ("top_k = -1", ".top_k: must be at least 0, got -1"),
+        ("top_k = -2", ".top_k: must be at least 0, got -2"),
         ("temperature = -0.5", ".temperature: must be at least 0, got -0.5"),
         ("temperature = inf", ".temperature: must be a finite number, got inf"),
         ("top_p = 0", ".top_p: must be above 0, got 0"),
@@ -444,7 +444,7 @@ def test_weights_override(config, weights, expected):
     ("given", "expected"),
     [
         (Overrides(temperature=-1), "--temperature: must be at least 0, got -1"),
-        (Overrides(top_k=-1), "--top-k: must be at least 0, got -1"),
+        (Overrides(top_k=-2), "--top-k: must be at least 0, got -2"),
         (Overrides(top_p=0.0), "--top-p: must be above 0, got 0.0"),
         (Overrides(min_p=float("nan")), "--min-p: must be a finite number, got nan"),
         (Overrides(max_tokens=-5), "--max-tokens: must be at least 0, got -5"),
@@ -462,6 +462,36 @@ def test_weights_override(config, weights, expected):
 )
 def test_bad_options(config, given, expected):
     assert message(override, config, given) == expected
+
+
+OFF = """
+top_k = -1
+top_p = 1
+min_p = 0.0
+typical_p = 1.0
+top_n_sigma = -1
+xtc_probability = 0
+repeat_penalty = 1
+presence_penalty = 0
+frequency_penalty = -0.0
+repeat_last_n = -1
+dry_multiplier = 0
+dry_penalty_last_n = -1
+dry_sequence_breakers = []
+logit_bias = {}
+min_tokens = 0
+ignore_eos = false
+"""
+
+
+def test_what_means_off_is_taken(tmp_path):
+    config = load(tmp_path, "[sampling]\n" + OFF + TWO)
+    off = Sampling(top_k=0, repeat_last_n=-1, dry_sequence_breakers=())
+    assert [member.sampling for member in config.members] == [off, off]
+    assert (config.min_tokens, config.ignore_eos) == (0, False)
+    for setting in OFF.strip().splitlines():
+        key, _, value = setting.partition(" = ")
+        parse_setting(key, value)
 
 
 def test_the_option_that_makes_argmax_impossible_is_named(config):
@@ -516,6 +546,7 @@ def test_bad_weights(text, expected):
         ("temperature", "0.5", Overrides(temperature=0.5)),
         ("temperature", "1", Overrides(temperature=1.0)),
         ("top_k", "40", Overrides(top_k=40)),
+        ("top_k", "-1", Overrides(top_k=0)),
         ("top_p", "1", Overrides(top_p=1.0)),
         ("min_p", "0.05", Overrides(min_p=0.05)),
         ("max_tokens", "64", Overrides(max_tokens=64)),
