@@ -84,7 +84,7 @@ def repeated_share(text: str) -> float:
 
 def is_loop(text: str) -> bool:
     """Whether a text loops; the module says what that means."""
-    flat = " ".join(text.split())
+    flat = " ".join([*text.split(), ""])  # the last phrase ends as the others do
     alike = re.sub(r"\d+", "0", flat)
     return repeated_share(flat) >= _SHARE or any(_runs(flat)) or any(map(_LETTER.search, _runs(alike)))
 
