@@ -180,16 +180,8 @@ class Overrides:
 _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop", "min_tokens", "ignore_eos")
 _ENSEMBLE_KEYS = (
-    "strategy",
-    "unit",
-    "decode",
-    "seed",
-    "router",
-    "alignment",
-    "route",
-    "parallel",
-    "system",
-    "template_args",
+    *("strategy", "unit", "decode", "seed", "router", "alignment"),
+    *("route", "parallel", "system", "template_args"),
 )
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
 _ELSEWHERE = ("engine", "api_key_env", "model")
@@ -205,7 +197,7 @@ _SETTINGS = (*_NUMBER_SETTINGS, *_LISTED, "stop", "decode", "strategy", "unit", 
 
 def load_config(path: Path) -> Config:
     """The checked contents of a models.toml; raises ConfigError for the first thing that is wrong with it."""
-    document = _read_toml(path)
+    document = read_toml(path)
     for key, value in document.items():
         kind = "table" if isinstance(value, dict | list) else "key"
         require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
@@ -277,7 +269,8 @@ def parse_setting(key: str, value: str) -> Overrides:
     return Overrides(**{key: check(key, typed, f"/set {key}")})
 
 
-def _read_toml(path: Path) -> dict[str, object]:
+def read_toml(path: Path) -> dict[str, object]:
+    """What a TOML file holds. Raises ConfigError that names it."""
     try:
         data = path.read_bytes()
         return tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark

@@ -29,6 +29,7 @@ ROOMS = (
     "records",
     "asking",
     "ensemble",
+    "echoes",
     "chat",
     "batch",
     "evaluation",
