@@ -184,7 +184,11 @@ class Prompter:
         return [partial(watch, member, writes) for member, writes in pairs]
 
     def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
-        remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
+        remedy = (
+            f"raise n_ctx in {config.path.name}"
+            if config.path
+            else "give it a larger n_ctx, in a models.toml or as its Llama is made"
+        )
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", which exceeds the available context size of '
             f"{member.n_ctx}: shorten it, or {remedy}"

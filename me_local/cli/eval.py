@@ -14,6 +14,7 @@ from me_local.cli.display import print_json
 from me_local.cli.options import (
     FilePath,
     batch_option,
+    described,
     load_many,
     models_option,
     template_option,
@@ -21,7 +22,7 @@ from me_local.cli.options import (
     with_weights,
 )
 from me_local.cli.progress import progress
-from me_local.config import Config, MemberConfig, Overrides, load_config, override
+from me_local.config import Config, MemberConfig, Overrides, override
 from me_local.errors import InputError
 from me_local.evaluation.questions import Job, Likelihood, Method, Sampling, spread
 from me_local.evaluation.tables import Record, markdown, tabulate
@@ -108,7 +109,7 @@ def evaluate(
         raise click.UsageError("--batch goes with --method sampling")
     if resume and output is None:
         raise click.UsageError("--resume goes with --output")
-    config = override(with_weights(load_config(models), weights), Overrides(template_args=template_args))
+    config = override(with_weights(described(models), weights), Overrides(template_args=template_args))
     found = _tasks(tasks, data, few_shot)
     settings = _settings(config, found, few_shot)
     weighted = {member.name: member.weight for member in config.members}
