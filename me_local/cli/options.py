@@ -121,7 +121,7 @@ _NO_MODELS = (
 _MEMBERS = "me_local.members"
 
 
-class _MemberText(_Texts):
+class _MemberText(Lines):
     """A model as --member takes it; an environment variable holds several, parted and quoted as in a shell."""
 
     name = "model"
