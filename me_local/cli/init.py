@@ -15,15 +15,19 @@ from me_local.chat import Chat
 from me_local.cli.commands import Session
 from me_local.cli.display import Painter, make_console
 from me_local.cli.menu import Menu
-from me_local.cli.models_toml import SAMPLING, models_toml
+from me_local.cli.models import shown_name
+from me_local.cli.models_toml import models_toml
 from me_local.cli.options import FilePath, load, model_names, no_check_option
-from me_local.config import Config, Overrides, override
+from me_local.config import Config, Overrides, normalised, override
 from me_local.errors import InputError, LoadError, RunError
+from me_local.gguf import part_names
 from me_local.llama.devices import free_gpu_memory
 from me_local.measuring.cuts import Cuts
 from me_local.measuring.inspection import compare
-from me_local.measuring.proposing import Candidate, Room, candidates, propose, reasons, weights_of
-from me_local.stores.catalogue import found
+from me_local.measuring.proposing import Candidate, Room, candidate, candidates, propose, reasons, weights_of
+from me_local.stores.catalogue import found, look
+from me_local.stores.entry import Entry
+from me_local.stores.facts import Reader
 from me_local.stores.folders import VARIABLE
 from me_local.stores.members import config_of
 from me_local.system.machine import available_memory
@@ -32,6 +36,8 @@ _NOTHING = (
     "no models are on this machine: `ollama pull qwen3:4b`, LM Studio or `hf download OWNER/REPO FILE.gguf` bring "
     f"some, and {VARIABLE} names folders with GGUF files (me-local models shows what is found)"
 )
+_TEMPERATURE = 0.7
+_SMALL, _PENALTY = 1_000_000_000, 1.1  # parameters; models below it loop at this temperature
 _QUESTION, _MOST_PIECES = "What is the capital of France?", 48
 
 
@@ -62,8 +68,9 @@ def init(names: tuple[str, ...], yes: bool, output: Path) -> None:
     known = _known(config, models)
     if not names:
         weighted = zip(config.members, weights_of(known), strict=True)
-        config = replace(config, members=tuple(replace(member, weight=weight) for member, weight in weighted))
-    config = _fitted(override(config, Overrides(temperature=SAMPLING.temperature)), known)
+        members = tuple(replace(member, weight=weight) for member, weight in weighted)
+        config = replace(config, members=normalised(members, "init"))
+    config = _fitted(config, known)
     why = _explained(config, known, room, cuts)
     _try(config)
     _write(output, models_toml(config, why, Path.cwd() / output.parent))
@@ -91,7 +98,7 @@ def _chosen(models: Sequence[Candidate], room: Room, cuts: Cuts, *, yes: bool) -
     with make_console(stderr=True).status("looking at the models on this machine"):
         proposal = propose(models, room, cuts.agreement)
     for note in proposal.notes:
-        click.echo(f"Note: {note}", err=True)
+        _say(f"Note: {note}")
     if yes:
         if not proposal.members:
             raise InputError("there is no ensemble to propose")
@@ -104,11 +111,12 @@ def _chosen(models: Sequence[Candidate], room: Room, cuts: Cuts, *, yes: bool) -
 
 
 def _menu(models: Sequence[Candidate], proposed: list[int], room: Room) -> Menu:
-    width = max(len(one.name) for one in models)
+    names = [shown_name(one.name) for one in models]
+    width = max(map(len, names))
 
-    def row(one: Candidate) -> str:
+    def row(name: str, one: Candidate) -> str:
         kind = "base model" if not one.chats else "thinks" if one.facts.thinks else ""
-        return f"{one.name:<{width}}  {one.facts.count:>7}  {one.facts.quantisation:<7} {decimal(one.needs):>9}  {kind}"
+        return f"{name:<{width}}  {one.facts.count:>7}  {one.facts.quantisation:<7} {decimal(one.needs):>9}  {kind}"
 
     def sums(chosen: Sequence[int]) -> str:
         members = [models[i] for i in chosen]
@@ -116,18 +124,33 @@ def _menu(models: Sequence[Candidate], proposed: list[int], room: Room) -> Menu:
         needed = decimal(sum(one.needs for one in members))
         return f"{len(members)} chosen, {needed} in memory, and {room}{few}"
 
-    return Menu([row(one) for one in models], proposed, lambda i: reasons([models[i]], lambda *_: None)[0], sums)
+    return Menu(
+        [row(*pair) for pair in zip(names, models, strict=True)],
+        proposed,
+        lambda i: reasons([models[i]], lambda *_: None)[0],
+        sums,
+    )
 
 
 def _known(config: Config, models: Sequence[Candidate]) -> list[Candidate]:
-    """Those of the members whose headers are read: in their order."""
+    """Those of the members whose headers can be read: in their order."""
     by_path = {_path(one): one for one in models}
-    paths = [str(member.path) for member in config.members if not member.url]
-    return [by_path[path] for path in paths if path in by_path]
+    here = [(member.path, member.name) for member in config.members if member.path and not member.url]
+    known = [by_path.get(str(path)) or _of_file(path, name) for path, name in here]
+    return [one for one in known if one]
+
+
+def _of_file(path: Path, label: str) -> Candidate | None:
+    """A file that is in no store; what is wrong with it, its loader says."""
+    files = tuple(path.with_name(name) for name in part_names(path.name))
+    model = look(Entry("", str(path), label, files), Reader())
+    return candidate(model) if model.facts else None
 
 
 def _fitted(config: Config, known: Sequence[Candidate]) -> Config:
-    """The members without more context than they were trained with."""
+    """The members, sampled as their sizes want it and without more context than they were trained with."""
+    small = any(one.facts.parameters < _SMALL for one in known)
+    config = override(config, Overrides(temperature=_TEMPERATURE, repeat_penalty=_PENALTY if small else 1.0))
     trained = {_path(one): one.facts.context for one in known}
     lengths = [min(member.n_ctx, trained.get(str(member.path), 0) or member.n_ctx) for member in config.members]
     members = zip(config.members, lengths, strict=True)
@@ -140,10 +163,15 @@ def _explained(config: Config, known: Sequence[Candidate], room: Room, cuts: Cut
     of_path = {_path(one): f"{one.name}: {why}" for one, why in zip(known, sentences, strict=True)}
     why = [of_path.get(str(member.path), "") for member in config.members]
     for member, reason in zip(config.members, why, strict=True):
-        click.echo(f"{member.weight:.2f}  {reason or f'{member.name}: named by you'}", err=True)
+        _say(f"{member.weight:.2f}  {reason or f'{member.name}: named by you'}")
     if not room.holds(known):
-        click.echo(f"Note: they need {decimal(sum(one.needs for one in known))} together, and {room}", err=True)
+        _say(f"Note: they need {decimal(sum(one.needs for one in known))} together, and {room}")
     return why
+
+
+def _say(text: str) -> None:
+    console = make_console(stderr=True)
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def _path(one: Candidate) -> str:
@@ -164,10 +192,8 @@ def _try(config: Config) -> None:
             session.note("nothing is written")
             click.get_current_context().exit(130)
         for pair in (compare(a, b) for a, b in combinations(ensemble.members, 2)):
-            how = (
-                "have one vocabulary" if pair.same_vocabulary else f"cut a text alike in {pair.agreement:.0%} of places"
-            )
-            session.note(f"{pair.first} and {pair.second} {how}{': risky' if pair.risky else ''}")
+            how = f"cut a text at the same places {pair.agreement:.0%} of the time{': risky' if pair.risky else ''}"
+            session.note(f"{pair.first} and {pair.second} {'have one vocabulary' if pair.same_vocabulary else how}")
 
 
 def _write(output: Path, text: str) -> None:

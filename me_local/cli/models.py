@@ -69,7 +69,7 @@ def _print_models(console: Console, models: Sequence[Found]) -> None:
         console.print(table)
         return
     for model in models:
-        console.print(Text(_shown(model.entry.name), style="bold"))
+        console.print(Text(shown_name(model.entry.name), style="bold"))
         architecture, count, quantisation, file, context, vocabulary, template = _cells(model)
         trained = f"context {context}" if context else ""
         parts = (f"{architecture} {count}", quantisation, file, trained, vocabulary, f"template: {template}")
@@ -82,7 +82,7 @@ def _table(models: Sequence[Found]) -> Table:
     for title in titles:
         table.add_column(title, no_wrap=True, justify="right" if title in ("size", "file", "context") else "left")
     for model in models:
-        table.add_row(Text(_shown(model.entry.name), style="bold"), *_cells(model))
+        table.add_row(Text(shown_name(model.entry.name), style="bold"), *_cells(model))
     return table
 
 
@@ -105,10 +105,10 @@ def _print_others(console: Console, models: Sequence[Found]) -> None:
     if models:
         console.print(Text("\nNo members of an ensemble:"))
     for model in models:
-        console.print(Text.assemble((f"  {_shown(model.entry.name)}", "bold"), f": {model.problem}"))
+        console.print(Text.assemble((f"  {shown_name(model.entry.name)}", "bold"), f": {model.problem}"))
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """The name as it is typed in a shell."""
     home = os.path.expanduser("~/")
     return f"~/{shlex.quote(name.removeprefix(home))}" if name.startswith(home) else shlex.quote(name)

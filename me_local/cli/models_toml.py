@@ -7,7 +7,7 @@ from textwrap import wrap
 import tomlkit
 
 from me_local.cli.streams import printable
-from me_local.config import Config, MemberConfig, Sampling
+from me_local.config import Config, MemberConfig
 
 _TOP = """\
 # Written by me-local init. `me-local chat` in this folder begins a conversation, `me-local inspect` says more of the
@@ -19,6 +19,7 @@ strategy = "{strategy}"         # "me": one model per piece; "ce": all of them, 
 [sampling]
 temperature = {temperature}       # 0: always the likeliest piece of each member
 top_k = {top_k}
+repeat_penalty = {repeat_penalty}    # small models loop without it at low temperatures; 1: off
 max_tokens = {max_tokens}        # pieces in a reply at most
 """
 _WIDTH = 118
@@ -33,6 +34,7 @@ def models_toml(config: Config, reasons: Sequence[str], folder: Path) -> str:
         strategy=config.strategy,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
+        repeat_penalty=sampling.repeat_penalty,
         max_tokens=config.max_tokens,
     )
     members = zip(config.members, reasons, strict=True)
@@ -59,7 +61,3 @@ def _below(path: Path, folder: Path) -> str:
 
 def _quoted(text: str) -> str:
     return tomlkit.string(text).as_string()
-
-
-SAMPLING = Sampling(temperature=0.7)
-"""What the file says of all members."""

@@ -115,7 +115,7 @@ def propose(models: Sequence[Candidate], room: Room, agreement: Agreement) -> Pr
     notes = [_too_large(pairs[0], room)] if pairs and not room.holds(pairs[0]) else []
     if fitting:
         pair = _well_matching(fitting, agreement)
-        return Proposal(pair, (*notes, *_remarks(pair, agreement)))
+        return Proposal(pair, (*notes, _why(pair, room, agreement), *_remarks(pair, agreement)))
     alone = [one for one in single if room.holds([one])]
     if not alone:
         smallest = min(single, key=lambda one: one.needs, default=None)
@@ -147,6 +147,21 @@ def _too_large(pair: Sequence[Candidate], room: Room) -> str:
     names = " and ".join(one.label for one in pair)
     needed = decimal(sum(one.needs for one in pair))
     return f"{names} would be the better choice, but need {needed} together, and {room}"
+
+
+def _why(pair: Sequence[Candidate], room: Room, agreement: Agreement) -> str:
+    """What speaks for a pair."""
+    a, b = pair
+    cuts = agreement(a, b) or 0
+    like = f"cut a text alike in {cuts:.0%} of the places" if cuts >= RISKY_AGREEMENT else ""
+    sizes = sorted(one.facts.parameters for one in pair)
+    parts = [
+        "share a vocabulary" if _same(a, b) else like,
+        "both have chat templates" if a.chats and b.chats else "",
+        "are near in size" if sizes[1] <= _NEAR * sizes[0] else "",
+        f"need {decimal(a.needs + b.needs)} where {room}",
+    ]
+    return f"proposed are {a.label} and {b.label}, which {', '.join(filter(None, parts))}"
 
 
 def _remarks(pair: Sequence[Candidate], agreement: Agreement) -> list[str]:
@@ -200,6 +215,8 @@ def weights_of(chosen: Sequence[Candidate]) -> list[float]:
     some = any(one.chats for one in chosen)
     shares = [one.facts.parameters * (1.0 if one.chats or not some else _OF_A_BASE_MODEL) for one in chosen]
     tenths = [max(1, round(10 * share / (sum(shares) or 1))) for share in shares]
+    largest = tenths.index(max(tenths))
+    tenths[largest] = max(1, tenths[largest] + 10 - sum(tenths))
     return [tenth / 10 for tenth in tenths]
 
 
