@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from click.shell_completion import CompletionItem
 from rich.filesize import decimal
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from me_local.chat import Chat
 from me_local.cli.commands import Session
@@ -36,6 +37,7 @@ _NOTHING = (
     "no models are on this machine: `ollama pull qwen3:4b`, LM Studio or `hf download OWNER/REPO FILE.gguf` bring "
     f"some, and {VARIABLE} names folders with GGUF files (me-local models shows what is found)"
 )
+_COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 _TEMPERATURE = 0.7
 _SMALL, _PENALTY = 1_000_000_000, 1.1  # parameters; models below it loop at this temperature
 _QUESTION, _MOST_PIECES = "What is the capital of France?", 48
@@ -95,7 +97,9 @@ def _chosen(models: Sequence[Candidate], room: Room, cuts: Cuts, *, yes: bool) -
     """The names of the models that are proposed, or of those that the user chooses."""
     if not models:
         raise InputError(_NOTHING)
-    with make_console(stderr=True).status("looking at the models on this machine"):
+    console = make_console(stderr=True)
+    with Progress(*_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress.add_task("comparing the models on this machine")
         proposal = propose(models, room, cuts.agreement)
     for note in proposal.notes:
         _say(f"Note: {note}")
@@ -160,7 +164,7 @@ def _fitted(config: Config, known: Sequence[Candidate]) -> Config:
 def _explained(config: Config, known: Sequence[Candidate], room: Room, cuts: Cuts) -> list[str]:
     """A sentence on each member, which are shown, too."""
     sentences = reasons(known, cuts.agreement)
-    of_path = {_path(one): f"{one.name}: {why}" for one, why in zip(known, sentences, strict=True)}
+    of_path = {_path(one): f"{shown_name(one.name)}: {why}" for one, why in zip(known, sentences, strict=True)}
     why = [of_path.get(str(member.path), "") for member in config.members]
     for member, reason in zip(config.members, why, strict=True):
         _say(f"{member.weight:.2f}  {reason or f'{member.name}: named by you'}")

@@ -98,9 +98,10 @@ class Menu:
             self.chosen = [i for i in self.chosen if i != self.at] + [self.at] * (self.at not in self.chosen)
 
         @keys.add("enter")
+        @keys.add("c-j")  # Enter, where it was typed before the list was there
         def _(event: KeyPressEvent) -> None:
             if self.chosen:
-                event.app.exit(result=list(self.chosen))
+                event.app.exit(result=sorted(self.chosen))
 
         @keys.add("escape")
         @keys.add("c-c")

@@ -1,5 +1,6 @@
 """`me-local init`: from a home with models to a file that chats."""
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def test_a_model_below_the_folder_keeps_its_relative_path(here: Path, tiny: dict
     assert invoke("init", "./" + odd.name).exit_code == 0
     assert f'path = "{odd.name}"'.replace('"model"', '\\"model\\"') in (here / "models.toml").read_text()
     assert load_config(here / "models.toml").members[0].path == odd
-    assert f"{odd}: 44.2 K parameters" in (here / "models.toml").read_text().replace("\n# ", " ")
+    assert f"{shlex.quote(str(odd))}: 44.2 K parameters" in (here / "models.toml").read_text().replace("\n# ", " ")
 
 
 def test_numbers_where_there_is_no_terminal(here: Path) -> None:
@@ -138,7 +139,7 @@ def test_arrow_keys_choose(terminal: pexpect.spawn, here: Path) -> None:
     terminal.expect(pexpect.EOF)
     terminal.close()
     assert terminal.exitstatus == 0
-    assert names(here / "models.toml") == ["tiny:3", "tiny:1b"]
+    assert names(here / "models.toml") == ["tiny:1b", "tiny:3"]
 
 
 @pytest.mark.parametrize("key", ["\x1b", "\x03"])
