@@ -19,8 +19,8 @@ def advise(members: Sequence[MemberReport], pairs: Sequence[PairReport], free: i
     """
     found = [sentence for member in members for sentence in _on_member(member)]
     found += [
-        f"{pair.first} and {pair.second}: a model of the other's family in the place of one of them would cut a text as "
-        'it does; or try unit = "word", by which each writes whole words'
+        f"{pair.first} and {pair.second}: a model of the other's family in the place of one of them would cut a text "
+        'as it does; or try unit = "word", by which each writes whole words'
         for pair in pairs
         if pair.risky
     ]

@@ -49,6 +49,7 @@ def test_the_proposal_is_tried_written_and_chats(here: Path) -> None:
     assert chat.stdout.strip()
 
 
+@pytest.mark.slow
 def test_names_are_the_members(here: Path) -> None:
     output = here / "two.toml"
     result = invoke("init", "ollama:tiny:1b:3", "hf:me/hub-GGUF:Q4_K_M", "--output", output)
@@ -142,6 +143,7 @@ def test_arrow_keys_choose(terminal: pexpect.spawn, here: Path) -> None:
     assert names(here / "models.toml") == ["tiny:1b", "tiny:3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["\x1b", "\x03"])
 def test_leaving_writes_nothing(terminal: pexpect.spawn, here: Path, key: str) -> None:
     terminal.send(key)
