@@ -35,7 +35,7 @@ def test_a_conversation_grows_by_message_and_reply(open_ensemble: OpenEnsemble) 
 def test_another_reply_takes_the_place_of_the_last(open_ensemble: OpenEnsemble) -> None:
     chat = Chat(open_ensemble("bpe_a", "spm"))
     chat.set(Overrides(max_tokens=12, seed=5))
-    with pytest.raises(InputError, match="no message to answer"):
+    with pytest.raises(InputError, match="no message yet"):
         chat.again()
     first = chat.say("Hello").finish()
     second = chat.again().finish()
