@@ -3,12 +3,11 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from me_local.chat import Chat
 from me_local.cli.commands import run_command
@@ -46,34 +45,30 @@ def chat(models: Path, no_color: bool, name: str | None, last: bool, **given: An
         raise InputError("--continue: leave it out beside --session, which names the session")
     config = configured(models, given)
     console, notes = make_console(no_color=no_color), make_console(no_color=no_color, stderr=True)
-    with _open(name, last, notes) as file, load(config, no_color=no_color) as ensemble:
+    with ExitStack() as stack:
+        file = last_session() if last else None if name is None else SessionFile(name)
+        if file:
+            stack.enter_context(closing(file))
+        ensemble = stack.enter_context(load(config, no_color=no_color))
         session = Session(Chat(ensemble), Painter(console, ensemble.names), notes, file)
         session.greet()
-        if sys.stdin.isatty():
-            with cancels(session.interrupted.set):
-                _converse(session, _typed(session))
-            session.part(named=name is not None or last)
-        else:
+        if not sys.stdin.isatty():
             _converse(session, read_lines())
+            return
+        session.file = session.file or _begun(session, stack)
+        with cancels(session.interrupted.set):
+            _converse(session, _typed(session))
+        if not file:
+            session.part()
 
 
-@contextmanager
-def _open(name: str | None, last: bool, notes: Console) -> Iterator[SessionFile | None]:
-    """The session's file: a chat at a terminal begins one where none is named. Raises InputError for one that is."""
-    file = None
+def _begun(session: Session, stack: ExitStack) -> SessionFile | None:
+    """The file of a new session, None where none can be kept."""
     try:
-        if last:
-            file = last_session()
-        elif name is not None:
-            file = SessionFile(name)
-        elif sys.stdin.isatty():
-            file = new_session()
+        return stack.enter_context(closing(new_session()))
     except InputError as error:
-        if last or name is not None:
-            raise
-        notes.print(f"Note: {error}", style="dim")
-    with closing(file) if file else nullcontext():
-        yield file
+        session.note(f"Note: this conversation is not kept: {error}")
+        return None
 
 
 def _converse(session: Session, lines: Iterator[str]) -> None:

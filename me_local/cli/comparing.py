@@ -97,7 +97,8 @@ def _turns(session: Session) -> Iterator[tuple[str, Turn]]:
 
 
 def _of_ensemble(session: Session) -> str:
-    return [turn for turn in session.chat.replies() if not turn.by][-1].messages[1].content
+    own = [turn.messages[1] for turn in session.chat.replies() if not turn.by]
+    return (own or session.chat.messages)[-1].content  # a member alone may have written the same before
 
 
 def _figures(reply: Reply) -> str:

@@ -59,9 +59,9 @@ class Session:
             self.chat.restore(self.file.saved)
             self.note(f"Session {self.file.name}: goes on behind {len(self.chat.messages)} messages.")
 
-    def part(self, *, named: bool) -> None:
-        """Say where the conversation is kept, if nobody has named that."""
-        if self.file is not None and not named and self.file.path.exists():
+    def part(self) -> None:
+        """Say where the conversation is kept."""
+        if self.file is not None and self.file.path.exists():
             self.note(f"Kept as session {self.file.name}: me-local chat --continue goes on with it.")
 
     def note(self, text: str) -> None:

@@ -44,8 +44,8 @@ class SessionFile:
     """
 
     def __init__(self, name: str) -> None:
-        self._lock: int | None = None
-        self._move_to(name)
+        self.name = name
+        self.path, self._lock = _taken(name)
         self._data = self._tried = b""
         try:
             self.saved = self._read()
@@ -73,30 +73,22 @@ class SessionFile:
 
     def rename(self, name: str) -> None:
         """Give the session another name. Raises InputError for one that is taken or cannot be one."""
-        old, lock = self.path, self._lock
-        self._move_to(name, new=True)
-        if old.exists():
-            old.rename(self.path)
-        _unlock(old, lock)
+        if name == self.name:
+            return
+        path, lock = _taken(name, new=True)
+        try:
+            if self.path.exists():
+                self.path.rename(path)
+        except OSError as error:
+            _unlock(path, lock)
+            raise InputError(f"{self._where}: cannot be renamed: {error.strerror}") from None
+        _unlock(self.path, self._lock)
+        self.name, self.path, self._lock = name, path, lock
 
     def close(self) -> None:
         """Let others have it."""
         _unlock(self.path, self._lock)
         self._lock = None
-
-    def _move_to(self, name: str, *, new: bool = False) -> None:
-        _check_name(name)
-        try:
-            folder = state_folder() / "sessions"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            path = folder / f"{name}.json"
-            if new and path.exists():
-                raise InputError(f'there is a session "{name}" already')
-            self._lock = _locked(path, name)
-        except (OSError, RuntimeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f'session "{name}" cannot be kept: {reason}') from None
-        self.name, self.path = name, path
 
     @property
     def _where(self) -> str:
@@ -157,6 +149,21 @@ def _check_name(name: str) -> None:
             f"a session's name is up to {_LONGEST_NAME} letters, digits, spaces, dots, _ and -, "
             f"and begins with none of . and -; got {name!r}"
         )
+
+
+def _taken(name: str, *, new: bool = False) -> tuple[Path, int | None]:
+    """The path of a session's file, and its lock. Raises InputError; where it has to be `new`, also for one there."""
+    _check_name(name)
+    try:
+        folder = state_folder() / "sessions"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        path = folder / f"{name}.json"
+        if new and path.exists():
+            raise InputError(f'there is a session "{name}" already')
+        return path, _locked(path, name)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f'session "{name}" cannot be kept: {reason}') from None
 
 
 def _lock_path(path: Path) -> Path:
