@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -24,7 +24,15 @@ from me_local.text.templates import PLAIN_STOPS
 from me_local.text.thoughts import Kind, Thoughts
 from me_local.text.vocabulary import Watch
 
-Prompt: TypeAlias = str | Sequence[Message]
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text to complete as ids of the vocabulary of all members that may write; they are taken as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt: TypeAlias = str | Tokens | Sequence[Message]
 
 _COUNTED = 1 << 16
 """The tokens of a prompt are counted up to so many more than the context holds."""
@@ -32,11 +40,15 @@ _COUNTED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`."""
+    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`.
+
+    `echo` says what is told of a text in front of its completion; see `echoes`.
+    """
 
     prompt: Prompt
     overrides: Overrides = field(default_factory=Overrides)
     top: int = 0
+    echo: Literal["text", "scores"] | None = None
 
 
 class Prompts(NamedTuple):
@@ -76,6 +88,8 @@ class Prompter:
         self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False
     ) -> tuple[Prompts, list[int]]:
         """The same for a conversation, and how many ids that makes for each member, whether they fit or not."""
+        if isinstance(prompt, Tokens):
+            raise InputError("ids are completed as they are: they are no conversation")
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         messages, given = parted(messages)
         check_conversation(messages)
@@ -105,10 +119,10 @@ class Prompter:
         heads = (head for (_, head), writes in zip(parts, self.writing(config), strict=True) if head and writes)
         return Prompts(next(heads, b""), tuple(ids for ids, _ in parts))
 
-    def raw_prompts(
-        self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> Prompts:
+    def raw_prompts(self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False) -> Prompts:
         """The bytes to complete, and each member's ids in front of them."""
+        if isinstance(prompt, Tokens):
+            return Prompts(b"", self._prompts_of(prompt, config))
         if not isinstance(prompt, str):
             raise InputError("a raw completion takes a text, not a conversation")
         if not prompt:
@@ -119,6 +133,23 @@ class Prompter:
         heads = [member.vocabulary.encode(head, at_start=True, watch=watch) for member, watch in watched]
         self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
         return Prompts(head, prompts)
+
+    def _prompts_of(self, prompt: Tokens, config: Config) -> tuple[IntArray, ...]:
+        """The ids behind what a member's prompt begins with, unless they begin so themselves."""
+        writing = self.writing(config)
+        vocabularies = [member.vocabulary for member, writes in zip(self._members, writing, strict=True) if writes]
+        if any(other.identity != vocabularies[0].identity for other in vocabularies):
+            raise InputError("ids are those of one vocabulary, and the members have several: name one of them")
+        if not all(0 <= id_ < vocabularies[0].size for id_ in prompt.ids):
+            raise InputError(f"there are ids from 0 to {vocabularies[0].size - 1}")
+        prompts: list[IntArray] = []
+        for writer, writes in zip(self._writers, writing, strict=True):
+            begins = writer.raw_prompt()
+            ids = np.array(prompt.ids if writes else (), dtype=np.int32)
+            given = len(begins) > 0 and np.array_equal(ids[: len(begins)], begins)
+            prompts.append(ids if given else np.concatenate([begins, ids]))
+        self.check_lengths([len(ids) for ids in prompts], config)
+        return tuple(prompts)
 
     def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
         """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
@@ -150,7 +181,11 @@ class Prompter:
         return [partial(watch, member, writes) for member, writes in pairs]
 
     def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
-        remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
+        remedy = (
+            f"raise n_ctx in {config.path.name}"
+            if config.path
+            else "give it a larger n_ctx, in a models.toml or as its Llama is made"
+        )
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", which exceeds the available context size of '
             f"{member.n_ctx}: shorten it, or {remedy}"

@@ -56,6 +56,7 @@ _PROBLEMS = {
     "greater_than_equal": "must be at least {ge}",
     "int_type": "must be an integer",
     "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list",
     "literal_error": "must be {expected}",
     "path_type": "must be a string",
     "string_too_short": "must not be empty",

@@ -197,7 +197,7 @@ _SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit", "template_
 
 def load_config(path: Path) -> Config:
     """The checked contents of a models.toml; raises ConfigError for the first thing that is wrong with it."""
-    document = _read_toml(path)
+    document = read_toml(path)
     for key, value in document.items():
         kind = "table" if isinstance(value, dict | list) else "key"
         require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
@@ -235,7 +235,7 @@ def override(config: Config, overrides: Overrides) -> Config:
         for member in config.members
     )
     given["template_args"] = {**config.template_args, **arguments}
-    changed = replace(config, members=_normalised(members, "--weights") if weights else members, **given)
+    changed = replace(config, members=normalised(members, "--weights") if weights else members, **given)
     _require_decodable(changed, "--decode" if "decode" in given else "--strategy")
     _require_words_by_me(changed, "--unit" if "unit" in given else "--strategy")
     _require_route(changed, "--route" if "route" in given else "--unit")
@@ -269,7 +269,8 @@ def parse_setting(key: str, value: str) -> Overrides:
     return Overrides(**{key: check(key, typed, f"/set {key}")})
 
 
-def _read_toml(path: Path) -> dict[str, object]:
+def read_toml(path: Path) -> dict[str, object]:
+    """What a TOML file holds. Raises ConfigError that names it."""
     try:
         data = path.read_bytes()
         return tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark
@@ -307,7 +308,7 @@ def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig,
         if member.name in members:
             raise ConfigError(f"{place}.name: already used by members[{list(members).index(member.name)}]")
         members[member.name] = member
-    return _normalised(tuple(members.values()), f"{path}: members")
+    return normalised(tuple(members.values()), f"{path}: members")
 
 
 def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> MemberConfig:
@@ -352,7 +353,8 @@ def _checked_weights(weights: Mapping[str, object], names: Sequence[str]) -> dic
     return {name: check("weight", value, f"--weights: {shown(name)}") for name, value in weights.items()}
 
 
-def _normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberConfig, ...]:
+def normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberConfig, ...]:
+    """The members with weights that sum to 1. Raises ConfigError, which begins with the place, where all are 0."""
     if not any(member.weight for member in members):
         raise ConfigError(f"{place}: every weight is 0; one must be above 0")
     # A power of two changes no digit and keeps the sum of huge weights finite.

@@ -52,6 +52,14 @@ class _Port(click.Option):
 @named(
     "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds for running replies at the end."
 )
+@named(
+    "--keep-alive",
+    type=click.IntRange(1, 86_400),
+    default=75,
+    show_default=True,
+    metavar="SECONDS",
+    help="So long a connection stays open without a request; longer than a proxy in front keeps it.",
+)
 @served_options
 def serve(
     models: Path,
@@ -67,6 +75,7 @@ def serve(
     cache_mb: int,
     timeout: float,
     grace: float,
+    keep_alive: int,
     **given: Any,
 ) -> None:
     """Serve the ensemble by the OpenAI protocol, and a page to chat with it at /.
@@ -96,5 +105,5 @@ def serve(
             names, address = " + ".join(ensemble.names), address_of(listener)
             click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
-        limits = Limits(queue, cache_mb * 2**20, timeout, grace)
+        limits = Limits(queue, cache_mb * 2**20, timeout, grace, keep_alive)
         Server(ensemble, access, limits, ready, notices.tell).serve_on(listener)
