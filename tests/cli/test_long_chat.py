@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from commands import Run, one_line
 from thinkers import write_thinkers
 
 from me_local import Chat, Ensemble, Message
 from me_local.cli import session as session_module
 from me_local.cli.display import Painter, make_console
+from me_local.cli.program import main
 from me_local.cli.saving import as_markdown
 from me_local.cli.session import Session
 from me_local.cli.sessions import SessionFile, session_names
@@ -186,3 +188,21 @@ def test_a_file_in_a_message(run: Run, tmp_path: Path, folder: Path) -> None:
     (tmp_path / "notes.txt").write_text("one\n")
     run("chat", "--session", "work", "--max-tokens", 3, stdin="//etc of @notes.txt\n")
     assert contents(folder)[0] == "notes.txt:\n```\none\n```\n\n/etc of notes.txt"
+
+
+@pytest.mark.parametrize("options", [("--strategy", "ce"), ("--strategy", "union"), ("--unit", "word")])
+def test_members_are_asked_alone_in_every_way_to_mix(run: Run, options: tuple[str, str], folder: Path) -> None:
+    result = run("chat", *options, "--session", "work", "--max-tokens", 4, "--seed", 1, stdin="Hello\n/compare\n")
+    assert result.exit_code == 0, result.stderr
+    assert [turn.get("by") for turn in kept(folder)["aside"]] == [None, "bpe_a", "spm"]
+    assert "bpe_a 100%, spm 0%" in result.stderr
+    assert "bpe_a 0%, spm 100%" in result.stderr
+
+
+def test_names_of_sessions_are_completed_in_a_shell() -> None:
+    for name in ("work", "wood", "other"):
+        session = SessionFile(name)
+        session.write({"system": None, "messages": [{"role": "user", "content": "Hi"}], "aside": []})
+        session.close()
+    found = ShellComplete(main, {}, "me-local", "_ME_LOCAL_COMPLETE").get_completions(["chat", "--session"], "wo")
+    assert {item.value for item in found} == {"work", "wood"}
