@@ -95,7 +95,7 @@ class Chat:
         listed = [turn for turn in self.aside if turn.after == here.after and turn.messages[0] == asked[-1]]
         if len(here.messages) == 2 and not any(turn.same(here) for turn in listed):
             listed.append(here)
-        return [turn for turn in listed if len(turn.messages) == 2]
+        return [turn for turn in listed if [message.role for message in turn.messages] == ["user", "assistant"]]
 
     def pick(self, number: int) -> Message:
         """Go on with the n-th of `replies`, from 1, and return it. Raises InputError when there is none."""

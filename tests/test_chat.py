@@ -248,6 +248,9 @@ def test_nothing_is_lost_between_saving_and_restoring(open_ensemble: OpenEnsembl
     other.restore(chat.all_as_dict())
     assert (other.messages, other.dropped) == ([], 0)
     assert texts == {m.content for turn in other.aside for m in turn.messages}
+    said = other.say("Third").finish().text
+    other.restore({"messages": [{"role": "user", "content": "x"}]})
+    assert Aside(0, (Message("user", "Third"), Message("assistant", said))) in other.aside
 
 
 def test_a_turn_that_is_not_over_can_be_saved(open_ensemble: OpenEnsemble) -> None:

@@ -17,6 +17,7 @@ from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
 from me_local.cli.session import Session
 from me_local.cli.sessions import SessionFile, last_session, new_session, session_names, state_folder
+from me_local.cli.shaping import Sectioned
 from me_local.errors import InputError, MeLocalError
 
 
@@ -24,7 +25,7 @@ def _complete_session(_context: click.Context, _option: click.Parameter, incompl
     return [name for name in session_names() if name.startswith(incomplete)]
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @models_option
 @click.option("--no-color", is_flag=True, help="No colours. NO_COLOR does the same.")
 @click.option(
