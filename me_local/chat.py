@@ -66,8 +66,13 @@ class Chat:
         return Turn(self, asked, self._start(asked))
 
     def alone(self, member: int) -> "Turn":
-        """What one member replies to the last message; stays beside the conversation. Raises InputError without one."""
+        """What one member replies to the last message; stays beside the conversation.
+
+        Raises InputError without a message, and where a router of its own decides who writes.
+        """
         asked = self._asked()
+        if self.config.router != "constant":
+            raise InputError(f'a member cannot be asked alone where router = "{self.config.router}" decides who writes')
         weights = {name: float(i == member) for i, name in enumerate(self.ensemble.names)}
         config = override(self.config, Overrides(weights=weights))
         return Turn(self, asked, self._start(asked, config), self.ensemble.names[member])
@@ -158,41 +163,39 @@ class Chat:
         self.dropped = 0
 
     def _start(self, messages: list[Message], config: Config | None = None) -> ReplyStream:
-        self.dropped, prompts = self._fitting(messages)
-        config = config or self.config
+        dropped, prompts = self._fitting(messages, config or self.config)
+        if config is None:  # what fits into other members' contexts says nothing of the conversation
+            self.dropped, config = dropped, self.config
         if config.seed is not None:
             config = override(config, Overrides(seed=config.seed + self._replies))
         self._replies += 1
         return self.ensemble.start(config, prompts, prefill=True)
 
-    def _fitting(self, messages: list[Message]) -> tuple[int, Prompts]:
+    def _fitting(self, messages: list[Message], config: Config) -> tuple[int, Prompts]:
         """How many of the oldest messages to leave out, and the prompts of the rest.
 
         As many as before while that leaves room to answer. Otherwise so many that half of each context is free: what
         is left out changes the beginning of the prompt, which then has to be evaluated again, and not in each turn.
         """
-        prompts = self._with_room(messages, self.dropped, lambda n_ctx: min(self.config.max_tokens, n_ctx // 4))
+        prompts = self._with_room(messages[self.dropped :], config, lambda n_ctx: min(config.max_tokens, n_ctx // 4))
         if prompts is not None:
             return self.dropped, prompts
         starts = [i for i, m in enumerate(messages) if m.role == "user" and i > self.dropped] or [self.dropped]
-        first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(messages, i))
-        prompts = self._prompts(messages, starts[first])
-        self.ensemble.prompter.check_lengths([len(prompt) for prompt in prompts.ids], self.config)
+        first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(messages[i:], config))
+        prompts = self.ensemble.prompter.prompts(messages[starts[first] :], config)
+        self.ensemble.prompter.check_lengths([len(prompt) for prompt in prompts.ids], config)
         return starts[first], prompts
 
-    def _prompts(self, messages: list[Message], start: int) -> Prompts:
-        return self.ensemble.prompter.prompts(messages[start:], self.config)
+    def _half_free(self, messages: list[Message], config: Config) -> bool:
+        return self._with_room(messages, config, lambda n_ctx: n_ctx // 2) is not None
 
-    def _half_free(self, messages: list[Message], start: int) -> bool:
-        return self._with_room(messages, start, lambda n_ctx: n_ctx // 2) is not None
-
-    def _with_room(self, messages: list[Message], start: int, room: Callable[[int], int]) -> Prompts | None:
-        """The prompts without the messages in front of `start`; None where they leave too little room."""
+    def _with_room(self, messages: list[Message], config: Config, room: Callable[[int], int]) -> Prompts | None:
+        """The prompts; None where they leave too little room."""
         try:
-            prompts = self._prompts(messages, start)
+            prompts = self.ensemble.prompter.prompts(messages, config)
         except PromptTooLongError:
             return None
-        members = zip(self.ensemble.members, prompts.ids, self.ensemble.prompter.writing(self.config), strict=True)
+        members = zip(self.ensemble.members, prompts.ids, self.ensemble.prompter.writing(config), strict=True)
         fits = all(len(prompt) + room(member.n_ctx) <= member.n_ctx for member, prompt, writes in members if writes)
         return prompts if fits else None
 

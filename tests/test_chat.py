@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message(open_e
     assert dropped == sorted(dropped)
     assert all(count % 2 == 0 for count in dropped)
     assert len(chat.messages) == 24
-    _, prompts = chat._fitting([*chat.messages, Message("user", "x")])
+    _, prompts = chat._fitting([*chat.messages, Message("user", "x")], chat.config)
     for member, prompt in zip(chat.ensemble.members, prompts.ids, strict=True):
         seen = member.vocabulary.joined(prompt.tolist())
         assert b"Be brief." in seen
@@ -282,3 +283,23 @@ def test_a_full_context_and_messages_that_are_taken_back(open_ensemble: OpenEnse
     assert chat.messages == []
     assert chat.say("Hello").finish().text
     assert chat.dropped == 0
+
+
+def test_what_a_member_without_weight_can_see_changes_nothing_for_the_others(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(weights={"bpe_a": 1.0, "spm": 0.0}))
+    for turn in range(2):
+        chat.say(f"turn {turn} " + "the cat sat on the mat " * 20).finish()
+    assert chat.dropped == 0
+    alone = chat.alone(1).finish()
+    assert alone.text
+    assert alone.usage[1].prompt_length < 300  # it does not see the first turn, which bpe_a has room for
+    assert chat.dropped == 0
+
+
+def test_no_member_alone_where_a_router_decides(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.say("Hello").finish()
+    chat.config = replace(chat.config, router="mine")
+    with pytest.raises(InputError, match='cannot be asked alone where router = "mine"'):
+        chat.alone(0)
