@@ -13,12 +13,12 @@ from rich.filesize import decimal
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from me_local.chat import Chat
-from me_local.cli.commands import Session
 from me_local.cli.display import Painter, make_console
 from me_local.cli.menu import Menu
 from me_local.cli.models import shown_name
 from me_local.cli.models_toml import models_toml
 from me_local.cli.options import FilePath, load, model_names, no_check_option
+from me_local.cli.session import Session
 from me_local.config import Config, Overrides, normalised, override
 from me_local.errors import InputError, LoadError, RunError
 from me_local.gguf import part_names
