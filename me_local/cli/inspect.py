@@ -19,8 +19,11 @@ from me_local.decoding.losses import Loss, first_loss
 from me_local.errors import InputError
 from me_local.llama.devices import free_gpu_memory
 from me_local.measuring.advice import advise
-from me_local.measuring.inspection import MemberReport, PairReport, compare, inspect_member
+from me_local.measuring.inspection import MemberReport, PairReport, compare, inspect_member, longest_that_fits
 from me_local.system.machine import available_memory
+
+Room = dict[str, int | None]
+"""How many bytes are free in memory, and on GPUs: None where nobody knows, or there are none."""
 
 _UNFOLDED = 10_000  # columns; a table takes no more of them than it needs
 
@@ -66,13 +69,13 @@ def _report(models: Path, *, as_json: bool) -> None:
         click.echo(f"Advice: {sentence}", err=True)
 
 
-def _print(members: Sequence[MemberReport], pairs: Sequence[PairReport], room: dict[str, int | None]) -> None:
+def _print(members: Sequence[MemberReport], pairs: Sequence[PairReport], room: Room) -> None:
     console = make_console()
     if not console.is_terminal:
         console.width = _UNFOLDED
     for member in members:
         console.print(Text(member.name, style="bold"))
-        console.print(_member_table(member))
+        console.print(_member_table(member, room))
         console.print()
     console.print(_together(members, room), soft_wrap=True)
     console.print()
@@ -80,7 +83,7 @@ def _print(members: Sequence[MemberReport], pairs: Sequence[PairReport], room: d
         _print_pairs(console, pairs)
 
 
-def _together(members: Sequence[MemberReport], room: dict[str, int | None]) -> str:
+def _together(members: Sequence[MemberReport], room: Room) -> str:
     """What all members take up, each file once, and how much is free beside it."""
     files = {member.path: member.weights_bytes or 0 for member in members}
     contexts = sum((member.kv_cache_bytes or 0) + (member.working_bytes or 0) for member in members)
@@ -98,16 +101,16 @@ def _print_pairs(console: Console, pairs: Sequence[PairReport]) -> None:
         console.print("One vocabulary: pieces are token ids.")
 
 
-def _member_table(member: MemberReport) -> Table:
+def _member_table(member: MemberReport, room: Room) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in _rows(member):
+    for label, value in _rows(member, room):
         table.add_row(f"  {label}", value)
     return table
 
 
-def _rows(member: MemberReport) -> list[tuple[str, str]]:
+def _rows(member: MemberReport, room: Room) -> list[tuple[str, str]]:
     return [
         ("file", Path(member.path).name),
         ("architecture", member.architecture),
@@ -118,7 +121,7 @@ def _rows(member: MemberReport) -> list[tuple[str, str]]:
         ("ends a reply", "  ".join(member.end_tokens) or "-"),
         ("thinks", ", ".join(f"{opening} … {closing}" for opening, closing in member.thinks) or "-"),
         ("writes", "  ".join(member.writes) or "-"),
-        *([] if member.address else _rows_of_memory(member)),
+        *([] if member.address else _rows_of_memory(member, room)),
     ]
 
 
@@ -145,14 +148,23 @@ def _rows_of_weights(member: MemberReport) -> list[tuple[str, str]]:
     ]
 
 
-def _rows_of_memory(member: MemberReport) -> list[tuple[str, str]]:
+def _rows_of_memory(member: MemberReport, room: Room) -> list[tuple[str, str]]:
     return [
         ("cannot write", _lost(member.lost)),
         ("attention", str(member.memory)),
         ("KV cache", _size(member.kv_cache_bytes)),
         ("batch buffer", _size(member.working_bytes)),
         ("memory", _size(member.total_bytes)),
+        ("room for", _room_for(member, room)),
     ]
+
+
+def _room_for(member: MemberReport, room: Room) -> str:
+    free = room["free"] if room["free_on_gpus"] is None else room["free_on_gpus"]
+    longest = None if free is None else longest_that_fits(member, free)
+    if longest is None:
+        return "-"
+    return f"{longest:,} tokens{', all that it was trained with' if longest == member.trained_context else ''}"
 
 
 def _lost(loss: Loss | None) -> str:

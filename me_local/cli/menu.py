@@ -14,7 +14,6 @@ from me_local.cli.streams import printable
 from me_local.errors import InputError
 
 _KEYS = "arrow keys move, space chooses, Enter takes these, Escape leaves"
-_BELOW = 5  # lines around the list
 
 
 @dataclass(slots=True)
@@ -39,7 +38,7 @@ class Menu:
         click.echo("Numbers, such as 1 3; an empty line takes those with a star: ", err=True, nl=False)
         line = next(read_lines(), None)
         click.echo(err=True)
-        if line is None:
+        if line is None or not (line.strip() or self.chosen):
             raise InputError("nothing is chosen: --yes takes the proposal, and names take other models")
         wanted = list(dict.fromkeys(re.split(r"[\s,]+", line.strip()))) if line.strip() else []
         known = {str(i + 1): i for i in range(len(self.rows))}
@@ -53,12 +52,13 @@ class Menu:
         from prompt_toolkit.data_structures import Point
         from prompt_toolkit.layout import HSplit, Layout, Window
         from prompt_toolkit.layout.controls import FormattedTextControl
+        from prompt_toolkit.layout.dimension import Dimension
 
         self.at = min(self.chosen, default=0)
         rows = FormattedTextControl(
             self._drawn, focusable=True, show_cursor=False, get_cursor_position=lambda: Point(0, self.at)
         )
-        height = max(1, min(len(self.rows), os.get_terminal_size().lines - _BELOW))
+        height = Dimension(min=1, preferred=len(self.rows), max=len(self.rows))
         body = HSplit([
             Window(rows, height=height),
             Window(FormattedTextControl(self._below), wrap_lines=True, dont_extend_height=True),

@@ -44,7 +44,9 @@ def _read(path: Path) -> set[int] | None:
     command = [sys.executable, "-P", "-m", __name__, str(path.absolute())]
     environment = os.environ | {"PYTHONPATH": folders, "GGML_NO_BACKTRACE": "1"}
     try:
-        child = subprocess.run(command, capture_output=True, env=environment, timeout=_SECONDS)
+        child = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, env=environment, timeout=_SECONDS
+        )
         return set(json.loads(child.stdout)) if child.returncode == 0 else None
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None

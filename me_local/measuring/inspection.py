@@ -199,6 +199,15 @@ def _inspect_remote(member: RemoteModel, kinds: Sequence[Kind]) -> MemberReport:
     )
 
 
+def longest_that_fits(member: MemberReport, free: int) -> int | None:
+    """How many tokens of context it could have with so many bytes more, alone; None where that cannot be reckoned."""
+    if not member.kv_cache_bytes or not member.trained_context:
+        return None
+    cells = allocated_context(member.context, member.trained_context)
+    most = int(cells * (member.kv_cache_bytes + free) / member.kv_cache_bytes)
+    return min(most, member.trained_context)
+
+
 def _marks(kinds: Sequence[Kind]) -> tuple[tuple[str, str], ...]:
     return tuple((kind.openings[0], kind.closing) for kind in kinds)
 

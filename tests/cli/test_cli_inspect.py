@@ -55,6 +55,7 @@ def test_memory_and_advice(run: Run, write_models: WriteModels) -> None:
     models = write_models("bpe_a", "spm")
     result = run("inspect", models=models)
     assert "together: " in result.stdout
+    assert "room for      2,048 tokens, all that it was trained with" in result.stdout
     assert "parted as gpt-2 does" in result.stdout
     assert "plain (a base model?)" in result.stdout
     assert "Advice: spm: it seems to be a base model" in result.stderr
