@@ -74,8 +74,9 @@ def init(names: tuple[str, ...], yes: bool, output: Path) -> None:
         config = replace(config, members=normalised(members, "init"))
     config = _fitted(config, known)
     why = _explained(config, known, room, cuts)
+    text = models_toml(config, why, Path.cwd() / output.parent)
     _try(config)
-    _write(output, models_toml(config, why, Path.cwd() / output.parent))
+    _write(output, text)
 
 
 def _require_new(output: Path) -> None:

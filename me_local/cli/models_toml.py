@@ -8,6 +8,7 @@ import tomlkit
 
 from me_local.cli.streams import printable
 from me_local.config import Config, MemberConfig
+from me_local.errors import InputError
 
 _TOP = """\
 # Written by me-local init. `me-local chat` in this folder begins a conversation, `me-local inspect` says more of the
@@ -28,7 +29,10 @@ _CONTEXT = "# tokens of a conversation that it sees; more take more memory"
 
 
 def models_toml(config: Config, reasons: Sequence[str], folder: Path) -> str:
-    """The file as text, for a folder, with a sentence on each member; "" where there is nothing to say."""
+    """The file as text, for a folder, with a sentence on each member; "" where there is nothing to say.
+
+    Raises InputError for a name that no TOML can hold.
+    """
     sampling = config.members[0].sampling
     top = _TOP.format(
         strategy=config.strategy,
@@ -60,4 +64,7 @@ def _below(path: Path, folder: Path) -> str:
 
 
 def _quoted(text: str) -> str:
+    """The text in TOML, which is UTF-8. Raises InputError."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{text}: no models.toml can name it, as it is not UTF-8: give it another name")
     return tomlkit.string(text).as_string()

@@ -1,5 +1,6 @@
 """`me-local init`: from a home with models to a file that chats."""
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,23 @@ def test_names_are_the_members(here: Path) -> None:
     assert "at the same places" in result.stderr
 
 
+@pytest.mark.slow
+def test_a_member_of_each_store(here: Path) -> None:
+    stores = [
+        "ollama:tiny",
+        "lmstudio:me/split-GGUF/split",
+        "hf:me/hub-GGUF:Q8_0",
+        "hf:me/flat-GGUF",
+        "~/gguf/own.gguf",
+    ]
+    result = invoke("init", *stores)
+    assert result.exit_code == 0, result.output
+    assert names(here / "models.toml") == ["tiny", "split", "hub-Q8_0", "flat-Q4_0", "own"]
+    for command in (["chat", "--max-tokens", 3], ["inspect"], ["inspect", "--prompt", "Hello"]):
+        done = invoke(*command, text="Hello\n")
+        assert done.exit_code == 0, done.output
+
+
 def test_a_model_below_the_folder_keeps_its_relative_path(here: Path, tiny: dict[str, Path]) -> None:
     odd = here / 'a "model" é.gguf'
     odd.write_bytes(tiny["bpe_a"].read_bytes())
@@ -102,6 +120,16 @@ def test_what_cannot_be_loaded_is_not_written(here: Path, stocked: Path) -> None
     one_line(invoke("init", "ollama:tiny", broken), 2, "broken.gguf", "nothing is written: choose other models")
     one_line(invoke("init", "ollama:none"), 2, "Ollama has no such model here")
     assert not (here / "models.toml").exists()
+
+
+def test_a_name_that_no_file_can_hold(here: Path, tiny: dict[str, Path]) -> None:
+    odd = here / os.fsdecode(b"\xff.gguf")
+    odd.write_bytes(tiny["bpe_a"].read_bytes())
+    one_line(invoke("init", odd), 2, "no models.toml can name it")
+    lines = here / "a\nb.gguf"
+    odd.rename(lines)
+    assert invoke("init", lines).exit_code == 0
+    assert load_config(here / "models.toml").members[0].path == lines
 
 
 def test_without_models_it_says_where_to_get_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
