@@ -7,7 +7,7 @@ are those of test_exact_replies.py, and have the same odds of a false alarm, 1e-
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from commands import Run, jsonl, one_line, records
 from remote import llama_server
 from selection import MODELS, slow_but
 from served import served
-from test_exact_replies import COUNT, OpenAll, Remembered, Tree, check, draw, open_all, remembered_top_k
+from test_exact_replies import OpenAll, Remembered, Tree, check, draw, open_all, remembered_top_k
 from test_reference import Calls, Comparison, LoadReference, calls, compare_replies, load_reference, replies, tiny
 
 from me_local import Chat, ConfigError, Ensemble, InputError, LoadError, Overrides, _reference, ensemble, load
@@ -66,7 +66,13 @@ def serve(tiny: dict[str, Path]) -> Iterator[Serve]:
 
 
 @pytest.fixture
-def write_mixed(tiny: dict[str, Path], serve: Serve, tmp_path: Path) -> WriteMixed:
+def elsewhere(serve: Serve) -> Callable[[str], str]:
+    """What stands in models.toml of a tiny model that runs behind a server."""
+    return lambda name: f'url = "{serve(name)}"'
+
+
+@pytest.fixture
+def write_mixed(tiny: dict[str, Path], elsewhere: Callable[[str], str], tmp_path: Path) -> WriteMixed:
     """Writes a models.toml of tiny models, those whose name begins with "@" behind a server."""
 
     def write(*names: str, weights: tuple[float, ...] = (), top: str = "") -> Path:
@@ -75,7 +81,7 @@ def write_mixed(tiny: dict[str, Path], serve: Serve, tmp_path: Path) -> WriteMix
             bare = name.removeprefix("@")
             lines.append(f'[[members]]\nname = "{bare}"\npath = "{tiny[bare]}"')
             lines.append(f"weight = {weights[i] if weights else 1.0}")
-            lines.append(f'url = "{serve(bare)}"' if name != bare else HERE)
+            lines.append(elsewhere(bare) if name != bare else HERE)
         path = tmp_path / "mixed.toml"
         path.write_text("\n".join(lines))
         return path
@@ -177,6 +183,15 @@ class RememberedRemote(Remembered):
         self._remote.shorten(self._most, numbers)  # the alignment that remembers is none that is known
 
 
+def remembering_mixed(members: Sequence[Any], this: test_exact_replies.Case) -> Engine:
+    """The members of a case, here and elsewhere, each asked once for each context."""
+    models = [
+        Remembered(member) if member.local else RememberedRemote(member, sampling.top_k)
+        for member, sampling in zip(members, this.sampling, strict=True)
+    ]
+    return Engine(models, this.router, remembered_top_k())
+
+
 EXACT_CASES = {
     "one vocabulary": ("bpe_a", "bpe_b"),
     "BPE and SPM, temperature 1.3": ("bpe_c", "spm"),
@@ -193,12 +208,8 @@ def test_replies_have_the_probabilities_of_the_definition(
 ) -> None:
     this = test_exact_replies.CASES[name]
     first, second = EXACT_CASES[name]
-    here, there = open_mixed(first, f"@{second}").members
-    models = [Remembered(here), RememberedRemote(there, this.sampling[1].top_k)]  # type: ignore[arg-type]
-    engine = Engine(models, this.router, remembered_top_k())  # type: ignore[arg-type]
-    drawn = draw(engine, this, strategy)
-    assert drawn.total() == COUNT
-    check(drawn, Tree(open_all(this), this))
+    engine = remembering_mixed(open_mixed(first, f"@{second}").members, this)
+    check(draw(engine, this, strategy), Tree(open_all(this), this))
 
 
 @pytest.fixture
