@@ -4,8 +4,8 @@ import os
 import signal
 import socket
 import time
-from contextlib import ExitStack, closing, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import vllm_environment

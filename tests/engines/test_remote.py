@@ -32,6 +32,7 @@ from me_local.decoding.engine import Engine
 from me_local.engines.remote import RemoteModel
 from me_local.errors import MeLocalError
 from me_local.measuring.verify import verify
+from me_local.mixture.alignment import sufficient
 from me_local.mixture.routing import constant
 from me_local.model import Evaluated, Row
 
@@ -186,7 +187,7 @@ class RememberedRemote(Remembered):
 def remembering_mixed(members: Sequence[Any], this: test_exact_replies.Case) -> Engine:
     """The members of a case, here and elsewhere, each asked once for each context."""
     models = [
-        Remembered(member) if member.local else RememberedRemote(member, sampling.top_k)
+        Remembered(member) if member.local else RememberedRemote(member, sufficient(sampling))
         for member, sampling in zip(members, this.sampling, strict=True)
     ]
     return Engine(models, this.router, remembered_top_k())
