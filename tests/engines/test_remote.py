@@ -24,11 +24,12 @@ from served import served
 from test_exact_replies import OpenAll, Remembered, Tree, check, draw, open_all, remembered_top_k
 from test_reference import Calls, Comparison, LoadReference, calls, compare_replies, load_reference, replies, tiny
 
-from me_local import Chat, ConfigError, Ensemble, InputError, LoadError, Overrides, _reference, ensemble, load
+from me_local import Chat, ConfigError, Ensemble, InputError, LoadError, Overrides, RunError, _reference, ensemble, load
 from me_local.arrays import IntArray
 from me_local.asking import Ask
 from me_local.config import Sampling
 from me_local.decoding.engine import Engine
+from me_local.engines.llama_server import LlamaServer
 from me_local.engines.remote import RemoteModel
 from me_local.errors import MeLocalError
 from me_local.measuring.verify import verify
@@ -434,6 +435,38 @@ def test_whatever_a_server_samples_it_says_how_probable_all_was(open_mixed: Open
     for _ in range(60):
         member.sync(ids)
         assert len(member.logits().ids) >= 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("most", slow_but([5, 12, 20, 301], 12))
+def test_what_an_engine_gives_at_most_is_found_and_used(
+    open_mixed: OpenMixed, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    predict = LlamaServer.predict
+
+    def limited(self: LlamaServer, ids: Sequence[int], count: int, *args: Any) -> Any:
+        if count > most:
+            raise RunError(f"{count} are too many")
+        return predict(self, ids, count, *args)
+
+    monkeypatch.setattr(LlamaServer, "predict", limited)
+    with pytest.raises(ConfigError, match=rf"top_k = {most - 3} needs {most + 1} logits, .* gives the {most} largest"):
+        open_mixed("@bpe_c", top=f"[sampling]\ntop_k = {most - 3}")
+    assert open_mixed("@bpe_c", top=f"[sampling]\ntop_k = {most - 4}").generate("the cat", raw=True).steps
+
+
+def test_some_of_the_likeliest_may_never_be_sampled(open_mixed: OpenMixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 14 that are the most there are, ten have to be left."""
+    monkeypatch.setattr("me_local.engines.remote._MOST", 14)
+    (member,) = open_mixed("@bpe_c").members
+    ids, numbers = encoded(member, b"the cat"), np.arange(member.vocabulary.size, dtype=np.int32)
+    member.shorten(14, numbers)
+    member.sync(ids)
+    likeliest = member.logits().ids  # type: ignore[union-attr]
+    numbers[likeliest[:4]] = -1
+    member.sync(ids)
+    numbers[likeliest[4]] = -1
+    with pytest.raises(RunError, match="gives the 14 likeliest tokens at most, of which 9 can be sampled, and 10 are"):
+        member.sync(ids)
 
 
 def test_names_and_numbers_of_a_seed_with_top(open_mixed: OpenMixed) -> None:
