@@ -23,6 +23,7 @@ import pytest
 import vllm_models
 from commands import Run, one_line
 from conftest import OpenMember, logits_of
+from selection import DEMO_FILES
 from served import Served, served
 from test_exact_replies import COUNT, SETTINGS, OpenAll, Reply, Tree, case, check, draw, g_test, open_all, write_lacking
 from test_faults import broken
@@ -75,6 +76,14 @@ def tiny(
     return tiny | {"lacking": lacking, THERE: folders[THERE][0]}
 
 
+@pytest.fixture(scope="module")
+def smollm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 of the demo ensemble, as vLLM reads it."""
+    folder = tmp_path_factory.mktemp("demo") / "smollm"
+    vllm_models.convert(DEMO_FILES[0], folder)
+    return folder
+
+
 class Engine:
     """The vLLM of these tests, whose models have names."""
 
@@ -88,7 +97,10 @@ class Engine:
         return self._vllm.seconds
 
     def run(self, name: str = THERE, *options: str) -> None:
-        self._vllm.run(self._folders[name][1], "--api-key", KEY, *options)
+        self.serve(self._folders[name][1], *options)
+
+    def serve(self, folder: Path, *options: str) -> None:
+        self._vllm.run(folder, "--api-key", KEY, *options)
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """What it answers to plain HTTP."""
@@ -499,3 +511,22 @@ def test_fewer_candidates_than_are_wanted(started: Engine, write: Write, say: Sa
     say(told(error.value))
     with load(write(top="[sampling]\ntop_k = 8")) as ensemble:
         assert ensemble.generate("the cat", Overrides(seed=1, max_tokens=5), raw=True).steps
+
+
+# Real models
+
+
+@pytest.mark.demo
+def test_verify_passes_on_the_demo_ensemble(
+    started: Engine, smollm: Path, run: Run, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("me_local.measuring.verify.DRAWS", 200)
+    started.serve(smollm)
+    models = tmp_path / "demo.toml"
+    models.write_text(
+        f'[sampling]\ntemperature = 0.7\n[[members]]\nname = "smollm"\npath = "{DEMO_FILES[0]}"\n'
+        f'url = "{started.url}"\n{MEMBER}[[members]]\nname = "gemma"\npath = "{DEMO_FILES[1]}"\nn_ctx = 2048\n'
+    )
+    result = run("verify", models=models)
+    say(f"up after {started.seconds:.0f} s\n" + result.stdout.partition("\n\n")[0])
+    assert result.exit_code == 0, result.output

@@ -40,7 +40,9 @@ def test_the_sizes_of_other_models_stay() -> None:
 
 def test_the_halves_of_a_head_are_turned_there_and_its_pairs_here() -> None:
     rows = np.arange(vllm_models.SIZES["N_EMBD"], dtype=np.float32)[:, None]
-    found = vllm_models.hf_tensors({"blk.1.attn_q.weight": rows})["model.layers.1.self_attn.q_proj.weight"]
+    found = vllm_models.hf_tensors({"blk.1.attn_q.weight": rows}, {"attn_q": 4})[
+        "model.layers.1.self_attn.q_proj.weight"
+    ]
     head = 32
     assert found[: head // 2, 0].tolist() == list(range(0, head, 2))
     assert found[head // 2 : head, 0].tolist() == list(range(1, head, 2))
