@@ -521,7 +521,7 @@ def test_verify_passes_on_the_demo_ensemble(
     started: Engine, smollm: Path, run: Run, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("me_local.measuring.verify.DRAWS", 200)
-    started.serve(smollm)
+    started.serve(smollm, "--block-size", "32")
     models = tmp_path / "demo.toml"
     models.write_text(
         f'[sampling]\ntemperature = 0.7\n[[members]]\nname = "smollm"\npath = "{DEMO_FILES[0]}"\n'
