@@ -87,7 +87,11 @@ def reply(
         # Members that all have one vocabulary see the ids as they were sampled.
         known, more = (head, sampled) if unified.same else (text, [])
         contexts = {
-            i: [*members[i].prompt, *members[i].vocabulary.encode(known, at_start=bool(head)), *more]
+            i: [
+                *members[i].prompt,
+                *members[i].vocabulary.canonical(known, typed=len(head), at_start=bool(head)),
+                *more,
+            ]
             for i in np.flatnonzero(weights).tolist()
         }
         if any(len(ids) > members[i].n_ctx for i, ids in contexts.items()):

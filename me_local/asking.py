@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from me_local.model import EvaluationInterruptedError, LoadedModel
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS
+from me_local.text.thoughts import Kind, Thoughts
 from me_local.text.vocabulary import Watch
 
 Prompt: TypeAlias = str | Sequence[Message]
@@ -38,57 +39,75 @@ class Ask:
     top: int = 0
 
 
+class Prompts(NamedTuple):
+    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with."""
+
+    head: bytes
+    ids: tuple[IntArray, ...]
+
+
 class Prompter:
-    """Makes members' prompts, by their `writers`; `plain` says which of them see a plain transcript."""
+    """Makes members' prompts, by their `writers`.
+
+    `plain` says which of them see a plain transcript; `kinds` are the ways in which some of them write thoughts.
+    """
 
     def __init__(self, members: Sequence[LoadedModel], writers: Sequence[PromptWriter], plain: Sequence[bool]) -> None:
         self._members = members
         self._writers = writers
         self.plain = plain
+        self.kinds = tuple(dict.fromkeys(kind for writer in writers for kind in writer.kinds))
 
     def asked(
         self, prompt: Prompt, config: Config, *, raw: bool, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[bytes, tuple[IntArray, ...]]:
+    ) -> Prompts:
         """The bytes to go on behind, and each member's ids in front of them. Raises InputError.
 
-        Without `raw` there are such bytes where the assistant has the last word: the beginning of the reply.
+        Without `raw` there are such bytes where the assistant has the last word, or a member's template opens a
+        thought: the beginning of the reply.
         """
         if raw:
             return self.raw_prompts(prompt, config, interrupted)
-        head, prompts, lengths = self.conversation(prompt, config, interrupted)
+        prompts, lengths = self.conversation(prompt, config, interrupted)
         self.check_lengths(lengths, config)
-        return head, prompts
+        return prompts
 
     def conversation(
         self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[bytes, tuple[IntArray, ...], list[int]]:
+    ) -> tuple[Prompts, list[int]]:
         """The same for a conversation, and how many ids that makes for each member, whether they fit or not."""
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-        messages, head = parted(messages)
+        messages, given = parted(messages)
         check_conversation(messages)
         prompts = self.prompts(messages, config, interrupted)
+        prompts = prompts._replace(head=given or prompts.head)
+        head = prompts.head
         watched = zip(self._members, self._watches(config, interrupted), strict=True)
         heads = [member.vocabulary.encode(head, watch=watch) if head else [] for member, watch in watched]
-        return head, prompts, [len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)]
+        return prompts, [len(prompt) + len(ids) for prompt, ids in zip(prompts.ids, heads, strict=True)]
 
     def prompts(
         self, messages: Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[IntArray, ...]:
-        """Each member's ids for a conversation.
+    ) -> Prompts:
+        """Each member's ids for a conversation, and the thought that all go on with.
 
-        One without a system message opens with the member's own, or else with the ensemble's. Raises PromptTooLongError
-        only where a prompt is so long that its tokens are not counted; see `check_lengths`.
+        One without a system message opens with the member's own, or else with the ensemble's. Where the template of a
+        member opens a thought, the text of all members begins with it: the first such one, of members that write.
+        Raises PromptTooLongError only where a prompt is so long that its tokens are not counted; see `check_lengths`.
         """
         opened = [messages] * len(self._members)
         if not any(m.role == "system" for m in messages):
             systems = [member.system or config.system for member in config.members]
             opened = [[Message("system", system), *messages] if system else messages for system in systems]
-        watches = self._watches(config, interrupted)
-        return tuple(w.prompt(turns, watch) for w, turns, watch in zip(self._writers, opened, watches, strict=True))
+        arguments = [{**config.template_args, **member.template_args} for member in config.members]
+        wanted = zip(self._writers, opened, arguments, self._watches(config, interrupted), strict=True)
+        parts = [writer.parted_prompt(turns, given, watch) for writer, turns, given, watch in wanted]
+        heads = (head for (_, head), writes in zip(parts, self.writing(config), strict=True) if head and writes)
+        return Prompts(next(heads, b""), tuple(ids for ids, _ in parts))
 
     def raw_prompts(
         self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[bytes, tuple[IntArray, ...]]:
+    ) -> Prompts:
         """The bytes to complete, and each member's ids in front of them."""
         if not isinstance(prompt, str):
             raise InputError("a raw completion takes a text, not a conversation")
@@ -99,7 +118,7 @@ class Prompter:
         watched = zip(self._members, self._watches(config, interrupted), strict=True)
         heads = [member.vocabulary.encode(head, at_start=True, watch=watch) for member, watch in watched]
         self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
-        return head, prompts
+        return Prompts(head, prompts)
 
     def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
         """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
@@ -139,30 +158,39 @@ class Prompter:
 
 
 def parted(messages: Sequence[Message]) -> tuple[list[Message], bytes]:
-    """What is to be answered, and the beginning of the answer, where the assistant has the last word."""
+    """What is to be answered, and the beginning of the answer, where the assistant has the last word.
+
+    Raises InputError for one with a thought, as members have marks of their own for it.
+    """
     if messages and isinstance(messages[-1], Message) and messages[-1].role == "assistant":
+        if messages[-1].thought:
+            raise InputError("a reply that is to be gone on with cannot have a thought; leave it out")
         return list(messages[:-1]), messages[-1].content.encode()
     return list(messages), b""
 
 
 def make_request(
     config: Config,
-    prompts: tuple[IntArray, ...],
-    head: bytes = b"",
+    prompts: Prompts,
+    kinds: Sequence[Kind] = (),
     *,
     alone: bool = False,
     top: int = 0,
     prefill: bool = False,
 ) -> Request:
-    """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none."""
+    """What the engine makes a reply from, as the configuration has it; a seed is drawn where it has none.
+
+    `kinds` are those of the thoughts that a reply may begin with.
+    """
     return Request(
-        prompts=prompts,
+        prompts=prompts.ids,
         weights=np.array([member.weight for member in config.members]),
         sampling=tuple(member.sampling for member in config.members),
         strategy=config.strategy,
         argmax=config.decode == "argmax",
         seed=secrets.randbits(32) if config.seed is None else config.seed,
-        head=head,
+        head=prompts.head,
+        closing=Thoughts(kinds, prompts.head.decode()).closing.encode(),
         alone=alone,
         parallel=config.parallel,
         unit=config.unit,

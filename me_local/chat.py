@@ -4,8 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from me_local.arrays import IntArray
-from me_local.asking import check_conversation
+from me_local.asking import Prompts, check_conversation
 from me_local.config import Config, Overrides, override
 from me_local.decoding.reply import Reply, ReplyStream, Step
 from me_local.ensemble import Ensemble
@@ -55,7 +54,7 @@ class Chat:
 
     def as_dict(self) -> dict[str, Any]:
         """The conversation as JSON can hold it."""
-        messages = [{"role": m.role, "content": m.content} for m in self.messages]
+        messages = [as_dict(message) for message in self.messages]
         return {"system": self.system, "messages": messages}
 
     def restore(self, saved: Any) -> None:
@@ -83,9 +82,9 @@ class Chat:
         if config.seed is not None:
             config = override(config, Overrides(seed=config.seed + self._replies))
         self._replies += 1
-        return self.ensemble.start(config, prompts)
+        return self.ensemble.start(config, prompts, prefill=True)
 
-    def _fitting(self, messages: list[Message]) -> tuple[int, tuple[IntArray, ...]]:
+    def _fitting(self, messages: list[Message]) -> tuple[int, Prompts]:
         """How many of the oldest messages to leave out, and the prompts of the rest.
 
         As many as before while that leaves room to answer. Otherwise so many that half of each context is free: what
@@ -97,24 +96,22 @@ class Chat:
         starts = [i for i, m in enumerate(messages) if m.role == "user" and i > self.dropped] or [self.dropped]
         first = bisect_left(starts, True, hi=len(starts) - 1, key=lambda i: self._half_free(messages, i))
         prompts = self._prompts(messages, starts[first])
-        self.ensemble.prompter.check_lengths([len(prompt) for prompt in prompts], self.config)
+        self.ensemble.prompter.check_lengths([len(prompt) for prompt in prompts.ids], self.config)
         return starts[first], prompts
 
-    def _prompts(self, messages: list[Message], start: int) -> tuple[IntArray, ...]:
+    def _prompts(self, messages: list[Message], start: int) -> Prompts:
         return self.ensemble.prompter.prompts(messages[start:], self.config)
 
     def _half_free(self, messages: list[Message], start: int) -> bool:
         return self._with_room(messages, start, lambda n_ctx: n_ctx // 2) is not None
 
-    def _with_room(
-        self, messages: list[Message], start: int, room: Callable[[int], int]
-    ) -> tuple[IntArray, ...] | None:
+    def _with_room(self, messages: list[Message], start: int, room: Callable[[int], int]) -> Prompts | None:
         """The prompts without the messages in front of `start`; None where they leave too little room."""
         try:
             prompts = self._prompts(messages, start)
         except PromptTooLongError:
             return None
-        members = zip(self.ensemble.members, prompts, self.ensemble.prompter.writing(self.config), strict=True)
+        members = zip(self.ensemble.members, prompts.ids, self.ensemble.prompter.writing(self.config), strict=True)
         fits = all(len(prompt) + room(member.n_ctx) <= member.n_ctx for member, prompt, writes in members if writes)
         return prompts if fits else None
 
@@ -156,7 +153,13 @@ class Turn(Iterator[Step]):
     def _keep(self) -> None:
         reply = self.reply
         if reply.text or reply.finish_reason in ("stop", "length"):
-            self._chat.messages = [*self._asked, Message("assistant", reply.text)]
+            self._chat.messages = [*self._asked, Message("assistant", reply.answer, reply.thought)]
+
+
+def as_dict(message: Message) -> dict[str, str]:
+    """A message as JSON can hold it, with the thought of a reply under the name that servers give it."""
+    thought = {"reasoning_content": message.thought} if message.thought else {}
+    return {"role": message.role, "content": message.content} | thought
 
 
 def parse_messages(listed: Any) -> list[Message]:
@@ -173,4 +176,7 @@ def _parse_message(entry: Any, where: str) -> Message:
     role = roles.get(str(entry.get("role")))
     if role is None:
         raise InputError(f'{where}.role: must be "system", "user" or "assistant", got {entry.get("role")!r}')
-    return Message(role, entry["content"])
+    thought = entry.get("reasoning_content") or ""
+    if not isinstance(thought, str) or (thought and role != "assistant"):
+        raise InputError(f"{where}.reasoning_content: must be a text, in a message of the assistant")
+    return Message(role, entry["content"], thought)

@@ -36,6 +36,17 @@ def number(text: str) -> object:
     return text
 
 
+def argument(text: str, place: str) -> tuple[str, object]:
+    """The name and the value of "NAME=VALUE": JSON, else a text. Raises ConfigError that begins with the place."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigError(f"{place}: must look like NAME=VALUE, got {shown(text)}")
+    try:
+        return name.strip(), json.loads(value)
+    except (ValueError, RecursionError):
+        return name.strip(), value
+
+
 _PROBLEMS = {
     "bool_type": "must be true or false",
     "dict_type": "must be a table",

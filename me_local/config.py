@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
 
-from me_local.checks import by_rule, nearest, number, require_known, shown
+from me_local.checks import argument, by_rule, nearest, number, require_known, shown
 from me_local.errors import ConfigError
 
 Strategy = Literal["me", "ce", "union"]
@@ -56,6 +56,11 @@ _Text = Annotated[str, Field(min_length=1)]
 _Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: (raw,) if isinstance(raw, str) else raw)]
 _Name = Annotated[str, _must('be a name without "=", ",", control characters and outer spaces', _NAME.fullmatch)]
 _HfFile = Annotated[str, _must('look like "owner/repo:file.gguf"', _HF_FILE.fullmatch)]
+_TAKEN = ("messages", "tools", "add_generation_prompt")
+_Arguments = Annotated[
+    dict[str, Any],
+    _must(f"leave out {', '.join(_TAKEN)}, which the conversation gives", lambda given: not given.keys() & set(_TAKEN)),
+]
 _Split = Annotated[tuple[_AtLeast0, ...], _must("have a number above 0", any)]
 _Url = Annotated[str, _must('look like "http://host:port", without a key in it', _URL.fullmatch)]
 _Variable = Annotated[str, _must("be the name of an environment variable", _VARIABLE.fullmatch)]
@@ -110,6 +115,7 @@ class MemberConfig:
     lora: _File | None = None  # absolute
     system: str | None = None  # None = the ensemble's
     chat_template: _Text | None = None  # None = the GGUF's; "plain"; a built-in's name; an absolute path
+    template_args: _Arguments = field(default_factory=dict, hash=False)  # its variables, before the ensemble's
     tokenizer: _File | None = None  # tokenizer.json, absolute
     llama: dict[str, Any] = field(
         default_factory=dict, hash=False
@@ -131,6 +137,7 @@ class Config:
     route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
     system: str | None = None
+    template_args: _Arguments = field(default_factory=dict, hash=False)  # variables of all chat templates
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
     stop: _Texts = ()
     constraint: Constraint | None = None  # of this reply; not in the file
@@ -152,6 +159,7 @@ class Overrides:
     parallel: bool | None = None
     seed: int | None = None
     system: str | None = None
+    template_args: Mapping[str, Any] | None = None  # variables of chat templates; those not named stay
     max_tokens: int | None = None
     stop: tuple[str, ...] | None = None
     temperature: float | None = None
@@ -164,7 +172,18 @@ class Overrides:
 
 _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop")
-_ENSEMBLE_KEYS = ("strategy", "unit", "decode", "seed", "router", "alignment", "route", "parallel", "system")
+_ENSEMBLE_KEYS = (
+    "strategy",
+    "unit",
+    "decode",
+    "seed",
+    "router",
+    "alignment",
+    "route",
+    "parallel",
+    "system",
+    "template_args",
+)
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
 _ELSEWHERE = ("engine", "api_key_env", "model")
 _HERE = (
@@ -173,7 +192,7 @@ _HERE = (
 )
 _PATH_KEYS = ("path", "lora", "tokenizer")
 _NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
-_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit")
+_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit", "template_args")
 
 
 def load_config(path: Path) -> Config:
@@ -200,6 +219,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     """
     options = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
     named = options.pop("weights") or {}
+    arguments = check("template_args", dict(options.pop("template_args") or {}), "--template-arg")
     given = {key: value for key, value in options.items() if value is not None}
     given = {key: check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
     shape = {key: given.pop(key) for key in _SAMPLING_KEYS if key in given}
@@ -210,9 +230,11 @@ def override(config: Config, overrides: Overrides) -> Config:
             weight=weights.get(member.name, member.weight),
             sampling=replace(member.sampling, **shape),
             system=None if "system" in given else member.system,
+            template_args={**member.template_args, **arguments},
         )
         for member in config.members
     )
+    given["template_args"] = {**config.template_args, **arguments}
     changed = replace(config, members=_normalised(members, "--weights") if weights else members, **given)
     _require_decodable(changed, "--decode" if "decode" in given else "--strategy")
     _require_words_by_me(changed, "--unit" if "unit" in given else "--strategy")
@@ -241,7 +263,9 @@ def parse_setting(key: str, value: str) -> Overrides:
     """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
     if key not in _SETTINGS:
         raise ConfigError(f"/set: unknown key {shown(key)}; {nearest(key, _SETTINGS)}")
-    typed = number(value) if key in _NUMBER_SETTINGS else value
+    typed: object = number(value) if key in _NUMBER_SETTINGS else value
+    if key == "template_args":
+        typed = dict([argument(value, "/set template_args")])
     return Overrides(**{key: check(key, typed, f"/set {key}")})
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from me_local.arrays import IntArray
-from me_local.asking import Ask, Prompt, Prompter, check_conversation, make_request, require_able
+from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able
 from me_local.config import Config, Overrides, Sampling, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
@@ -176,8 +175,8 @@ class Ensemble:
         for a member.
         """
         config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
-        head, prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
-        return self.start(config, prompts, head, alone=alone, top=top, prefill=not raw, cancelled=cancelled)
+        prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
+        return self.start(config, prompts, alone=alone, top=top, prefill=not raw, cancelled=cancelled)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
@@ -245,18 +244,16 @@ class Ensemble:
         RunError when the router fails.
         """
         config = override(config, ask.overrides)
-        head, prompts = self.prompter.asked(ask.prompt, config, raw=raw, interrupted=interrupted)
-        request = make_request(config, prompts, head, top=ask.top, prefill=not raw)
+        prompts = self.prompter.asked(ask.prompt, config, raw=raw, interrupted=interrupted)
+        request = make_request(config, prompts, () if raw else self.prompter.kinds, top=ask.top, prefill=not raw)
         return batching.begin(request, lambda generation: self._draft(config, request, generation))
 
     def _finish(self, config: Config, index: int, ask: Ask, *, raw: bool) -> Finished:
         try:
             config = override(_seeded(config, index), ask.overrides)
-            head, prompts = self.prompter.asked(ask.prompt, config, raw=raw)
+            prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
-                return Finished(
-                    index, self.start(config, prompts, head, alone=True, top=ask.top, prefill=not raw).finish()
-                )
+                return Finished(index, self.start(config, prompts, alone=True, top=ask.top, prefill=not raw).finish())
         except MeLocalError as error:
             return Finished(index, error=error)
 
@@ -311,10 +308,11 @@ class Ensemble:
             raise InputError("the continuation is empty: there is nothing to score")
         if raw:
             head, prompts = self.prompter.raw_prompts(prompt, self.config)
-            return Passage(prompts, head + text, len(head))
+            return Passage(prompts, head + text, len(head), document=True)
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
-        return Passage(self.prompter.prompts(messages, self.config), text, 0)
+        head, prompts = self.prompter.prompts(messages, self.config)
+        return Passage(prompts, head + text, len(head), document=False)
 
     def unit_scores(self, passage: Passage) -> UnitScores:
         """What each member finds of each unit of the passage; raises what `Scorer.units` raises."""
@@ -336,24 +334,25 @@ class Ensemble:
     def start(
         self,
         config: Config,
-        prompts: tuple[IntArray, ...],
-        head: bytes = b"",
+        prompts: Prompts,
         *,
         alone: bool = False,
         top: int = 0,
         prefill: bool = False,
         cancelled: threading.Event | None = None,
     ) -> ReplyStream:
-        """A reply after these prompts; `head` and the rest as in `Request`."""
+        """A reply after these prompts; the rest as in `Request`."""
         cancelled = cancelled or threading.Event()
-        request = make_request(config, prompts, head, alone=alone, top=top, prefill=prefill)
+        kinds = self.prompter.kinds if prefill else ()
+        request = make_request(config, prompts, kinds, alone=alone, top=top, prefill=prefill)
         generation = Generation(self.engine, request, cancelled.is_set)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
     def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:
         document = request.head and not request.prefill
         stop = config.stop if document else config.stop + self.prompter.stops(config)
-        return Draft(generation, request, names=self.names, max_tokens=config.max_tokens, stop=stop)
+        kinds = self.prompter.kinds if request.prefill else ()
+        return Draft(generation, request, names=self.names, max_tokens=config.max_tokens, stop=stop, kinds=kinds)
 
     def close(self) -> None:
         """Free all members; what is asked of the ensemble then raises RunError."""

@@ -72,15 +72,15 @@ def write(ensemble: Ensemble, unit: Unit, number: int, prompt: str, most: int) -
     config = me_local.config.override(ensemble.config, me_local.Overrides(unit=unit, seed=number, strategy="me"))
     if number % 2:
         words = prompt.split()
-        head, prompts = ensemble.prompter.raw_prompts(" ".join(words[: (len(words) + 1) // 2]), config)
+        prompts = ensemble.prompter.raw_prompts(" ".join(words[: (len(words) + 1) // 2]), config)
     else:
-        head, prompts = b"", ensemble.prompter.prompts([me_local.Message("user", prompt)], config)
-    running = Generation(ensemble.engine, make_request(config, prompts, head), lambda: False)
+        prompts = ensemble.prompter.prompts([me_local.Message("user", prompt)], config)
+    running = Generation(ensemble.engine, make_request(config, prompts), lambda: False)
     started, pieces = time.perf_counter(), 0
     while pieces < most and (draw := running.step()) is not None and draw.number != END:
         pieces += 1
     seconds = time.perf_counter() - started - sum(work.prompt_seconds for work in running.work)
-    return Written(running, pieces, head, seconds)
+    return Written(running, pieces, prompts.head, seconds)
 
 
 def bits(member: Member, ids: IntArray, given: int) -> float:

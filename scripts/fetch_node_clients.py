@@ -1,4 +1,4 @@
-"""Fetch the packages of Node that the server is tried with, into the cache, by npm (76 MB; no script of them runs).
+"""Fetch the packages of Node that server and page are tried with, into the cache, by npm (136 MB; no script runs).
 
 Contract: afterwards ``folder()`` holds them, and its path is printed. Or the script has said in one line on stderr
 what went wrong and exits with status 1.
@@ -13,7 +13,10 @@ from pathlib import Path
 from pip_downloads import FetchError, cache_folder, exit_status
 from processes import run
 
-PACKAGES = ("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@anthropic-ai/sdk@1", "zod@4")
+PACKAGES = (
+    *("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@anthropic-ai/sdk@1", "zod@4"),
+    *("axe-core@4", "puppeteer-core@24"),  # look over the page; drive Firefox
+)
 LIMIT = 300.0  # seconds
 
 
@@ -46,7 +49,7 @@ def fetch(place: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch them; give the exit status."""
-    argparse.ArgumentParser(description="Fetch the packages of Node that the server is tried with.").parse_args(
+    argparse.ArgumentParser(description="Fetch the packages of Node that server and page are tried with.").parse_args(
         arguments
     )
     return exit_status(lambda: fetch(folder()))

@@ -34,7 +34,8 @@ def ask(page: Page, seed: int, question: str) -> None:
     page.get_by_label("Message", exact=True).fill(question)
     page.keyboard.press("Enter")
     expect(page.locator("article")).to_have_attribute("data-state", "done", timeout=120_000)
-    print(page.locator(".reply").text_content())
+    print(page.locator(".reply").inner_text())
+    page.locator("#settings").evaluate("(settings) => (settings.scrollTop = 0)")
     page.locator(".piece.member-1").nth(1).hover()
 
 

@@ -11,6 +11,7 @@ import fetch_vocabularies
 import make_tiny_models
 import pytest
 from commands import run  # noqa: F401  (pytest finds it here)
+from pages import browser, chat, context, page_server  # noqa: F401  (pytest finds them here)
 from selection import (  # noqa: F401  (pytest finds them here)
     pytest_addoption,
     pytest_collection_modifyitems,

@@ -69,6 +69,8 @@ def _missing() -> Iterator[tuple[str, str]]:
         yield "node", "no packages of Node: run scripts/fetch_node_clients.py"
     if not shutil.which("chromium"):
         yield "browser", "no browser: apt-get install chromium"
+    if not shutil.which("firefox-esr"):
+        yield "firefox", "no Firefox: apt-get install firefox-esr"
 
 
 def _skipped_in_ci(config: pytest.Config) -> int:

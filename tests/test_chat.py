@@ -86,7 +86,7 @@ def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message(open_e
     assert all(count % 2 == 0 for count in dropped)
     assert len(chat.messages) == 24
     _, prompts = chat._fitting([*chat.messages, Message("user", "x")])
-    for member, prompt in zip(chat.ensemble.members, prompts, strict=True):
+    for member, prompt in zip(chat.ensemble.members, prompts.ids, strict=True):
         seen = member.vocabulary.joined(prompt.tolist())
         assert b"Be brief." in seen
         assert b"number 0" not in seen

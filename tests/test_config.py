@@ -202,7 +202,7 @@ NAME_RULE = 'must be a name without "=", ",", control characters and outer space
 MEMBER_KEYS = (
     "name, path, hf, url, engine, api_key_env, model, "
     "weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
-    "tensor_split, lora, system, chat_template, tokenizer, llama, temperature, top_k, top_p, min_p"
+    "tensor_split, lora, system, chat_template, template_args, tokenizer, llama, temperature, top_k, top_p, min_p"
 )
 HF_RULE = 'must look like "owner/repo:file.gguf"'
 URL_RULE = 'must look like "http://host:port", without a key in it'
@@ -311,7 +311,7 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         (
             "[ensemble]\nzzz = 1",
             "[ensemble].zzz: unknown key; allowed: strategy, unit, decode, seed, router, alignment, route, parallel, "
-            "system",
+            "system, template_args",
         ),
         ("[sampling]\ntemperature = -1", "[sampling].temperature: must be at least 0, got -1"),
         ("[sampling]\nmax_tokens = -1", "[sampling].max_tokens: must be at least 0, got -1"),
@@ -497,7 +497,7 @@ def test_parse_setting(key, value, expected):
             "zzz",
             "1",
             '/set: unknown key "zzz"; allowed: temperature, top_k, top_p, min_p, '
-            "max_tokens, seed, stop, decode, strategy, unit",
+            "max_tokens, seed, stop, decode, strategy, unit, template_args",
         ),
         ("temperature", "-1", "/set temperature: must be at least 0, got -1"),
         ("temperature", "hot", '/set temperature: must be a number, got "hot"'),

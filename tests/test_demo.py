@@ -112,8 +112,8 @@ def test_control_tokens_in_a_message_stay_text(ensemble: Ensemble) -> None:
     said = [Message("user", text)]
     harmless = [Message("user", "What?")]
     pairs = zip(
-        ensemble.prompter.prompts(said, ensemble.config),
-        ensemble.prompter.prompts(harmless, ensemble.config),
+        ensemble.prompter.prompts(said, ensemble.config).ids,
+        ensemble.prompter.prompts(harmless, ensemble.config).ids,
         strict=True,
     )
     for member, (prompt, plain) in zip(ensemble.members, pairs, strict=True):

@@ -162,13 +162,13 @@ def test_the_system_message_of_a_member_goes_before_the_ensembles(open_ensemble:
         (me_local.config.override(ensemble.config, Overrides(system="new")), [b"new", b"new"]),
     ):
         for member, prompt, said in zip(
-            ensemble.members, ensemble.prompter.prompts([Message("user", "Hi")], config), expected, strict=True
+            ensemble.members, ensemble.prompter.prompts([Message("user", "Hi")], config).ids, expected, strict=True
         ):
             assert said in member.vocabulary.joined(prompt.tolist())
     own = open_ensemble("bpe_a", "spm", top='[ensemble]\nsystem = "all"', member='system = "own"')
-    prompts = own.prompter.prompts([Message("user", "Hi")], own.config)
+    prompts = own.prompter.prompts([Message("user", "Hi")], own.config).ids
     assert all(b"own" in m.vocabulary.joined(p.tolist()) for m, p in zip(own.members, prompts, strict=True))
-    prompts = own.prompter.prompts([Message("system", "said"), Message("user", "Hi")], own.config)
+    prompts = own.prompter.prompts([Message("system", "said"), Message("user", "Hi")], own.config).ids
     assert all(b"own" not in m.vocabulary.joined(p.tolist()) for m, p in zip(own.members, prompts, strict=True))
 
 
@@ -283,9 +283,9 @@ def test_the_likeliest_pieces_of_the_distribution_that_was_sampled_from(
 ) -> None:
     ensemble = open_ensemble("bpe_a", "spm")
     config = me_local.config.override(ensemble.config, Overrides(seed=1, max_tokens=20, strategy=strategy, top_k=5))  # type: ignore[arg-type]
-    head, prompts = ensemble.prompter.raw_prompts("the cat", config)
-    plain = ensemble.start(config, prompts, head).finish()
-    steps = ensemble.start(config, prompts, head, top=10).finish().steps
+    prompts = ensemble.prompter.raw_prompts("the cat", config)
+    plain = ensemble.start(config, prompts).finish()
+    steps = ensemble.start(config, prompts, top=10).finish().steps
     assert [step.piece for step in steps] == [step.piece for step in plain.steps]
     assert all(step.top == () for step in plain.steps)
     for step in steps:  # two members with five tokens each: the ten pieces are the whole mixture
@@ -293,7 +293,7 @@ def test_the_likeliest_pieces_of_the_distribution_that_was_sampled_from(
         assert probabilities == sorted(probabilities, reverse=True)
         assert sum(probabilities) == pytest.approx(1)
         assert dict(step.top)[step.piece] == step.probability
-    few = ensemble.start(config, prompts, head, top=2).finish().steps
+    few = ensemble.start(config, prompts, top=2).finish().steps
     assert [step.top for step in few] == [step.top[:2] for step in steps]
 
 
@@ -310,7 +310,7 @@ def test_a_reply_goes_on_behind_what_the_assistant_began(
         generation = stream._draft.generation
         assert generation.text == b" sat on" + pieces
         assert stream.reply.text.encode() in pieces or b"\xef" in stream.reply.text.encode()
-        prompts = ensemble.prompter.prompts(begun[:1], ensemble.config)
+        prompts = ensemble.prompter.prompts(begun[:1], ensemble.config).ids
         for member, prompt in zip(ensemble.members, prompts, strict=True):
             text = member.vocabulary.encode(b" sat on")
             i = ensemble.members.index(member)

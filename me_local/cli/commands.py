@@ -12,6 +12,7 @@ from rich.table import Table
 from me_local.chat import Chat, Turn
 from me_local.cli.display import Notices, Painter, stats_line
 from me_local.cli.interrupt import cancels
+from me_local.cli.thoughts import ThoughtView
 from me_local.config import Overrides, parse_setting, parse_weights
 from me_local.decoding.reply import Reply
 from me_local.errors import InputError
@@ -63,13 +64,26 @@ class Session:
             with cancels(turn.cancel):
                 if self.interrupted.is_set():  # while the prompt was being made
                     turn.cancel()
-                for step in turn:
-                    self.painter.write(step.text, step.member)
+                self._stream(turn)
         finally:
             self.painter.end()
             self.last = turn.reply
             self.note(stats_line(self.last))
             self._notices.tell()
+
+    def _stream(self, turn: Turn) -> None:
+        view = ThoughtView(self.painter.console)
+        try:
+            for pieces, step in enumerate(turn):
+                view.write(step.thought)
+                if step.answer:
+                    view.fold(pieces)
+                    self.painter.write(step.answer, step.member)
+        finally:
+            reply = turn.reply
+            view.write(reply.rest.thought)
+            view.fold(reply.thought_pieces)
+            self.painter.write(reply.rest.answer, "")
 
     def _weights(self) -> list[float]:
         return [member.weight for member in self.chat.config.members]
@@ -152,6 +166,11 @@ def _stats(session: Session, _: str) -> None:
     session.note(stats_line(session.last))
 
 
+def _thought(session: Session, _: str) -> None:
+    replies = [message for message in session.chat.messages if message.role == "assistant"]
+    session.note(replies[-1].thought if replies and replies[-1].thought else "The last reply has no thought.")
+
+
 def _save(session: Session, name: str) -> None:
     path = _file(name, "/save")
     try:
@@ -196,11 +215,15 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "clear": ("forget the conversation", _clear),
     "regen": ("another reply to the last message", _regen),
     "system": ("TEXT: set the system message; without a text, remove it", _system),
-    "set": ("KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode", _set),
+    "set": (
+        "KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode; template_args NAME=VALUE",
+        _set,
+    ),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
     "strategy": ("show the strategy, or set it: me, ce or union", _strategy),
     "unit": ("show what a member is drawn for, or set it: token or word (word needs me)", _unit),
     "members": ("show the members", _members),
+    "thought": ("show the thought of the last reply", _thought),
     "stats": ("show the figures of the last reply", _stats),
     "save": ("FILE: write the conversation to a file", _save),
     "load": ("FILE: read a conversation from a file", _load),

@@ -10,9 +10,17 @@ from typing import IO, Any
 import click
 
 from me_local.cli.display import print_json
-from me_local.cli.options import FilePath, batch_option, load_many, models_option, weights_option, with_weights
+from me_local.cli.options import (
+    FilePath,
+    batch_option,
+    load_many,
+    models_option,
+    template_option,
+    weights_option,
+    with_weights,
+)
 from me_local.cli.progress import progress
-from me_local.config import Config, load_config
+from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.errors import InputError
 from me_local.evaluation.questions import Job, Likelihood, Method, Record, Sampling, markdown, spread, tabulate
 from me_local.evaluation.tasks import TASKS, find_tasks, read_questions
@@ -46,6 +54,7 @@ _NAMES = ", ".join([*TASKS, "arc"])
     help="Who replies: members (each alone), me, ce, union (ce as UniTE does it; me cannot have its distribution).",
 )
 @click.option("--top-k", type=click.IntRange(0), default=10, show_default=True, help="For replies, as in generate.")
+@template_option
 @click.option("--output", type=FilePath(), help="Where a record per answer goes.")
 @click.option("--resume", is_flag=True, help="Go on after the records that --output already has.")
 @batch_option
@@ -61,6 +70,7 @@ def evaluate(
     runs: int,
     strategies: str,
     top_k: int,
+    template_args: dict[str, object] | None,
     output: Path | None,
     resume: bool,
     batch: str | None,
@@ -75,7 +85,7 @@ def evaluate(
         raise click.UsageError("--batch goes with --method sampling")
     if resume and output is None:
         raise click.UsageError("--resume goes with --output")
-    config = with_weights(load_config(models), weights)
+    config = override(with_weights(load_config(models), weights), Overrides(template_args=template_args))
     chosen = _method(config, method, _listed(strategies), runs, top_k, few_shot)
     jobs = _jobs(chosen, tasks, data, few_shot, limit)
     with open_records(output, _RECORDS, resume=resume) if output else nullcontext((None, ())) as (file, earlier):
@@ -103,11 +113,17 @@ def _listed(strategies: str) -> list[str]:
 
 def _method(config: Config, method: str, strategies: list[str], runs: int, top_k: int, few_shot: bool) -> Method:
     names = [member.name for member in config.members]
-    members = {m.name: {"model": m.path.name if m.path else m.hf, "weight": m.weight} for m in config.members}
+    members = {m.name: _described(config, m) for m in config.members}
     settings: dict[str, Any] = {"members": members, "few_shot": few_shot}
     if method == "likelihood":
         return Likelihood(names, settings)
     return Sampling(names, strategies, runs, top_k, settings)
+
+
+def _described(config: Config, member: MemberConfig) -> dict[str, Any]:
+    arguments = {**config.template_args, **member.template_args}
+    described = {"model": member.path.name if member.path else member.hf, "weight": member.weight}
+    return described | ({"template_args": arguments} if arguments else {})
 
 
 def _jobs(method: Method, tasks: str, data: Path, few_shot: bool, limit: int | None) -> list[Job]:

@@ -61,6 +61,8 @@ def generate(
 ) -> None:
     """Reply to PROMPT, or complete it with --raw. PROMPT is read from standard input if it is - or left out.
 
+    Of a reply that begins with a thought, the answer is printed; --json and --output have both.
+
     With --input and --output, reply to each line of a JSON Lines file: {"prompt": "..."} or {"messages": [...]},
     optionally with "id", "seed", "max_tokens", and what the reply has to be: "json_schema" (an object), "json_object"
     (true), "regex", "choice" (a list) or "grammar". A line that cannot be used becomes a record with "error", and the
@@ -135,15 +137,24 @@ def _show(reply: Reply | None, *, as_json: bool) -> None:
     if reply and as_json:
         print_json(reply.as_dict())
     elif reply:
-        print_reply(reply.text.removesuffix("\n") + "\n")
+        print_reply(reply.answer.removesuffix("\n") + "\n")
+        _tell_of_cut(reply)
 
 
 def _print(stream: ReplyStream) -> None:
     try:
         for step in stream:
-            print_reply(step.text)
+            print_reply(step.answer)
     finally:
-        print_reply("" if stream.reply.text.endswith("\n") else "\n")
+        reply = stream.reply
+        print_reply(reply.rest.answer + ("" if reply.answer.endswith("\n") else "\n"))
+        _tell_of_cut(reply)
+
+
+def _tell_of_cut(reply: Reply) -> None:
+    if reply.thought and not reply.answer and reply.finish_reason == "length":
+        note = "the reply ended inside its thought: raise --max-tokens, or try --template-arg enable_thinking=false"
+        click.echo(note, err=True)
 
 
 def _jobs(source: Path, output: Path) -> list[Job]:

@@ -31,8 +31,8 @@ same cuts  places in a sample text where both cut it, of those where either does
 def inspect(models: Path, as_json: bool) -> None:
     """Show what the members are and take up, and how well their vocabularies go together."""
     with load(load_config(models)) as ensemble:
-        losses = [first_loss(*pair) for pair in zip(ensemble.members, ensemble.writers, strict=True)]
-        members = [inspect_member(*pair) for pair in zip(ensemble.members, losses, strict=True)]
+        writers = zip(ensemble.members, ensemble.writers, strict=True)
+        members = [inspect_member(member, first_loss(member, writer), writer.kinds) for member, writer in writers]
         pairs = [compare(a, b) for a, b in combinations(ensemble.members, 2)]
     if as_json:
         report = {"members": [asdict(m) for m in members], "pairs": [asdict(p) for p in pairs]}
@@ -81,6 +81,8 @@ def _rows(member: MemberReport) -> list[tuple[str, str]]:
         ("vocabulary", f"{member.vocabulary}, {member.vocabulary_size:,} tokens"),
         ("template", Path(member.template).name),
         ("ends a reply", "  ".join(member.end_tokens) or "-"),
+        ("thinks", ", ".join(f"{opening} … {closing}" for opening, closing in member.thinks) or "-"),
+        ("writes", "  ".join(member.writes) or "-"),
         *([] if member.address else _rows_of_memory(member)),
     ]
 

@@ -1,7 +1,7 @@
 """Options that several commands have, and what they make of them."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from me_local.checks import argument
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
@@ -48,18 +49,23 @@ class _Texts(click.types.StringParamType):
         return [rv]
 
 
-def named(name: str, **attributes: Any) -> Decorator:
+def named(*names: str, **attributes: Any) -> Decorator:
     """An option that an environment variable of its name sets, too.
 
     So is each that describes models, replies or the server: what one would want to hold for many runs. What a single
     run reads, writes and prints is said on its command line.
     """
-    return click.option(name, envvar=variable_of(name), show_envvar=True, **attributes)
+    return click.option(*names, envvar=variable_of(names[0]), show_envvar=True, **attributes)
 
 
 def variable_of(name: str) -> str:
     """The environment variable of an option such as "--top-k" or "--parallel/--no-parallel"."""
     return "ME_LOCAL_" + name.split("/")[0].strip("-").replace("-", "_").upper()
+
+
+def _read_arguments(_: click.Context, __: click.Parameter, given: Sequence[str]) -> dict[str, object] | None:
+    """The values of --template-arg, by their names; None where there is none. Raises ConfigError."""
+    return dict(argument(text, "--template-arg") for text in given) or None
 
 
 _MODELS = named(
@@ -71,6 +77,16 @@ _MODELS = named(
 )
 
 _WEIGHTS = named("--weights", metavar="W", help="Weights of the members: 0.7,0.3 or a=0.7,b=0.3.")
+
+_TEMPLATE_ARG = named(
+    "--template-arg",
+    "template_args",
+    metavar="NAME=VALUE",
+    type=_Texts(),
+    multiple=True,
+    callback=_read_arguments,
+    help="A variable for chat templates, such as enable_thinking=false; may be given several times.",
+)
 
 _SAMPLING: list[Decorator] = [
     named(
@@ -94,6 +110,7 @@ _SAMPLING: list[Decorator] = [
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--stop", type=_Texts(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
+    _TEMPLATE_ARG,
 ]
 
 _PARALLEL = named(
@@ -126,6 +143,11 @@ def models_option(command: Command) -> Command:
 def weights_option(command: Command) -> Command:
     """Add --weights."""
     return _WEIGHTS(command)
+
+
+def template_option(command: Command) -> Command:
+    """Add --template-arg."""
+    return _TEMPLATE_ARG(command)
 
 
 def raw_option(command: Command) -> Command:

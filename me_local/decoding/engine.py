@@ -38,8 +38,8 @@ class Request:
     depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
     its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
     with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name. A `constraint` says
-    what the reply has to be; the head does not count. With `prefill` the head is the beginning of a reply, behind its
-    prompt, and not that of a document.
+    what the reply has to be; the head does not count, nor does a thought that it opens, which ends with `closing`.
+    With `prefill` the head is the beginning of a reply, behind its prompt, and not that of a document.
     """
 
     prompts: tuple[IntArray, ...]
@@ -55,6 +55,7 @@ class Request:
     top: int = 0
     constraint: Constraint | None = None
     prefill: bool = False
+    closing: bytes = b""
 
 
 FORCED = -1

@@ -193,7 +193,7 @@ class Generation:
             sampled = self._contexts[0]
             assert isinstance(sampled, SampledText)
             vocabulary = self._engine.models[0].vocabulary
-            for id_ in vocabulary.encode(draw.piece) if draw.number == FORCED else (draw.number - 1,):
+            for id_ in vocabulary.canonical(draw.piece) if draw.number == FORCED else (draw.number - 1,):
                 sampled.append(id_)
 
     def _weights(self) -> FloatArray:
@@ -207,10 +207,11 @@ class Generation:
     def _make_contexts(self) -> Sequence[TokenizedText | SampledText]:
         models, head = self._engine.models, self._request.head
         at_start = bool(head) and not self._request.prefill
+        typed = len(head) if at_start else 0
         if self._engine.unified.same:
-            shared = SampledText(models[0].vocabulary.encode(head, at_start=at_start))
+            shared = SampledText(models[0].vocabulary.canonical(head, typed=typed, at_start=at_start))
             return [shared] * len(models)
         texts: dict[int, TokenizedText] = {}
         for group, model in zip(self._engine.groups, models, strict=True):
-            texts.setdefault(group, TokenizedText(model.vocabulary, at_start=at_start))
+            texts.setdefault(group, TokenizedText(model.vocabulary, at_start=at_start, typed=typed))
         return [texts[group] for group in self._engine.groups]

@@ -35,12 +35,13 @@ OUTPUTS = 64
 class Passage:
     """A text to score: `text` after each member's `prompts`, int32 (tokens,), without its first `given` bytes.
 
-    A text with some bytes given begins a document; one without is a reply.
+    The text is a `document`, of which a user wrote what is given, or a reply behind its head.
     """
 
     prompts: tuple[IntArray, ...]
     text: bytes
     given: int
+    document: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +89,7 @@ class Scorer:
         Raises InputError when a member cannot write it, has no room for it, or has nothing in front of it; RunError
         when llama.cpp fails.
         """
-        tokens = [reader.tokens(passage.text, at_start=passage.given > 0) for reader in self._readers]
+        tokens = [reader.tokens(passage) for reader in self._readers]
         starts = [starts for _, starts in tokens]
         cuts = token_cuts(starts[0], passage.given) if self._same else word_cuts(passage.text, starts, passage.given)
         rows = [
@@ -109,12 +110,12 @@ class _Reader:
         self._never = np.array(sorted(never - ends), dtype=np.intp)
         self._openings = np.array(sorted(ends | _openings(vocabulary) - never), dtype=np.intp)
 
-    def tokens(self, text: bytes, *, at_start: bool) -> tuple[list[int], Positions]:
-        """The canonical ids of a text, and where they begin in it."""
-        vocabulary = self._member.vocabulary
-        ids = vocabulary.encode(text, at_start=at_start)
+    def tokens(self, passage: Passage) -> tuple[list[int], Positions]:
+        """The canonical ids of a passage's text, and where they begin in it."""
+        vocabulary, typed = self._member.vocabulary, passage.given if passage.document else 0
+        ids = vocabulary.canonical(passage.text, typed=typed, at_start=passage.document)
         try:
-            return ids, token_starts(vocabulary, ids, text)
+            return ids, token_starts(vocabulary, ids, passage.text)
         except InputError as error:
             raise InputError(f'member "{self._member.name}" cannot write this text: {error}') from None
 

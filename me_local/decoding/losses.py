@@ -40,7 +40,8 @@ class Loss:
 
 def measure(logits: npt.NDArray[np.float32], vocabulary: Vocabulary) -> Loss:
     """What is lost of a prediction, from all its logits, float32 (vocabulary,)."""
-    lost = sorted(set(vocabulary.control.values()) - {*vocabulary.end_ids, *vocabulary.removed})
+    written = vocabulary.written.values()
+    lost = sorted(set(vocabulary.control.values()) - {*vocabulary.end_ids, *vocabulary.removed, *written})
     highest = float(logits.max())
     if not lost or not np.isfinite(highest):
         return Loss()

@@ -1,9 +1,10 @@
 """A reply as its reader sees it: a stream of steps that ends by a stop string, the end of generation or a limit."""
 
 import codecs
+import copy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from me_local.decoding.engine import FORCED, Draw, Request, Work
 from me_local.decoding.generation import Generation
 from me_local.errors import RunError
 from me_local.model import EvaluationInterruptedError
+from me_local.text.thoughts import Kind, Parts, Thoughts
 from me_local.text.unified import END
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -24,7 +26,9 @@ class Step(NamedTuple):
     distribution that it was sampled from, the drawn member's for ME and the mixture's for CE; `shares` each member's
     part in it, in the order of the ensemble, sum 1; `top` the likeliest pieces of that distribution with their
     probabilities, where they were asked for: the empty one is the end of the reply. What a constraint `forced` has no
-    member (""), no shares (all 0), and the probability 1.
+    member (""), no shares (all 0), and the probability 1. `thought` and `answer` are what the piece adds to these parts
+    of the reply: neither has the marks around a thought, and what may be the beginning of one comes with a later piece,
+    or with the end of the reply.
     """
 
     piece: bytes
@@ -34,6 +38,8 @@ class Step(NamedTuple):
     shares: tuple[float, ...]
     top: tuple[tuple[bytes, float], ...] = ()
     forced: bool = False
+    thought: str = ""
+    answer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,8 @@ class Reply:
 
     `text` leaves out a character that was not completed. `finish_reason`: "stop" (end of generation or a stop
     string), "length" (max_tokens, or a context is full), "cancelled" or "error". `seconds` is the time of the whole
-    reply, prompt included; `stop` the stop string that ended it.
+    reply, prompt included; `stop` the stop string that ended it. `thought` and `answer` are parts of the text, where
+    a model thinks; else the answer is all of it.
     """
 
     text: str
@@ -83,6 +90,20 @@ class Reply:
     usage: tuple[MemberUsage, ...]
     seconds: float
     stop: str | None = None
+    thought: str = ""
+    answer: str = ""
+
+    @property
+    def thought_pieces(self) -> int:
+        """How many of the pieces, from the first on, are the thought and its marks."""
+        return first_of_answer(self.steps, self.rest.answer) if self.thought else 0
+
+    @property
+    def rest(self) -> Parts:
+        """What the end of the reply adds to the thought and to the answer, behind what the steps have of them."""
+        thought = sum(len(step.thought) for step in self.steps)
+        answer = sum(len(step.answer) for step in self.steps)
+        return Parts(self.thought[thought:], self.answer[answer:])
 
     @property
     def prompt_seconds(self) -> float:
@@ -109,6 +130,8 @@ class Reply:
         """The reply as JSON can hold it; pieces appear as `text` and, in full, as `bytes`."""
         return {
             "text": self.text,
+            "thought": self.thought,
+            "answer": self.answer,
             "finish_reason": self.finish_reason,
             "strategy": self.strategy,
             "unit": self.unit,
@@ -132,6 +155,22 @@ class Reply:
                 "pieces_per_second": self.pieces_per_second,
             },
         }
+
+
+def first_of_answer(steps: Sequence[Step], rest: str = "") -> int:
+    """The index of the first piece of the answer, or their number; `rest` is what the end of the reply adds to it.
+
+    A piece that might have begun a mark, and did not, is part of the answer that a later one adds.
+    """
+    first = next((i for i, step in enumerate(steps) if step.answer), len(steps))
+    begun, last = (steps[first].answer, steps[first].text) if first < len(steps) else (rest, "")
+    if not begun:
+        return first
+    held = len(begun) - len(last)
+    while first > 0 and (held > 0 or not steps[first - 1].text):  # without a text: the beginning of a character
+        first -= 1
+        held -= len(steps[first].text)
+    return first
 
 
 class StopFilter:
@@ -198,6 +237,7 @@ class Draft:
         names: tuple[str, ...],
         max_tokens: int,
         stop: tuple[str, ...],
+        kinds: Sequence[Kind] = (),
     ) -> None:
         self.generation = generation
         self.steps: list[Step] = []
@@ -206,6 +246,7 @@ class Draft:
         self._request = request
         self._names = names
         self._left = max_tokens
+        self._thoughts = Thoughts(kinds, request.head.decode() if kinds else "")
         self._filter = StopFilter(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -230,8 +271,11 @@ class Draft:
     def reply(self) -> Reply:
         """The reply so far; its finish_reason is "error" until it is finished."""
         request = self._request
+        rest = copy.copy(self._thoughts).end()
         return Reply(
             text="".join(step.text for step in self.steps),
+            thought="".join(step.thought for step in self.steps) + rest.thought,
+            answer="".join(step.answer for step in self.steps) + rest.answer,
             finish_reason=self.finish_reason or "error",
             strategy=request.strategy,
             unit=request.unit,
@@ -247,7 +291,8 @@ class Draft:
             text = self._decoder.decode(draw.piece)
             forced = draw.member == FORCED
             member = "" if forced else self._names[draw.member]
-            step = Step(draw.piece, text, member, draw.probability, draw.shares, draw.top, forced)
+            parts = self._thoughts.add(text)
+            step = Step(draw.piece, text, member, draw.probability, draw.shares, draw.top, forced, *parts)
             self.steps.append(step)
             yield step
 

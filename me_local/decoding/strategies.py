@@ -48,7 +48,7 @@ class Sampler:
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_uniform = route or _uniforms(route_seed)
         self._piece_uniform = _uniforms(piece_seed)
-        self._matcher = constraints.start(request.constraint) if request.constraint else None
+        self._matcher = constraints.start(request.constraint, request.closing) if request.constraint else None
 
     def draw(self, weights: FloatArray) -> Course[Draw]:
         """The next piece, under these weights, float64 (members,). Raises RunError."""

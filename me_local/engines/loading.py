@@ -17,6 +17,7 @@ from me_local.model import LoadedModel
 from me_local.system.inflight import uninterrupted
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS, Template, choose_template
+from me_local.text.thoughts import KINDS
 from me_local.text.unified import UnifiedVocabulary
 
 Doing = Literal["checking", "loading"]
@@ -103,7 +104,8 @@ def prompt_writer(config: Config, member: MemberConfig, weights: VocabularyFile)
         template = choose_template(member.chat_template, weights.chat_template, weights.token_texts)
     except ConfigError as error:
         raise ConfigError(f'{config.place}member "{member.name}": {error}') from None
-    return PromptWriter(weights.vocabulary, template.render), template
+    kinds = [kind for kind in KINDS if kind.stands_in(template.source, weights.vocabulary.control)]
+    return PromptWriter(weights.vocabulary, template.render, kinds), template
 
 
 def _notices(member: LoadedModel, file: VocabularyFile) -> Iterator[str]:

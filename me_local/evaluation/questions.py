@@ -105,7 +105,7 @@ class Sampling:
     """Draws replies, `runs` for each question and arm: the protocol of the paper.
 
     Up to 512 pieces at temperature 1 from the `top_k` likeliest tokens; `strategies` are "members" (each alone), "me",
-    "ce" and "union".
+    "ce" and "union". What is looked into is the answer of a reply, behind its thought.
     """
 
     def __init__(
@@ -159,12 +159,13 @@ class Sampling:
             "run": job.run,
             "seed": reply.seed,
             "answer": job.question.answer,
-            "found": job.task.extract(job.question, reply.text),
-            "correct": {ACCURACY: {job.arm: job.task.correct(job.question, reply.text)}},
+            "found": job.task.extract(job.question, reply.answer),
+            "correct": {ACCURACY: {job.arm: job.task.correct(job.question, reply.answer)}},
             "finish_reason": reply.finish_reason,
             "pieces": len(reply.steps),
             "seconds": reply.seconds,
-            "reply": reply.text,
+            "reply": reply.answer,
+            "thought": reply.thought,
         }
 
 

@@ -157,9 +157,9 @@ def make_generation(
     seed: int = 0,
 ) -> Generation:
     """A reply to about `length` pieces of English, whose prompt is evaluated with the first step."""
-    head, prompts = ensemble.prompter.raw_prompts(sample_text(length), ensemble.config)
+    prompts = ensemble.prompter.raw_prompts(sample_text(length), ensemble.config)
     request = replace(
-        make_request(ensemble.config, prompts, head, alone=True),
+        make_request(ensemble.config, prompts, alone=True),
         strategy=strategy,
         argmax=False,
         seed=seed,

@@ -118,9 +118,9 @@ def _run(ensemble: Ensemble, contestant: _Contestant, seed: int) -> float:
 
 def _request(ensemble: Ensemble, contestant: _Contestant, seed: int, index: int) -> Request:
     """A reply to a prompt that has nothing in common with the others': what prompts share is evaluated once."""
-    head, prompts = ensemble.prompter.raw_prompts(f"{index}, {sample_text(_PROMPT)}", ensemble.config)
+    prompts = ensemble.prompter.raw_prompts(f"{index}, {sample_text(_PROMPT)}", ensemble.config)
     return replace(
-        make_request(ensemble.config, prompts, head),
+        make_request(ensemble.config, prompts),
         strategy="ce" if contestant.way == "ce" else "me",
         unit="token",
         argmax=False,

@@ -5,7 +5,7 @@ in tokens, shares between 0 and 1.
 """
 
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
 from me_local.llama.options import longest_context
 from me_local.model import LoadedModel
+from me_local.text.thoughts import Kind
 from me_local.text.vocabulary import Vocabulary
 
 RISKY_AGREEMENT = 0.6
@@ -100,6 +101,8 @@ class MemberReport:
     working_bytes: int | None  # llama.cpp's buffers for a batch
     total_bytes: int | None
     lost: Loss | None  # of its first prediction
+    thinks: tuple[tuple[str, str], ...]  # the marks around thoughts that it may write
+    writes: tuple[str, ...]  # control tokens that are part of its text
     slots: int | None = None
     step_seconds: float | None = None
     prefix_cache: bool | None = None
@@ -119,10 +122,13 @@ class PairReport:
     risky: bool
 
 
-def inspect_member(member: LoadedModel, lost: Loss | None = None) -> MemberReport:
-    """Report on a loaded member; `lost` is what `first_loss` gives of it. Raises RunError."""
+def inspect_member(member: LoadedModel, lost: Loss | None = None, kinds: Sequence[Kind] = ()) -> MemberReport:
+    """Report on a loaded member; `lost` is what `first_loss` gives of it, `kinds` those of its thoughts.
+
+    Raises RunError.
+    """
     if isinstance(member, RemoteModel):
-        return _inspect_remote(member)
+        return _inspect_remote(member, kinds)
     assert isinstance(member, Member)
     weights = member.weights
     cells = allocated_context(member.config.n_ctx, longest_context(member.config, weights.trained_context))
@@ -149,10 +155,12 @@ def inspect_member(member: LoadedModel, lost: Loss | None = None) -> MemberRepor
         working_bytes=member.working_bytes,
         total_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         lost=lost,
+        thinks=_marks(kinds),
+        writes=_written(vocabulary),
     )
 
 
-def _inspect_remote(member: RemoteModel) -> MemberReport:
+def _inspect_remote(member: RemoteModel, kinds: Sequence[Kind]) -> MemberReport:
     file, vocabulary = member.file, member.vocabulary
     seconds, cached = member.measure()
     return MemberReport(
@@ -175,10 +183,20 @@ def _inspect_remote(member: RemoteModel) -> MemberReport:
         working_bytes=None,
         total_bytes=None,
         lost=None,
+        thinks=_marks(kinds),
+        writes=_written(vocabulary),
         slots=member.description.places,
         step_seconds=seconds,
         prefix_cache=cached,
     )
+
+
+def _marks(kinds: Sequence[Kind]) -> tuple[tuple[str, str], ...]:
+    return tuple((kind.openings[0], kind.closing) for kind in kinds)
+
+
+def _written(vocabulary: Vocabulary) -> tuple[str, ...]:
+    return tuple(name.decode() for name in vocabulary.written)
 
 
 def compare(a: LoadedModel, b: LoadedModel) -> PairReport:

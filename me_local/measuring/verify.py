@@ -190,8 +190,8 @@ class _Verification:
 
     def _request(self, text: bytes, seed: int) -> Request:
         config = self._ensemble.config
-        _, prompts = self._ensemble.prompter.raw_prompts(text.decode(), config)
-        return replace(make_request(config, prompts, text), strategy="me", unit="token", argmax=False, seed=seed)
+        prompts = self._ensemble.prompter.raw_prompts(text.decode(), config)
+        return replace(make_request(config, prompts), strategy="me", unit="token", argmax=False, seed=seed)
 
     def _reply(self, number: int, prompt: str) -> bytes:
         """Write a reply, compare some of its steps, and return one of its prefixes."""
@@ -206,7 +206,7 @@ class _Verification:
                 break
             if step in compared:
                 self._compare(draw.member, number, step + 1)
-            self._check_contexts(generation, request.prompts, number, step + 1)
+            self._check_contexts(generation, request, number, step + 1)
             if draw.number != END and _whole(generation.text):
                 prefixes.append(generation.text)
         for member in range(len(self._references)):
@@ -260,18 +260,18 @@ class _Verification:
         weights /= weights.sum()
         return weights
 
-    def _check_contexts(self, generation: Generation, prompts: Sequence[IntArray], number: int, step: int) -> None:
+    def _check_contexts(self, generation: Generation, request: Request, number: int, step: int) -> None:
         """Where all members share a vocabulary, ids are as they were sampled: they have to stand for the text."""
         self._steps += 1
         text = generation.text
-        for i, (model, prompt) in enumerate(zip(self._engine.models, prompts, strict=True)):
+        for i, (model, prompt) in enumerate(zip(self._engine.models, request.prompts, strict=True)):
             if not self._can_write(i, text):
                 continue
             ids = generation.ids(i)[len(prompt) :].tolist()
             if self._engine.unified.same:
                 right = model.vocabulary.joined(ids) in (text, b" " + text)
             else:
-                right = ids == model.vocabulary.encode(text, at_start=True)
+                right = ids == model.vocabulary.canonical(text, typed=len(request.head), at_start=True)
             if not right and self._different is None:
                 self._different = model.name, number, step
 

@@ -68,7 +68,7 @@ def _own_ids(numbers: IntArray, count: int) -> IntArray:
 
 def _first_token(vocabulary: Vocabulary, piece: bytes) -> int:
     try:
-        ids = vocabulary.encode(piece)
+        ids = vocabulary.canonical(piece)
     except KeyError:  # part of a character, and no token for it
         return _NONE
     return ids[0] if ids else _NONE

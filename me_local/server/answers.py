@@ -2,31 +2,55 @@
 
 Extensions: each chunk's choice has the piece's `member`, `probability` and `shares`; the end of a choice its `seed`
 and `timings`. `usage` counts prompt tokens as the member does that has most of them, and pieces as completion tokens.
+Thoughts are `reasoning_content`, as llama-server and vLLM have them; `logprobs` are those of the answer's pieces.
 """
 
 import math
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from me_local.decoding.reply import MemberUsage, Reply, Step
+from me_local.decoding.reply import MemberUsage, Reply, Step, first_of_answer
 from me_local.server.tools import Splitter
 
 Object = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Streamed:
+    """What was told of a choice so far: the `calls` in it, and the pieces `before` its answer, until that begins."""
+
+    calls: Splitter = field(default_factory=Splitter)
+    before: list[Step] | None = field(default_factory=list)
+    last: str = "content"  # the field of a delta that had some text
+
+    def of_answer(self, step: Step) -> Sequence[Step]:
+        """The pieces that are known to be the answer's with this one."""
+        if self.before is None:
+            return [step]
+        self.before.append(step)
+        if not step.answer:
+            return []
+        steps, self.before = self.before[first_of_answer(self.before) :], None
+        return steps
 
 
 class Answer:
     """The objects of one answer.
 
     `chat` tells a conversation from a completion, `logprobs` whether they are wanted, `tools` whether calls of tools
-    are looked for; `n` is the number of replies to each prompt.
+    are looked for, `apart` whether thoughts are told apart; `n` is the number of replies to each prompt.
     """
 
-    def __init__(self, model: str, *, chat: bool, logprobs: bool, n: int, tools: bool = False) -> None:
+    def __init__(
+        self, model: str, *, chat: bool, logprobs: bool, n: int, tools: bool = False, apart: bool = True
+    ) -> None:
         self._tools = tools
-        self._splitters: dict[int, Splitter] = {}  # of streamed choices
+        self._streamed: dict[int, _Streamed] = {}  # by the choice
         self._chat = chat
+        self._apart = chat and apart
         self._logprobs = logprobs
         self._n = n  # replies to each prompt
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -45,32 +69,45 @@ class Answer:
 
     def pieces(self, index: int, step: Step, offset: int) -> Iterator[Object]:
         """The chunks of one piece, which stands at this character of the reply; none where a call may begin with it."""
-        if not self._tools:
-            yield self._piece(index, step, offset)
-            return
-        splitter = self._splitters.setdefault(index, Splitter())
-        first = len(splitter.calls)
-        content, calls = splitter.push(step.text)
-        if content:
-            yield self._piece(index, step._replace(text=content), offset)
-        for number, call in enumerate(calls, start=first):
-            delta = {"tool_calls": [{"index": number, **call.as_dict()}]}
-            yield self._chunk([{"index": index, "delta": delta, "finish_reason": None}])
+        streamed = self._streamed.setdefault(index, _Streamed())
+        content, calls = step.answer if self._apart else step.text, list[Object]()
+        if self._tools:
+            first = len(streamed.calls.calls)
+            content, found = streamed.calls.push(step.answer)
+            calls = [{"index": number, **call.as_dict()} for number, call in enumerate(found, start=first)]
+        if content or step.thought or not self._tools:
+            yield self._piece(index, step, content, offset)
+        for call in calls:
+            yield self._chunk([{"index": index, "delta": {"tool_calls": [call]}, "finish_reason": None}])
 
-    def _piece(self, index: int, step: Step, offset: int) -> Object:
-        choice: Object = {"index": index, **self._content(step.text), "finish_reason": None}
+    def _piece(self, index: int, step: Step, content: str, offset: int) -> Object:
+        streamed = self._streamed[index]
+        choice: Object = {"index": index, **self._content(streamed, step, content), "finish_reason": None}
         if self._logprobs:
-            choice["logprobs"] = self._listed([step], offset)
+            choice["logprobs"] = self._listed(streamed.of_answer(step) if self._apart else [step], offset)
         choice |= {"member": step.member, "probability": step.probability, "shares": list(step.shares)}
         return self._chunk([choice])
 
+    def _content(self, streamed: _Streamed, step: Step, content: str) -> Object:
+        if not self._chat:
+            return {"text": content}
+        delta = _delta(step.thought if self._apart else "", content)
+        streamed.last = next(reversed(delta), streamed.last)
+        return {"delta": delta or {streamed.last: ""}}
+
     def end(self, index: int, reply: Reply) -> Object:
         """The last chunk of a choice."""
-        content: Object = {"delta": {}} if self._chat else {"text": ""}
-        splitter = self._splitters.get(index, Splitter())
-        if rest := splitter.flush():
-            content = {"delta": {"content": rest}}
-        return self._chunk([{"index": index, **content, **_end(reply, splitter), "timings": timings([reply])}])
+        streamed = self._streamed.setdefault(index, _Streamed())
+        content: Object = {"text": ""}
+        if self._chat:
+            thought, answer = reply.rest if self._apart else ("", "")
+            if self._tools:
+                answer = streamed.calls.push(answer)[0] + streamed.calls.flush()
+            content = {"delta": _delta(thought, answer)}
+            if self._logprobs and self._apart and streamed.before and answer:
+                held = streamed.before[first_of_answer(streamed.before, answer) :]
+                content["logprobs"] = self._listed(held, 0)
+        return self._chunk([{"index": index, **content, **_end(reply, streamed.calls), "timings": timings([reply])}])
 
     def total(self, replies: Sequence[Reply]) -> Object:
         """The chunk after all choices: the usage."""
@@ -78,20 +115,21 @@ class Answer:
 
     def _choice(self, index: int, reply: Reply) -> Object:
         content: Object = {"text": reply.text}
+        steps: Sequence[Step] = reply.steps
         splitter = Splitter()
         if self._chat:
-            text = reply.text
+            text = reply.answer if self._apart else reply.text
             if self._tools:
-                text = splitter.push(reply.text)[0] + splitter.flush()
+                text = splitter.push(text)[0] + splitter.flush()
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if self._apart:
+            steps = steps[first_of_answer(steps, reply.rest.answer) :]
+            content["message"] |= {"reasoning_content": reply.thought} if reply.thought else {}
         if splitter.calls:
             calls = [call.as_dict() for call in splitter.calls]
             content["message"] |= {"content": content["message"]["content"] or None, "tool_calls": calls}
-        listed = self._listed(reply.steps, 0) if self._logprobs else None
+        listed = self._listed(steps, 0) if self._logprobs else None
         return {"index": index, **content, "logprobs": listed, **_end(reply, splitter)}
-
-    def _content(self, text: str) -> Object:
-        return {"delta": {"content": text}} if self._chat else {"text": text}
 
     def _listed(self, steps: Iterable[Step], offset: int) -> Object:
         return _chat_logprobs(steps) if self._chat else _text_logprobs(steps, offset)
@@ -120,6 +158,7 @@ class Answer:
             "completion_tokens": pieces,
             "total_tokens": prompt + pieces,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": sum(reply.thought_pieces for reply in replies)},
         }
 
 
@@ -156,6 +195,11 @@ def _longest(reply: Reply) -> MemberUsage:
 def _end(reply: Reply, splitter: Splitter) -> Object:
     calls = splitter.calls and reply.finish_reason == "stop"
     return {"finish_reason": "tool_calls" if calls else reply.finish_reason, "seed": reply.seed}
+
+
+def _delta(thought: str, content: str) -> Object:
+    parts = {"reasoning_content": thought, "content": content}
+    return {name: text for name, text in parts.items() if text}
 
 
 def _chat_logprobs(steps: Iterable[Step]) -> Object:

@@ -240,8 +240,9 @@ class Routes:
     async def _answer(self, request: Request, asked: Asked) -> Response:
         asks = asked.asks(self._ensemble, self._aliases)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
-        chat, calls = isinstance(asked, ChatRequest), isinstance(asked, ChatRequest) and asked.may_call
-        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls)
+        chat = isinstance(asked, ChatRequest)
+        calls, apart = (asked.may_call, asked.tells_thoughts) if isinstance(asked, ChatRequest) else (False, False)
+        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls, apart=apart)
         events = self._events(asks)
         if not asked.stream:
             replies = await while_there(request, _replies(events))

@@ -56,8 +56,11 @@ class MessageAnswer:
         message = answer["choices"][0]["message"]
         calls = message.get("tool_calls") or []
         content: list[Object] = [_use(call, json.loads(call["function"]["arguments"])) for call in calls]
-        if message["content"] or not calls:
+        thought = message.get("reasoning_content")
+        if message["content"] or not (calls or thought):
             content.insert(0, {"type": "text", "text": message["content"] or ""})
+        if thought:
+            content.insert(0, _thinking(thought))
         usage = answer["usage"]
         return (
             self._message(content, usage["prompt_tokens"], usage["completion_tokens"])
@@ -95,6 +98,10 @@ class MessageAnswer:
         yield _event("error", error_dict(error))
 
     def _told(self, delta: Object) -> Iterator[str]:
+        if thought := delta.get("reasoning_content"):
+            if self._open != "thinking":
+                yield from self._begin(_thinking(""))
+            yield self._delta({"type": "thinking_delta", "thinking": thought})
         if text := delta.get("content"):
             if self._open != "text":
                 yield from self._begin({"type": "text", "text": ""})
@@ -133,6 +140,11 @@ class MessageAnswer:
         if reason == "stop" and reply.stop in self._stops:
             return {"stop_reason": "stop_sequence", "stop_sequence": reply.stop}
         return {"stop_reason": _REASONS.get(reason, "end_turn"), "stop_sequence": None}
+
+
+def _thinking(thought: str) -> Object:
+    """A thought, which nobody signs: it is taken back as it is."""
+    return {"type": "thinking", "thinking": thought, "signature": ""}
 
 
 def _use(call: Object, arguments: Any) -> Object:

@@ -1,7 +1,7 @@
 """Anthropic's requests, as typed models, and how they become requests for a conversation.
 
-What is refused is named by its field, as in `protocol`. Thoughts of other models in a conversation are left out, as
-Anthropic does. Knows nothing of HTTP.
+What is refused is named by its field, as in `protocol`. Thoughts that were encrypted are left out: only who wrote them
+can read them. Knows nothing of HTTP.
 """
 
 import json
@@ -18,9 +18,10 @@ from me_local.server.translation import Loose, SentOn, Translated
 
 THREADS = "thread_unsupported_request"
 """Says a client's package that it has to send whole conversations, which it then does."""
-_THOUGHTS = ("thinking", "redacted_thinking")
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
+    "thinking": ("thinking",),
+    "redacted_thinking": (),
     "tool_use": ("id", "name", "input"),
     "tool_result": ("tool_use_id",),
 }
@@ -34,7 +35,7 @@ def _refuse_thread(value: object) -> object:
 
 
 def _require_thoughts(value: Any) -> Any:
-    """To clear thoughts changes nothing where there are none; to clear anything else does."""
+    """Earlier thoughts are cleared by the members' templates; nothing else is."""
     edits = value.get("edits") or [] if isinstance(value, dict) else value or []
     kinds = (
         [edit.get("type") if isinstance(edit, dict) else None for edit in edits] if isinstance(edits, list) else [None]
@@ -53,6 +54,7 @@ class Block(Loose):
 
     type: str
     text: str | None = None
+    thinking: str | None = None
     id: str | None = None
     name: str | None = None
     input: dict[str, Any] | None = None
@@ -64,9 +66,9 @@ class Block(Loose):
 
     @model_validator(mode="after")
     def _check_kind(self) -> "Block":
-        if self.type not in _NEEDED and self.type not in _THOUGHTS:
+        if self.type not in _NEEDED:
             raise ValueError(f"type: {self.type!r} is not supported; a block is {', '.join(_NEEDED)}")
-        for field in _NEEDED.get(self.type, ()):
+        for field in _NEEDED[self.type]:
             if getattr(self, field) is None:
                 raise ValueError(f"{field}: is missing")
         return self
@@ -115,9 +117,9 @@ class AnthropicChoice(_Model):
 
 
 class Thinking(Loose):
-    """Whether the model is to think first; it does not."""
+    """Whether models are to think first. A budget changes nothing: clients have to give one, and it is a wish."""
 
-    type: Literal["disabled"]
+    type: Literal["enabled", "disabled", "adaptive"]
 
 
 class OutputFormat(Loose):
@@ -128,17 +130,21 @@ class OutputFormat(Loose):
 
 
 class OutputConfig(_Model):
-    """The same, and an effort, which changes nothing where there are no thoughts."""
+    """The same, and how much is to be thought."""
 
     format: OutputFormat | None = None
-    effort: _Ignored
+    effort: SentOn
 
 
 class MessagesRequest(Translated):
     """A body of POST /v1/messages."""
 
     names: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"stop": "stop_sequences", "response_format": "output_config.format"}
+        {
+            "stop": "stop_sequences",
+            "response_format": "output_config.format",
+            "reasoning_effort": "output_config.effort",
+        }
     )
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000, fail_fast=True)]
@@ -170,6 +176,8 @@ class MessagesRequest(Translated):
             "tool_choice": choice.as_choice() if choice else None,
             "parallel_tool_calls": not choice.disable_parallel_tool_use if choice else None,
             "response_format": self._format(),
+            "enable_thinking": self.thinking.type != "disabled" if self.thinking else None,
+            "reasoning_effort": self.output_config.effort if self.output_config else None,
         }
 
     def _format(self) -> dict[str, Any] | None:
@@ -208,7 +216,9 @@ def _of_assistant(blocks: list[Block]) -> Iterator[dict[str, Any]]:
         for block in blocks
         if block.type == "tool_use"
     ]
-    yield {"role": "assistant", "content": _text(blocks), "tool_calls": calls or None}
+    thoughts = "\n\n".join(block.thinking for block in blocks if block.thinking)
+    message = {"role": "assistant", "content": _text(blocks), "tool_calls": calls or None}
+    yield message | ({"reasoning_content": thoughts} if thoughts else {})
 
 
 def _text(blocks: Iterable[Block]) -> str:

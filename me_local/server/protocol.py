@@ -18,6 +18,7 @@ from me_local.errors import InputError
 from me_local.server import tools as toolbox
 from me_local.server.refusals import ApiError
 from me_local.server.structure import Structure
+from me_local.server.thinking import Thinking
 from me_local.text import constraints
 from me_local.text.messages import Message, Role
 
@@ -116,6 +117,8 @@ class ChatMessage(_Model):
     content: Annotated[list[TextPart] | None, Field(fail_fast=True), BeforeValidator(_as_parts)] = None
     name: _Ignored
     refusal: _Unsupported
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: Annotated[list[toolbox.Called] | None, Field(max_length=128)] = None
     tool_call_id: _Ignored
     function_call: _Unsupported
@@ -128,7 +131,14 @@ class ChatMessage(_Model):
             raise ValueError("content: is missing")
         if self.tool_calls and self.role != "assistant":
             raise ValueError("tool_calls: only the assistant has them")
+        if self.thought and self.role != "assistant":
+            raise ValueError("reasoning_content: only the assistant has it")
         return self
+
+    @property
+    def thought(self) -> str:
+        """What stood in front of the content, by either of its names."""
+        return self.reasoning_content or self.reasoning or ""
 
     def as_message(self) -> Message:
         """The message as members see it."""
@@ -136,9 +146,9 @@ class ChatMessage(_Model):
         if self.role == "tool":
             return Message("user", toolbox.response(text))
         if self.role == "assistant" and self.tool_calls:
-            return Message("assistant", toolbox.called(text, self.tool_calls))
+            return Message("assistant", toolbox.called(text, self.tool_calls), self.thought)
         role: Role = "system" if self.role == "developer" else self.role
-        return Message(role, text)
+        return Message(role, text, self.thought)
 
 
 class StreamOptions(_Model):
@@ -194,6 +204,10 @@ class _Request(Structure, _Model):
         """How many of the likeliest pieces are wanted at each step."""
         raise NotImplementedError
 
+    def template_args(self) -> dict[str, Any] | None:
+        """Variables for chat templates. Raises ConfigError."""
+        return None
+
     def asks(self, ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[Ask]:
         """The replies that are asked for, in the order of the choices; the i-th has the seed + i.
 
@@ -211,6 +225,7 @@ class _Request(Structure, _Model):
             min_p=self.min_p,
             constraint=self._constraint(),
             weights=self._weights(ensemble, aliases),
+            template_args=self.template_args(),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
@@ -241,7 +256,7 @@ class _Request(Structure, _Model):
         return {other: float(other == name) for other in ensemble.names}
 
 
-class ChatRequest(_Request):
+class ChatRequest(Thinking, _Request):
     """A body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_texts)]
@@ -255,7 +270,6 @@ class ChatRequest(_Request):
     functions: _Unsupported
     audio: _Unsupported
     prediction: _Unsupported
-    reasoning_effort: _Unsupported
     verbosity: _Unsupported
     web_search_options: _Unsupported
     parallel_tool_calls: bool | None = None
@@ -270,6 +284,8 @@ class ChatRequest(_Request):
             raise ValueError("max_completion_tokens: contradicts max_tokens")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise ValueError("tool_choice: there are no tools")
+        if self.may_call and not self.tells_thoughts:
+            raise ValueError('reasoning_format: "none" does not go with tools: calls are looked for behind thoughts')
         return self
 
     @property

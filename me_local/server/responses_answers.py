@@ -31,7 +31,9 @@ class ResponseAnswer:
         answer = self._answer.whole([reply])
         message = answer["choices"][0]["message"]
         calls = [_call(call) for call in message.get("tool_calls") or []]
-        if message["content"] or not calls:
+        if thought := message.get("reasoning_content"):
+            self._output.append(_reasoning(thought))
+        if message["content"] or not (calls or thought):
             self._output.append(_message(message["content"] or ""))
         self._output += calls
         return self._ended(answer)
@@ -55,7 +57,7 @@ class ResponseAnswer:
         answer = self._answer.end(0, reply)
         yield from self._told(answer["choices"][0]["delta"])
         if not self._output:
-            yield from self._begin_text()
+            yield from self._begin_text("message")
         yield from self._end_text()
         response = self._ended(answer | self._answer.total([reply]) | {"choices": answer["choices"]})
         yield self._event(f"response.{response['status']}", response=response)
@@ -66,12 +68,10 @@ class ResponseAnswer:
         yield self._event("response.failed", response=self._response("failed") | {"error": told})
 
     def _told(self, delta: Object) -> Iterator[str]:
+        if thought := delta.get("reasoning_content"):
+            yield from self._add("reasoning", thought)
         if text := delta.get("content"):
-            if not self._open:
-                yield from self._begin_text()
-            part = self._output[-1]["content"][0]
-            part["text"] += text
-            yield self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+            yield from self._add("message", text)
         for call in delta.get("tool_calls", ()):
             yield from self._end_text()
             yield from self._called(_call(call))
@@ -86,9 +86,19 @@ class ResponseAnswer:
         yield self._event("response.function_call_arguments.done", **place, name=item["name"], arguments=arguments)
         yield self._event("response.output_item.done", output_index=index, item=item)
 
-    def _begin_text(self) -> Iterator[str]:
+    def _add(self, kind: str, text: str) -> Iterator[str]:
+        """More text of a message, or of the thought in front of it."""
+        if not self._open or self._output[-1]["type"] != kind:
+            yield from self._end_text()
+            yield from self._begin_text(kind)
+        part = self._output[-1]["content"][0]
+        part["text"] += text
+        yield self._event(f"response.{part['type']}.delta", **self._place(), delta=text, **_logprobs(part))
+
+    def _begin_text(self, kind: str) -> Iterator[str]:
         self._open = True
-        self._output.append(_message("") | {"status": "in_progress"})
+        item = _reasoning("") if kind == "reasoning" else _message("")
+        self._output.append(item | {"status": "in_progress"})
         index = len(self._output) - 1
         yield self._event("response.output_item.added", output_index=index, item=self._output[-1] | {"content": []})
         yield self._event("response.content_part.added", **self._place(), part=self._output[-1]["content"][0])
@@ -100,7 +110,7 @@ class ResponseAnswer:
         item = self._output[-1]
         item["status"] = "completed"
         [part] = item["content"]
-        yield self._event("response.output_text.done", **self._place(), text=part["text"], logprobs=[])
+        yield self._event(f"response.{part['type']}.done", **self._place(), text=part["text"], **_logprobs(part))
         yield self._event("response.content_part.done", **self._place(), part=part)
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)
 
@@ -110,7 +120,7 @@ class ResponseAnswer:
 
     def _ended(self, answer: Object) -> Object:
         cut = answer["choices"][0]["finish_reason"] == "length"
-        if cut and self._output[-1]["type"] == "message":
+        if cut and self._output[-1]["type"] != "function_call":
             self._output[-1]["status"] = "incomplete"
         return self._response("incomplete" if cut else "completed") | {
             "completed_at": None if cut else int(time.time()),
@@ -152,7 +162,7 @@ def _described(request: ResponsesRequest) -> Object:
         "truncation": "disabled",
         "background": False,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
         "store": False,
         "usage": None,
         "user": None,
@@ -170,6 +180,17 @@ def _message(text: str) -> Object:
     }
 
 
+def _reasoning(thought: str) -> Object:
+    part = {"type": "reasoning_text", "text": thought}
+    fixed = {"id": f"rs_{secrets.token_hex(12)}", "type": "reasoning", "status": "completed", "summary": []}
+    return fixed | {"content": [part]}
+
+
+def _logprobs(part: Object) -> Object:
+    """What the events of a part have besides its text."""
+    return {name: value for name, value in part.items() if name == "logprobs"}
+
+
 def _call(call: Object) -> Object:
     return {
         "id": f"fc_{secrets.token_hex(12)}",
@@ -185,6 +206,6 @@ def _usage(usage: Object) -> Object:
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": usage["prompt_tokens_details"]["cached_tokens"]},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": usage["completion_tokens_details"],
         "total_tokens": usage["total_tokens"],
     }

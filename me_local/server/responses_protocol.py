@@ -13,13 +13,14 @@ from me_local.server.protocol import StreamOptions, _Ignored, _Model, _no_effect
 from me_local.server.tools import NamedFunction
 from me_local.server.translation import Loose, SentOn, Translated
 
-_TEXTS = ("input_text", "output_text", "text")
+_TEXTS = ("input_text", "output_text", "text", "reasoning_text")
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "message": ("role", "content"),
     "function_call": ("call_id", "name", "arguments"),
     "function_call_output": ("call_id", "output"),
+    "reasoning": (),
 }
-_NO_EFFECT = ("reasoning.encrypted_content",)  # there are no thoughts
+_NO_EFFECT = ("reasoning.encrypted_content",)  # thoughts are told as they are
 Role = Literal["system", "developer", "user", "assistant"]
 
 
@@ -46,7 +47,7 @@ Parts = Annotated[list[Part], Field(fail_fast=True, max_length=10_000), BeforeVa
 
 
 class Item(Loose):
-    """One of the input: a message, a call of a function, or what came of it."""
+    """One of the input: a message, a call of a function, what came of it, or what was thought before one of them."""
 
     type: str = "message"
     role: Role | None = None
@@ -70,6 +71,8 @@ class Item(Loose):
         if self.type == "function_call":
             call = {"id": self.call_id, "function": {"name": self.name, "arguments": self.arguments}}
             return {"role": "assistant", "content": "", "tool_calls": [call]}
+        if self.type == "reasoning":
+            return {"role": "assistant", "content": "", "reasoning_content": _text(self.content)}
         if self.type == "function_call_output":
             return {"role": "tool", "content": _text(self.output), "tool_call_id": self.call_id}
         return {"role": "system" if self.role == "developer" else self.role, "content": _text(self.content)}
@@ -128,9 +131,9 @@ class TextConfig(_Model):
 
 
 class Reasoning(_Model):
-    """How much is to be thought; only nothing is."""
+    """How much is to be thought; there are no summaries."""
 
-    effort: Annotated[Any, _no_effect_but("none")] = None
+    effort: SentOn
     summary: _Ignored
     generate_summary: _Ignored
 
@@ -139,7 +142,12 @@ class ResponsesRequest(Translated):
     """A body of POST /v1/responses."""
 
     names: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"}
+        {
+            "max_tokens": "max_output_tokens",
+            "response_format": "text.format",
+            "messages": "input",
+            "reasoning_effort": "reasoning.effort",
+        }
     )
 
     input: Annotated[list[Item], Field(fail_fast=True, max_length=10_000), BeforeValidator(_as_items)]
@@ -188,21 +196,28 @@ class ResponsesRequest(Translated):
             "tool_choice": choice,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self.text.format.as_dict() if self.text and self.text.format else None,
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
         }
 
     def _messages(self) -> list[dict[str, Any]]:
-        """The input as messages: equal roles in a row are one, and calls belong to what was said before them."""
+        """The input as messages: equal roles in a row are one, and calls belong to what was said before them.
+
+        What was thought belongs to what was said, or called, behind it; where nothing was, it is left out.
+        """
         told: list[dict[str, Any]] = [{"role": "system", "content": self.instructions}] if self.instructions else []
         for item in self.input:
             message = item.as_message()
             last: dict[str, Any] = told[-1] if told else {"role": None}
             if message["role"] != last["role"] or message["role"] == "tool":
                 told.append(message)
+            elif "reasoning_content" in message:
+                thoughts = last.get("reasoning_content"), message["reasoning_content"]
+                last["reasoning_content"] = "\n\n".join(filter(None, thoughts))
             elif "tool_calls" in message:
                 last.setdefault("tool_calls", []).extend(message["tool_calls"])
             else:
                 last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
-        return told
+        return [each for each in told if "reasoning_content" not in each or each["content"] or "tool_calls" in each]
 
 
 def _text(parts: list[Part] | None) -> str:

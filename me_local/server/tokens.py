@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from me_local.asking import check_conversation, parted
+from me_local.config import Overrides
 from me_local.ensemble import Ensemble
 from me_local.server.protocol import MODEL, ChatMessage, as_messages, model_names
 from me_local.server.refusals import ApiError
@@ -39,6 +40,7 @@ class ApplyTemplate(_Body):
     """A body of POST /apply-template."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def tokenize(ensemble: Ensemble, asked: Tokenize) -> dict[str, Any]:
@@ -62,7 +64,10 @@ def apply_template(ensemble: Ensemble, asked: ApplyTemplate) -> dict[str, Any]:
     """The prompt of a conversation as a member's template writes it."""
     messages, head = parted(as_messages(asked.messages))
     check_conversation(messages)
-    text = ensemble.writers[_member(ensemble, asked.model)].text(messages)
+    member = _member(ensemble, asked.model)
+    config = ensemble.with_overrides(Overrides(template_args=asked.chat_template_kwargs))
+    arguments = {**config.template_args, **config.members[member].template_args}
+    text = ensemble.writers[member].text(messages, arguments)
     return {"prompt": text + head.decode()}
 
 

@@ -84,5 +84,5 @@ def prompt_tokens(ensemble: Ensemble, ask: Ask) -> int:
     Raises MeLocalError.
     """
     config = ensemble.with_overrides(ask.overrides)
-    _, _, lengths = ensemble.prompter.conversation(ask.prompt, config)
+    _, lengths = ensemble.prompter.conversation(ask.prompt, config)
     return max(length for length, writes in zip(lengths, ensemble.prompter.writing(config), strict=True) if writes)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import llguidance
 import numpy as np
@@ -92,8 +92,73 @@ class Matcher:
             raise RunError(f"the constraint cannot be followed any further: {_reason(self._matcher.get_error())}")
 
 
-def start(constraint: Constraint) -> Matcher:
-    """A matcher at the beginning of a reply. Raises InputError for a constraint that cannot be used.
+class MatcherBehindThought(Matcher):
+    """The same for a reply that begins inside a thought.
+
+    The thought is free up to its `closing` mark, and so is white space behind it. The reply cannot end there.
+    """
+
+    def __init__(self, fresh: Any, closing: bytes) -> None:
+        super().__init__(fresh)
+        self._closing = closing
+        self._tail = b""  # of the thought
+        self._place: Literal["thought", "gap", "answer"] = "thought"
+
+    def allows(self, piece: bytes) -> bool:
+        """Whether these bytes, all of them, may come next."""
+        if self._place == "answer":
+            return super().allows(piece)
+        rest = self._behind_gap(piece)
+        return not rest or super().allows(rest)
+
+    def following(self, text: bytes = b"") -> npt.NDArray[np.bool_]:
+        """Which bytes may come next, or behind a text that it allows: bool (256,); in a thought all of them."""
+        if self._place == "thought":
+            return np.ones(256, dtype=np.bool_)
+        if self._place == "answer" or text.strip():
+            return super().following(text if self._place == "answer" else text.lstrip())
+        return super().following() | _WHITE_SPACE
+
+    def may_end(self) -> bool:
+        """Whether the text so far is whole."""
+        return self._place != "thought" and super().may_end()
+
+    def is_over(self) -> bool:
+        """Whether the text so far is whole, and nothing can come behind it."""
+        return self._place != "thought" and super().is_over()
+
+    def forced(self) -> bytes:
+        """The whole characters that come next in any case; for use where the text does not end inside of one."""
+        return b"" if self._place == "thought" else super().forced()
+
+    def append(self, piece: bytes) -> None:
+        """Go on behind these bytes, which it allows."""
+        if self._place == "answer":
+            super().append(piece)
+            return
+        rest = self._behind_gap(piece)
+        thought = self._tail + piece
+        self._tail = thought[1 - len(self._closing) :]
+        if self._closing in thought:
+            self._place = "gap"
+        if rest:
+            self._place = "answer"
+            super().append(rest)
+
+    def _behind_gap(self, piece: bytes) -> bytes:
+        """What of a piece stands behind the thought, and behind the white space that follows it."""
+        if self._place == "gap":
+            return piece.lstrip()
+        return (self._tail + piece).partition(self._closing)[2].lstrip()
+
+
+_WHITE_SPACE = np.isin(np.arange(256), list(b" \t\n\v\f\r"))
+
+
+def start(constraint: Constraint, closing: bytes = b"") -> Matcher:
+    """A matcher at the beginning of a reply, or behind the thought that `closing` ends.
+
+    Raises InputError for a constraint that cannot be used.
 
     Each reply has one of its own, which takes about a millisecond. Copies of a compiled one would share its states, and
     a limit on their number: a reply would end in an error because of what other replies wrote.
@@ -115,7 +180,7 @@ def start(constraint: Constraint) -> Matcher:
         raise InputError(f"{kind}: is nested too deeply") from None
     except (ValueError, GbnfToLarkError) as error:
         raise InputError(f"{kind}: {_reason(str(error))}") from None
-    return Matcher(matcher)
+    return MatcherBehindThought(matcher, closing) if closing else Matcher(matcher)
 
 
 def _grammar(kind: str, text: str) -> str:

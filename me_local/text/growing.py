@@ -58,12 +58,13 @@ class TokenizedText:
     """The canonical ids of a growing text in one vocabulary.
 
     Ids in front of the last seam (see `seams`) are final, and only what follows is tokenised again. In a text without
-    any, all of it is.
+    any, all of it is. `at_start` and `typed` as in `Vocabulary.canonical`.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, at_start: bool) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, at_start: bool, typed: int = 0) -> None:
         self._vocabulary = vocabulary
         self._at_start = at_start
+        self._typed = typed
         self._ids = np.empty(1024, dtype=np.int32)
         self._final = 0  # ids in front of the last seam
         self._length = 0  # all ids
@@ -99,7 +100,8 @@ class TokenizedText:
         self._seen = len(text)
 
     def _encode(self, text: bytes) -> list[int]:
-        return self._vocabulary.encode(text, at_start=self._at_start and self._seam == 0)
+        typed = max(0, self._typed - self._seam)
+        return self._vocabulary.canonical(text, typed=typed, at_start=self._at_start and self._seam == 0)
 
     def _write(self, position: int, ids: Sequence[int]) -> int:
         end = position + len(ids)

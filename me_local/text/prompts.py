@@ -12,9 +12,10 @@ import numpy as np
 
 from me_local.arrays import IntArray
 from me_local.errors import InputError
-from me_local.text.messages import Message
+from me_local.text.messages import Message, Role
 from me_local.text.names import Names
-from me_local.text.templates import Render
+from me_local.text.templates import Arguments, Render
+from me_local.text.thoughts import Kind, opened
 from me_local.text.vocabulary import Vocabulary, Watch, added
 
 # Code points that Unicode reserves for internal use: no text that is interchanged has them.
@@ -41,11 +42,12 @@ class _Marks:
 
 
 class PromptWriter:
-    """Writes one member's prompts, by its template and in its vocabulary."""
+    """Writes one member's prompts, by its template and in its vocabulary; `kinds` are those of its thoughts."""
 
-    def __init__(self, vocabulary: Vocabulary, render: Render) -> None:
+    def __init__(self, vocabulary: Vocabulary, render: Render, kinds: Sequence[Kind] = ()) -> None:
         self._vocabulary = vocabulary
         self._render = render
+        self.kinds = tuple(kinds)
         # A mark cannot break up a single character, so such tokens are not recognised in templates either.
         self._control = Names(text for text in vocabulary.control if 1 < len(text) <= _LONGEST_NAME)
         self._markup = Names(text for text in vocabulary.markup if len(text) <= _LONGEST_NAME)
@@ -57,13 +59,33 @@ class PromptWriter:
         template refuses the conversation.
         """
         marks = _free_marks(messages)
-        marked = [Message(m.role, self._protected(m, marks)) for m in messages]
-        ids = self._encode(self._render(marked), marks, watch)
-        return np.array(self._with_bos(ids), dtype=np.int32)
+        return self._ids(self._rendered(messages, {}, marks), marks, watch)
 
-    def text(self, messages: Sequence[Message]) -> str:
-        """The prompt as the template writes it. Raises InputError when it refuses the conversation."""
-        return self._render(messages)
+    def parted_prompt(
+        self, messages: Sequence[Message], arguments: Arguments, watch: Watch = lambda _: None
+    ) -> tuple[IntArray, bytes]:
+        """The same with these `arguments` of the template, in two parts: the ids, and the thought that it opens.
+
+        A thought that is opened at the end of the prompt, for the model to go on with, belongs to the reply.
+        """
+        marks = _free_marks(messages)
+        text = self._rendered(messages, arguments, marks)
+        end = opened(text)
+        return self._ids(text[:end], marks, watch), b"" if end is None else text[end:].encode()
+
+    def _rendered(self, messages: Sequence[Message], arguments: Arguments, marks: "_Marks") -> str:
+        marked = [
+            Message(m.role, self._protected(m.content, m.role, marks), self._protected(m.thought, m.role, marks))
+            for m in messages
+        ]
+        return self._render(marked, arguments)
+
+    def _ids(self, text: str, marks: "_Marks", watch: Watch) -> IntArray:
+        return np.array(self._with_bos(self._encode(text, marks, watch)), dtype=np.int32)
+
+    def text(self, messages: Sequence[Message], arguments: Arguments) -> str:
+        """The prompt as the template writes it with these arguments. Raises InputError when it refuses."""
+        return self._render(messages, arguments)
 
     def raw_prompt(self) -> IntArray:
         """The ids in front of a raw completion: BOS where the vocabulary wants one."""
@@ -73,15 +95,15 @@ class PromptWriter:
         bos = self._vocabulary.bos
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
-    def _protected(self, message: Message, marks: "_Marks") -> str:
-        """The content with marks inside each look-alike of a control token, and where one could be completed."""
-        content = message.content.replace("\0", marks.nul)
+    def _protected(self, content: str, role: Role, marks: "_Marks") -> str:
+        """A content with marks inside each look-alike of a control token, and where one could be completed."""
+        content = content.replace("\0", marks.nul)
         content = self._control.replace(content, marks.gap.join)
         if self._control.may_begin(content):
             content += marks.gap
         if self._control.may_end(content):
             content = marks.gap + content
-        if message.role == "assistant":
+        if role == "assistant":
             return content  # a reply may have the tokens of the markup: models write them
         return self._markup.replace(content, lambda name: name[0] + marks.cut + name[1:])
 
@@ -115,7 +137,7 @@ class PromptWriter:
 
 
 def _free_marks(messages: Sequence[Message]) -> _Marks:
-    used = set().union(*(m.content for m in messages))
+    used = set().union(*(text for m in messages for text in (m.content, m.thought)))
     free = [mark for mark in _NONCHARACTERS if mark not in used]
     if len(free) < 3:
         raise InputError("the conversation uses up the code points U+FDD0 to U+FDEF, which are not characters")

@@ -6,11 +6,11 @@ found by trying, when it is read. Knows nothing of tokens.
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jinja2
 
@@ -19,8 +19,20 @@ from me_local.text.built_in import render_built_in
 from me_local.text.messages import Message, Role
 from me_local.text.sandbox import ExcessError, Sandbox
 
-Render = Callable[[Sequence["Message"]], str]
-_Attempt = Callable[[Sequence["Message"], "_Form"], str]
+Arguments = Mapping[str, Any]
+"""Variables for a template, such as `enable_thinking`."""
+
+_NONE: Arguments = {}
+
+
+class Render(Protocol):
+    """Writes a conversation, up to where the reply begins."""
+
+    def __call__(self, messages: Sequence[Message], arguments: Arguments = ...) -> str:
+        """The prompt. Raises InputError where the template refuses the conversation."""
+
+
+_Attempt = Callable[[Sequence["Message"], "_Form", Arguments], str]
 
 PLAIN_STOPS = ("\nUser:", "\n\nUser:")
 """End the reply of an ensemble in which a member sees a plain transcript: the next speaker's label on a new line."""
@@ -45,11 +57,15 @@ _PARTS: tuple[tuple[Role, ...], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A member's template, whether it is the plain transcript, and one-line remarks on what it does not show."""
+    """A member's template, whether it is the plain transcript, and one-line remarks on what it does not show.
+
+    `source` is what it was read from, where it is one of Jinja's.
+    """
 
     render: Render
     plain: bool
     remarks: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +90,17 @@ def choose_template(wanted: str | None, own: str | None, tokens: dict[str, str])
     """
     if wanted == "plain" or (wanted is None and own is None):
         return Template(render_plain, plain=True)
-    if wanted is None:
-        where, render = _IN_GGUF, jinja_render(str(own), tokens, _IN_GGUF)
-    elif "\0" in wanted:
+    if wanted and "\0" in wanted:
         raise ConfigError(f"chat_template = {wanted!r}: has a NUL character")
-    elif Path(wanted).is_absolute():
-        where, render = wanted, jinja_render(_read(Path(wanted)), tokens, wanted)
-    else:
-        where, render = f'chat_template = "{wanted}"', built_in_render(wanted)
-    return Template(render, plain=False, remarks=_remarks(render, where))
+    if wanted and not Path(wanted).is_absolute():
+        render = built_in_render(wanted)
+        return Template(render, plain=False, remarks=_remarks(render, f'chat_template = "{wanted}"'))
+    where, source = (wanted, _read(Path(wanted))) if wanted else (_IN_GGUF, str(own))
+    render = jinja_render(source, tokens, where)
+    return Template(render, plain=False, remarks=_remarks(render, where), source=source)
 
 
-def render_plain(messages: Sequence[Message]) -> str:
+def render_plain(messages: Sequence[Message], arguments: Arguments = _NONE) -> str:
     """A transcript with the speakers' names on lines of their own, for models without a chat template.
 
     Without a system message it opens with a sentence that says what it is: base models then answer, where they would
@@ -100,7 +115,7 @@ def render_plain(messages: Sequence[Message]) -> str:
 def built_in_render(name: str) -> Render:
     """One of llama.cpp's built-in templates, by its name there. Raises ConfigError when there is none of this name."""
 
-    def attempt(messages: Sequence[Message], form: _Form) -> str:
+    def attempt(messages: Sequence[Message], form: _Form, arguments: Arguments) -> str:
         return render_built_in(name, [(m.role, m.content) for m in _placed(messages, form)])
 
     return _in_its_form(attempt, [_Form(system=place) for place in _PLACES])
@@ -122,11 +137,16 @@ def jinja_render(source: str, tokens: dict[str, str], where: str) -> Render:
     except Exception as error:  # Jinja's own, and Python's of code that is nested too deeply
         raise ConfigError(f"{where} is not a template that Jinja can read: {_in_a_line(error)}") from None
 
-    def attempt(messages: Sequence[Message], form: _Form) -> str:
-        listed = [{"role": m.role, "content": _content(m, form)} for m in _placed(messages, form)]
-        given = {"tools": None} if form.tools else {}
+    names = ("reasoning_content",) if "reasoning_content" in source else ("thinking", "reasoning")
+
+    def listed(message: Message, form: _Form) -> dict[str, Any]:
+        thought = dict.fromkeys(names, message.thought) if message.thought else {}
+        return {"role": message.role, "content": _content(message, form), **thought}
+
+    def attempt(messages: Sequence[Message], form: _Form, arguments: Arguments) -> str:
+        given = {"add_generation_prompt": True} | ({"tools": None} if form.tools else {}) | dict(arguments)
         try:
-            text = environment.write(template, messages=listed, add_generation_prompt=True, **given)
+            text = environment.write(template, messages=[listed(m, form) for m in _placed(messages, form)], **given)
             text.encode()
         except MemoryError:
             raise TemplateMemoryError(f"{where} takes more memory than there is") from None
@@ -158,18 +178,18 @@ def _in_its_form(attempt: _Attempt, forms: Sequence[_Form]) -> Render:
     """Render in the form in which the template shows most of a conversation; of equals, the first."""
     best = _best_form(attempt, forms)
 
-    def render(messages: Sequence[Message]) -> str:
+    def render(messages: Sequence[Message], arguments: Arguments = _NONE) -> str:
         try:
-            return attempt(messages, best)
+            return attempt(messages, best, arguments)
         except InputError as error:
-            if not _blames_replies(lambda other: attempt(other, best), messages):
+            if not _blames_replies(lambda other: attempt(other, best, arguments), messages):
                 raise
             raise InputError(f"{error} (this is about an earlier reply: start a new conversation)") from None
 
     return render
 
 
-def _blames_replies(render: Render, messages: Sequence[Message]) -> bool:
+def _blames_replies(render: Callable[[Sequence[Message]], str], messages: Sequence[Message]) -> bool:
     """Whether a conversation is refused for what its replies say, such as the marks of channels in a reply."""
     harmless = [replace(m, content="Yes.") if m.role == "assistant" else m for m in messages]
     try:
@@ -184,7 +204,7 @@ def _best_form(attempt: _Attempt, forms: Sequence[_Form]) -> _Form:
         best, most = forms[0], 0
         for form in forms:
             try:
-                text = attempt(probe, form)
+                text = attempt(probe, form, _NONE)
             except TemplateMemoryError:
                 raise
             except TemplateExcessError:

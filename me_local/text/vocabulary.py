@@ -19,6 +19,7 @@ from me_local.text.encoders import Encoder, closed, digest, llama_encoder, read_
 from me_local.text.parts import LONG, Fewest, Parts
 from me_local.text.pieces import find_end_ids, header_value, read_pieces, suppressed
 from me_local.text.seams import Seams
+from me_local.text.thoughts import is_written
 from me_local.text.utf8 import utf8_runs
 
 Watch = Callable[[int], None]
@@ -50,7 +51,8 @@ class Vocabulary:
     `pieces[id]` holds the bytes of a token, empty for control tokens and the like, whose ids are `empty`; `end_ids`
     are those that end a generation, `removed` those that the model itself says are never to be sampled; `control` maps
     the text of a control token to its id, `stripping` has those that swallow white space around them; `markup` has the
-    texts of user-defined tokens that structure a prompt, which any tokenizer finds in any text; `bos` is the id that
+    texts of user-defined tokens that structure a prompt, which any tokenizer finds in any text; `written` has the
+    control tokens that the model writes in its thoughts, by their names, which are their pieces; `bos` is the id that
     starts every context, or None; `expands` says that a text may have more tokens than bytes. `replaced` has the values
     of the header that llama.cpp was given others for. Raises LoadError for a vocabulary that cannot be used.
     """
@@ -69,14 +71,18 @@ class Vocabulary:
         self.size: int = llama_cpp.llama_vocab_n_tokens(self._pointer)
         self.pieces = read_pieces(self._pointer)
         lengths = np.fromiter(map(len, self.pieces), np.int64, self.size)
+        unseen: list[int] = np.flatnonzero(lengths == 0).tolist()
+        self.end_ids = find_end_ids(model, unseen, header)
+        self._read_control_tokens(unseen)
+        self._name_written_tokens()
+        for name, token in self.written.items():
+            lengths[token] = len(name)
         lines = b"\n".join([*self.pieces, b""])
         first = np.frombuffer(lines, np.uint8)[np.cumsum(lengths + 1) - lengths - 1]
         brackets = np.flatnonzero(((first == ord("<")) | (first == ord("["))) & (lengths >= 3)).tolist()
         self.empty: list[int] = np.flatnonzero(lengths == 0).tolist()
-        self.end_ids = find_end_ids(model, self.empty, header)
         self.removed = suppressed(self._pointer)
         self.bos = self._first_id()
-        self._read_control_tokens()
         template = llama_cpp.llama_model_chat_template(model, None) or b""
         self.markup = self._find_markup(brackets, template.decode("utf-8", "replace"))
         self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
@@ -129,6 +135,19 @@ class Vocabulary:
                 ids += encode(self._anchor + run)[self._anchor_length :]
         return ids
 
+    def canonical(self, text: bytes, *, typed: int = 0, at_start: bool = False) -> list[int]:
+        """The canonical ids of a reply's text, whose first `typed` bytes a user wrote; for the rest as `encode`.
+
+        Behind these the names of `written` control tokens are these tokens, in front they are text.
+        """
+        ids: list[int] = []
+        end = 0
+        for name in self._names.finditer(text, typed) if self._names else ():
+            ids += self.encode(text[end : name.start()], at_start=at_start and not ids)
+            ids.append(self.written[name.group()])
+            end = name.end()
+        return ids + self.encode(text[end:], at_start=at_start and not ids)
+
     def _encode_long(self, text: bytes, *, at_start: bool, watch: Watch) -> list[int]:
         if self._closed:  # what cuts texts is read from the model when it is first needed
             self._encode(text)
@@ -180,10 +199,10 @@ class Vocabulary:
         wanted = llama_cpp.llama_vocab_get_add_bos(self._pointer)
         return bos if wanted and bos != llama_cpp.LLAMA_TOKEN_NULL else None
 
-    def _read_control_tokens(self) -> None:
+    def _read_control_tokens(self, unseen: Sequence[int]) -> None:
         self.control: dict[str, int] = {}
         self.stripping: dict[int, tuple[bool, bool]] = {}
-        for token in self.empty:
+        for token in unseen:
             attributes = llama_cpp.llama_vocab_get_attr(self._pointer, token)
             if attributes & _HIDDEN and (text := self.text_of(token)):
                 self.control[text] = token
@@ -191,6 +210,15 @@ class Vocabulary:
                 right = bool(attributes & llama_cpp.LLAMA_TOKEN_ATTR_RSTRIP)
                 if left or right:
                     self.stripping[token] = (left, right)
+
+    def _name_written_tokens(self) -> None:
+        """Give the control tokens that a model writes in its thoughts the bytes of their names."""
+        names = [name for name in self.control if is_written(name, self.pieces)]
+        self.written = {name.encode(): self.control[name] for name in names if self.control[name] not in self.end_ids}
+        for name, token in self.written.items():
+            self.pieces[token] = name
+        longest_first = sorted(self.written, key=len, reverse=True)
+        self._names = re.compile(b"|".join(map(re.escape, longest_first))) if self.written else None
 
     def _find_markup(self, tokens: list[int], template: str) -> list[str]:
         markup = []

@@ -129,7 +129,7 @@ def test_escapes_are_kept_off_a_terminal(write_models: WriteModels, monkeypatch:
 def _one_step(text: str) -> Callable[..., object]:
     from me_local.decoding.reply import Step
 
-    steps = iter([Step(text.encode(), text, "bpe_a", 1.0, (1.0,))])
+    steps = iter([Step(text.encode(), text, "bpe_a", 1.0, (1.0,), answer=text)])
     return lambda _: next(steps)
 
 

@@ -39,7 +39,9 @@ def test_what_looks_like_control_stays_text(open_ensemble: OpenEnsemble, text: s
     chat.set(Overrides(seed=1, max_tokens=5))
     for _ in range(2):
         chat.say(f"x{text}x").finish()
-        for member, prompt in zip(ensemble.members, ensemble.prompter.prompts(chat.messages, chat.config), strict=True):
+        for member, prompt in zip(
+            ensemble.members, ensemble.prompter.prompts(chat.messages, chat.config).ids, strict=True
+        ):
             assert f"x{text}x".encode() in member.vocabulary.joined(prompt.tolist())
     ensemble.generate(f"x{text}x", Overrides(seed=1, max_tokens=1, strategy="ce"), raw=True)
     for member in ensemble.members:

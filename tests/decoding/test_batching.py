@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from me_local import Ensemble, InputError, Overrides, RunError, load
-from me_local.asking import Ask, make_request
+from me_local.asking import Ask, Prompts, make_request
 from me_local.config import override
 from me_local.decoding.batching import CHUNK, Running
 from me_local.decoding.generation import Generation
@@ -96,7 +96,7 @@ def lone_pieces(ensemble: Ensemble, finished: Finished, settings: Overrides) -> 
     config = override(override(ensemble.config, settings), asked.overrides)
     config = override(config, Overrides(seed=settings.seed + finished.index))
     head, prompts = ensemble.prompter.asked(asked.prompt, config, raw=False)
-    request = make_request(config, prompts, head)
+    request = make_request(config, Prompts(head, prompts))
     stretch = finished.stretch
     route = SharedRoute(stretch.seed).begin(stretch.start) if stretch else None
     draft = ensemble._draft(config, request, Generation(ensemble.engine, request, route=route))
@@ -127,7 +127,7 @@ def test_a_long_prompt_enters_in_chunks(open_batch: OpenBatch, route: Any, names
     meanwhile = [running for running in written if second not in running]
     assert len(meanwhile) >= longest // CHUNK
     assert all(first in running for running in meanwhile) or (route == "own" and any(meanwhile))
-    alone = ensemble.start(config, second.request.prompts, alone=False)
+    alone = ensemble.start(config, Prompts(b"", second.request.prompts), alone=False)
     if route == "own":
         assert next(alone).piece == second.draft.steps[0].piece
 

@@ -294,7 +294,8 @@ def _compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reply has a copy of one matcher here; it is small, so that no reply meets a limit because of others."""
     known: dict[Constraint, Any] = {}
 
-    def start(constraint: Constraint) -> Matcher:
+    def start(constraint: Constraint, closing: bytes) -> Matcher:
+        assert not closing
         if constraint not in known:
             known[constraint] = constraints.start(constraint)._matcher
         return Matcher(known[constraint].deep_copy())

@@ -383,7 +383,7 @@ def one_number_for_route_and_piece(patch: pytest.MonkeyPatch) -> tuple[Case, str
 
 def pieces_tokenised_one_by_one(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
     class Piecewise(SampledText):
-        def __init__(self, vocabulary: Vocabulary, *, at_start: bool) -> None:
+        def __init__(self, vocabulary: Vocabulary, *, at_start: bool, typed: int) -> None:
             super().__init__([])
             self._vocabulary, self._text = vocabulary, b""
 

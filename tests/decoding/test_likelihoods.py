@@ -11,7 +11,7 @@ from conftest import logits_of
 
 from me_local import Ensemble, InputError, Message, RunError, load
 from me_local.arrays import LogitArray
-from me_local.asking import make_request
+from me_local.asking import Prompts, make_request
 from me_local.config import Overrides, override
 from me_local.decoding.generation import Generation
 from me_local.decoding.likelihoods import OUTPUTS, mixed
@@ -112,7 +112,7 @@ def test_with_one_vocabulary_it_is_the_product_of_the_mixtures_of_ce(open_ensemb
         head = v.joined(ids[:n])
         assert v.encode(head, at_start=True) == ids[:n]
         prompts = tuple(writer.raw_prompt() for writer in ensemble.writers)
-        generation = Generation(ensemble.engine, make_request(config, prompts, head), lambda: False)
+        generation = Generation(ensemble.engine, make_request(config, Prompts(head, prompts)), lambda: False)
         expected += math.log(generation.mixture().of(ids[n] + 1))
     assert ensemble.score(PROMPT, TEXT, raw=True).log_likelihood == pytest.approx(expected, abs=1e-3)
 
@@ -130,7 +130,7 @@ def test_all_next_tokens_together_have_probability_1(open_ensemble: OpenEnsemble
     found = {token: math.exp(ensemble.score("the cat", text, raw=True).log_likelihood) for token, text in whole.items()}
     config = override(ensemble.config, Overrides(strategy="ce", temperature=1.0, top_k=0, seed=1))
     prompts = tuple(writer.raw_prompt() for writer in ensemble.writers)
-    mixture = Generation(ensemble.engine, make_request(config, prompts, b"the cat"), lambda: False).mixture()
+    mixture = Generation(ensemble.engine, make_request(config, Prompts(b"the cat", prompts)), lambda: False).mixture()
     others = [
         p for n, p in zip(mixture.numbers.tolist(), mixture.probabilities.tolist(), strict=True) if n - 1 not in whole
     ]

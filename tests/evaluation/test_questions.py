@@ -15,6 +15,7 @@ from commands import one_line
 
 from me_local import ConfigError, Ensemble, Overrides, load
 from me_local.cli.program import main
+from me_local.decoding.reply import Reply
 from me_local.evaluation.questions import ACCURACY, Cell, Job, Likelihood, Row, Sampling, markdown, spread, tabulate
 from me_local.evaluation.tasks import TASKS, Question, read_questions
 
@@ -243,6 +244,20 @@ def test_json_has_the_figures(run: Run) -> None:
 
 def record(question: str, arm: str, correct: bool, task: str = "t") -> dict[str, Any]:
     return {"task": task, "question": question, "correct": {ACCURACY: {arm: correct}}}
+
+
+def test_answers_are_looked_for_behind_thoughts(data: Path) -> None:
+    task = TASKS["gsm8k"]
+    reply = Reply("Is it 2?</think>It is.", "stop", "me", "token", 1, (), (), 1.0, None, "Is it 2?", "It is.")
+    job = Job(task, read_questions(task, data)[0], "ME")
+    record = Sampling(("a",), ["me"], 1, 5, {})._record(job, reply)
+    assert (job.question.answer, record["found"], record["correct"]) == ("2", None, {ACCURACY: {"ME": False}})
+    assert (record["thought"], record["reply"]) == ("Is it 2?", "It is.")
+
+
+def test_records_say_what_templates_were_given(run: Run) -> None:
+    told = json.loads(run("--task", "mmlu", "--method", "likelihood", "--json", "--template-arg", "x=1").stdout)
+    assert told["settings"]["members"]["spm"]["template_args"] == {"x": 1}
 
 
 def test_a_table_worked_out_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import logits_of
 
 from me_local import Ensemble, Overrides
-from me_local.asking import make_request
+from me_local.asking import Prompts, make_request
 from me_local.config import override
 from me_local.decoding.generation import Generation
 from me_local.llama.member import Member
@@ -58,7 +58,7 @@ def test_against_the_definition(
     ensemble = open_ensemble(*names, weights=weights, member='type_k = "f32"\ntype_v = "f32"')
     config = override(ensemble.config, Overrides(strategy="union", top_k=5, temperature=temperature, seed=1))
     prompts = tuple(writer.raw_prompt() for writer in ensemble.writers)
-    generation = Generation(ensemble.engine, make_request(config, prompts, head), lambda: False)
+    generation = Generation(ensemble.engine, make_request(config, Prompts(head, prompts)), lambda: False)
     mixture = generation.mixture()
     pieces = ensemble.engine.unified.pieces
     found = {pieces[n]: p for n, p in zip(mixture.numbers.tolist(), mixture.probabilities.tolist(), strict=True)}
@@ -74,7 +74,7 @@ def test_it_is_not_the_mixture_of_ce(open_ensemble: OpenEnsemble) -> None:
     found = []
     for strategy in ("ce", "union"):
         config = override(ensemble.config, Overrides(strategy=strategy, top_k=5, seed=1))
-        mixture = Generation(ensemble.engine, make_request(config, prompts, HEADS[0]), lambda: False).mixture()
+        mixture = Generation(ensemble.engine, make_request(config, Prompts(HEADS[0], prompts)), lambda: False).mixture()
         found.append(mixture)
     assert found[0].numbers.tolist() == found[1].numbers.tolist()
     assert abs(found[0].probabilities - found[1].probabilities).max() > 1e-3

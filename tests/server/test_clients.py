@@ -19,6 +19,7 @@ from conftest import OpenMember, logits_of
 from processes import run
 from pydantic import BaseModel, ConfigDict
 from served import Served, served
+from thinkers import write_thinkers
 
 from me_local.server.app import Access
 
@@ -62,6 +63,25 @@ def server(two_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield running
 
 
+@pytest.fixture(scope="module")
+def thinking(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A model that thinks."""
+    with served(write_thinkers(tmp_path_factory.mktemp("thinking"), tiny)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def seed(thinking: Served) -> int:
+    """By which there is a thought and an answer to MESSAGES."""
+    chat = thinking.openai.chat.completions
+    for seed in range(500):
+        [choice] = chat.create(model="me-local", messages=MESSAGES, max_tokens=40, seed=seed).choices
+        message = choice.message.to_dict()
+        if message["content"] and message.get("reasoning_content") and choice.finish_reason == "stop":
+            return seed
+    pytest.fail("no seed of a reply with a thought and an answer")
+
+
 def package(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A module of a package, kept from asking the network for what it likes to know."""
     for variable in ("LITELLM_LOCAL_MODEL_COST_MAP", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -84,6 +104,50 @@ def test_openai(server: Served) -> None:
     assert parsed.town in TOWNS
     response = server.openai.responses.parse(model="me-local", input="the cat", text_format=Place)
     assert isinstance(response.output_parsed, Place)
+
+
+def test_openai_gets_thoughts(thinking: Served, seed: int) -> None:
+    """Whole, in chunks and events, and handed back."""
+    chat = thinking.openai.chat.completions
+    fields: dict[str, Any] = {"model": "me-local", "messages": MESSAGES, "seed": seed, "max_tokens": 40}
+    whole = chat.create(**fields).choices[0].message
+    deltas = [choice.delta.to_dict() for chunk in chat.create(stream=True, **fields) for choice in chunk.choices]
+    for field in ("content", "reasoning_content"):
+        assert "".join(str(delta.get(field) or "") for delta in deltas) == whole.to_dict()[field]
+        assert whole.to_dict()[field]
+    turns: list[Any] = [*MESSAGES, whole.to_dict(), *MESSAGES]
+    assert chat.create(model="me-local", messages=turns, max_tokens=5).usage
+    asked: dict[str, Any] = {"model": "me-local", "max_output_tokens": 40, "extra_body": {"seed": seed}}
+    responses = thinking.openai.responses
+    with responses.stream(input=MESSAGES[0]["content"], **asked) as events:
+        told = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
+        final = events.get_final_response()
+    thought, message = final.output
+    assert thought.type == "reasoning"
+    assert "".join(told) == thought.content[0].text == whole.to_dict()["reasoning_content"]  # type: ignore[index]
+    assert final.output_text == whole.content
+    again: list[Any] = [*MESSAGES, thought.to_dict(), message.to_dict(), *MESSAGES]
+    assert responses.create(model="me-local", input=again, max_output_tokens=5, reasoning={"effort": "low"}).usage
+
+
+@clients
+def test_anthropic_gets_thoughts(thinking: Served, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    anthropic = package("anthropic", monkeypatch)
+    with anthropic.Anthropic(base_url=thinking.url, api_key="none", max_retries=0, timeout=60) as client:
+        asked: dict[str, Any] = {"model": "me-local", "messages": MESSAGES, "max_tokens": 40}
+        on = {"type": "enabled", "budget_tokens": 1024}
+        seeded = {"extra_body": {"seed": seed}}
+        whole = client.messages.create(**asked, thinking=on, **seeded).content
+        with client.messages.stream(**asked, thinking=on, **seeded) as stream:
+            told = [event.thinking for event in stream if event.type == "thinking"]
+            final = stream.get_final_message().content
+        assert [block.type for block in whole] == ["thinking", "text"]
+        assert [block.to_dict() for block in final] == [block.to_dict() for block in whole]
+        assert "".join(told) == whole[0].thinking
+        turns = [*MESSAGES, {"role": "assistant", "content": whole}, *MESSAGES]
+        assert client.messages.create(**asked | {"messages": turns}).usage
+        off = client.messages.create(**asked, thinking={"type": "disabled"}).content
+        assert [block.type for block in off] == ["text"]
 
 
 @clients

@@ -1,15 +1,26 @@
 """The page at / in a headless browser: a chat, its controls, hostile text, and what it says when something fails."""
 
-import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, write_toml
-from playwright.sync_api import Browser, BrowserContext, Error, Locator, Page, Route, expect, sync_playwright
+from pages import (
+    HOSTILE,
+    QUESTION,
+    body_of,
+    described,
+    figures,
+    finished,
+    last,
+    opened,
+    send,
+    shows_text_only,
+    stubbed,
+)
+from playwright.sync_api import Browser, BrowserContext, Error, Page, Route, expect
 from served import Served, Tap, served
 
 from me_local import Ensemble, Message, Overrides, load
@@ -20,16 +31,6 @@ from me_local.server.serving import Limits
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 STATIC = ROOT / "me_local" / "server" / "static"
-QUESTION = "the cat sat on the mat"
-HOSTILE = (
-    "<script>ran = 1</script>",
-    "<img src=x onerror='ran = 1'>",
-    "<svg/onload=ran=1>",
-    "</p></article></template></textarea><script>ran = 1</script>",
-    '"><iframe srcdoc="<script>parent.ran = 1</script>"></iframe>',
-    "<a href='javascript:ran=1'>a</a><b>b</b>&lt;i&gt;",
-    "</script><style>*{display:none}</style><meta http-equiv=refresh content=0;url=//example.org>",
-)
 
 
 @pytest.fixture(scope="module")
@@ -51,100 +52,14 @@ def ensemble(models: Path) -> Iterator[Ensemble]:
         yield loaded
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser's window. At the end no page of it ran what it should not, broke its policy or asked elsewhere."""
-    context = browser.new_context()
-    context.set_default_timeout(10_000)
-    context.add_init_script(
-        "addEventListener('securitypolicyviolation', (e) => (window.violations ??= []).push(e.effectiveDirective))"
-    )
-    faults: list[str] = []
-    asked: set[str] = set()
-    context.on("weberror", lambda error: faults.append(str(error.error)))
-    context.on("dialog", lambda dialog: faults.append(dialog.message))
-    context.on("console", lambda said: faults.append(said.text) if "Failed to load" not in said.text else None)
-    context.on("request", lambda request: asked.add(request.url.split("/")[2]))
-    yield context
-    for page in context.pages:
-        assert page.evaluate("[window.ran, window.violations]") == [None, None]
-    assert faults == []
-    assert {host.split(":")[0] for host in asked} == {"127.0.0.1"}
-    context.close()
-
-
-def opened(context: BrowserContext, server: Served) -> Page:
-    """The page, with a seed whose first reply is as long as it may be."""
-    page = context.new_page()
-    page.goto(server.url)
-    expect(page.locator("#members li")).not_to_have_count(0)
-    page.get_by_label("Seed").fill("1")
-    return page
-
-
 @pytest.fixture
 def page(context: BrowserContext, server: Served) -> Page:
     return opened(context, server)
 
 
-def send(page: Page, text: str = QUESTION) -> dict[str, Any]:
-    """Send a message by the keyboard; the body of the request."""
-    page.get_by_label("Message", exact=True).fill(text)
-    with page.expect_request("**/v1/chat/completions") as asked:
-        page.keyboard.press("Enter")
-    return body_of(asked.value.post_data)
-
-
-def body_of(text: str | None) -> dict[str, Any]:
-    body = json.loads(text or "")
-    assert isinstance(body, dict)
-    return body
-
-
-def last(page: Page) -> Locator:
-    return page.locator("article").last
-
-
-def finished(page: Page) -> str:
-    """The reply, once it has ended."""
-    expect(last(page)).to_have_attribute("data-state", "done")
-    return last(page).locator(".reply").text_content() or ""
-
-
-def figures(page: Page) -> str:
-    return (last(page).locator(".figures").text_content() or "").replace("\u00a0", " ")
-
-
 def direct(ensemble: Ensemble, seed: int, **settings: Any) -> Reply:
     """The reply of the ensemble itself."""
     return ensemble.generate([Message("user", QUESTION)], Overrides(seed=seed, **settings))
-
-
-def stubbed(
-    page: Page,
-    pieces: Sequence[str],
-    *,
-    done: bool = True,
-    member: str = "bpe_a",
-    shares: tuple[float, float] = (1, 0),
-) -> None:
-    """Have the browser take these pieces for the server's reply."""
-    chunks = [
-        {"delta": {"content": text}, "finish_reason": None, "member": member, "probability": 0.5, "shares": shares}
-        for text in pieces
-    ]
-    end = {"delta": {}, "finish_reason": "stop", "seed": 1, "timings": {"pieces_per_second": 3}}
-    lines = [json.dumps({"choices": [{"index": 0, **chunk}]}) for chunk in [*chunks, *[end] * done]]
-    body = "".join(f"data: {line}\n\n" for line in [*lines, *["[DONE]"] * done])
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
 
 
 def test_a_chat(page: Page, ensemble: Ensemble) -> None:
@@ -199,6 +114,20 @@ def test_stop(context: BrowserContext, models: Path) -> None:
         finished(page)
 
 
+def test_a_reload_keeps_what_there_is_of_a_reply(context: BrowserContext, models: Path) -> None:
+    with served(models) as server:
+        tap = Tap(server.ensemble)
+        page = opened(context, server)
+        tap.let(3)
+        send(page)
+        expect(last(page).locator(".figures")).to_contain_text("3 pieces")
+        half = last(page).locator(".reply").text_content()
+        page.reload()
+        assert finished(page) == half != ""
+        tap.let(100)
+        assert figures(page).endswith(("· stopped", "· not finished"))  # where the page learns before it goes
+
+
 def test_escape_stops_a_reply_that_has_not_begun(context: BrowserContext, models: Path) -> None:
     with served(models) as server:
         tap = Tap(server.ensemble)
@@ -230,7 +159,7 @@ def test_weights_and_strategy(page: Page, ensemble: Ensemble) -> None:
     assert (body["strategy"], body["weights"]) == ("ce", pytest.approx({"bpe_a": 0.25, "spm": 0.75}))
     reply = direct(ensemble, 2, strategy="ce", weights={"bpe_a": 1, "spm": 3})
     assert finished(page) == reply.text
-    last(page).locator("summary").click()
+    last(page).get_by_text("Pieces", exact=True).click()
     expect(last(page).locator("tbody tr")).to_have_count(len(reply.steps))
     rows = [row.locator("td").all_text_contents() for row in last(page).locator("tbody tr").all()]
     assert [row[2] for row in rows] == [f"{step.probability:.1%}".replace("%", "\u00a0%") for step in reply.steps]
@@ -249,13 +178,6 @@ def test_an_ensemble_that_mixes_as_unite_does(context: BrowserContext, models: P
         assert figures(page).startswith("UNION")
         page.get_by_role("radio", name="ME one model").check()
         expect(page.get_by_role("radio", name="Word")).to_be_enabled()
-
-
-def described(page: Page, **ensemble: Any) -> None:
-    """Have the browser take this for the server's description of its ensemble."""
-    whole = {"id": "me-local", "strategy": "me", "unit": "token", "seed": None} | ensemble
-    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [whole]}))
-    page.reload()
 
 
 def test_weights_of_three_stay_one_in_all(page: Page) -> None:
@@ -313,7 +235,7 @@ def test_a_piece_of_several_members_has_the_share_of_each(page: Page) -> None:
     finished(page)
     last(page).locator(".piece").hover()
     expect(page.get_by_role("tooltip")).to_have_text("bpe_a · 50.0 % · (bpe_a 60 %, spm 40 %)")
-    last(page).locator("summary").click()
+    last(page).get_by_text("Pieces", exact=True).click()
     expect(last(page).locator("td")).to_have_text(["the", "bpe_a 60 %, spm 40 %", "50.0 %"])
     expect(page.locator(".share")).to_have_text(["wrote 60 %", "wrote 40 %"])
 
@@ -338,21 +260,11 @@ def test_by_keyboard_alone(page: Page) -> None:
         page.keyboard.press("Enter")
     assert body_of(asked.value.post_data)["messages"] == [{"role": "user", "content": "the cat\nsat"}]
     finished(page)
-    for name in ("Pieces", "Another reply", "Copy"):
+    for name in ("Compare", "Another reply", "Copy", "Pieces"):
         page.keyboard.press("Shift+Tab")
         expect(last(page).get_by_text(name, exact=True)).to_be_focused()
-    controls = "[...document.querySelectorAll('input, textarea')]"
+    controls = "[...document.querySelectorAll('input, textarea, select')]"
     assert page.evaluate(f"{controls}.filter((e) => !e.labels.length && !e.ariaLabel).map((e) => e.id)") == []
-
-
-def shows_text_only(page: Page, texts: Sequence[str]) -> None:
-    shown = page.locator("#turns").text_content() or ""
-    assert [text for text in texts if text not in shown] == []
-    tags = set(page.evaluate("[...document.querySelectorAll('#turns *')].map((e) => e.localName)"))
-    assert tags <= {
-        *("article", "h2", "p", "span", "div", "button", "details", "summary"),
-        *("table", "caption", "thead", "tbody", "tr", "th", "td"),
-    }
 
 
 def test_hostile_messages_and_system_prompts_stay_text(page: Page) -> None:
@@ -368,7 +280,7 @@ def test_hostile_replies_stay_text(page: Page) -> None:
     stubbed(page, [*HOSTILE, *split])
     send(page)
     assert finished(page) == "".join(HOSTILE) * 2
-    last(page).locator("summary").click()
+    last(page).get_by_text("Pieces", exact=True).click()
     page.locator(".piece").first.hover()
     shows_text_only(page, HOSTILE)
     assert [
@@ -510,7 +422,7 @@ def test_a_server_that_asks_for_a_key(context: BrowserContext, models: Path) -> 
         assert finished(page) != ""
         page.reload()
         expect(page.locator("#members li")).to_have_count(2)
-        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        assert page.evaluate("[JSON.stringify(localStorage).includes('sesame'), document.cookie]") == [False, ""]
 
 
 def test_a_seed_of_the_server_is_shown(page: Page) -> None:

@@ -158,7 +158,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"tools": [TOOL], "json_schema": {}}, "tools", "either these or a structure"),
     ({"tools": [TOOL | {"function": {"name": "a", "parameters": {"type": "spoon"}}}]}, "tools", "spoon"),
     ({"functions": [{}]}, "functions", "not supported"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "not supported"),
+    ({"verbosity": "high"}, "verbosity", "not supported"),
     ({"modalities": ["audio"]}, "modalities", "not supported"),
     ({"top_logprobs": 5}, "top_logprobs", "only goes with logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less"),

@@ -162,7 +162,7 @@ def test_calls_and_their_results_are_told_as_openais_are() -> None:
     assert prompt_of(messages=conversation, system="be kind") == [
         Message("system", "be kind"),
         Message("user", "How late is it?\nQuick!"),
-        Message("assistant", 'I look.\n<tool_call>{"name": "clock", "arguments": {"town": "Köln"}}</tool_call>'),
+        Message("assistant", 'I look.\n<tool_call>{"name": "clock", "arguments": {"town": "Köln"}}</tool_call>', "hm"),
         Message(
             "user",
             "<tool_response>\n12\n</tool_response>\n<tool_response>\nerror: no\n</tool_response>\nAnd?",
@@ -234,7 +234,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0: type: 'image' is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "tool_use_id: is missing"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role: "),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.type: "),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type: "),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type: "),
         ({"tools": [CLOCK | {"name": "a clock"}]}, "tools.0.name: "),
         ({"tools": [CLOCK], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice: there is no tool 'x'"),

@@ -27,10 +27,10 @@ def usage(
 def reply(*usages: MemberUsage, seed: int = 7) -> Reply:
     steps = (
         Step("é".encode()[:1], "", "a", 0.5, (1.0, 0.0), (("é".encode()[:1], 0.5), (b"x", 0.25))),
-        Step("é".encode()[1:], "é", "b", 1.0, (0.0, 1.0), ((b"\xa9", 1.0),)),
-        Step(b" x", " x", "b", 0.25, (0.0, 1.0), ((b"", 0.5), (b" x", 0.25))),
+        Step("é".encode()[1:], "é", "b", 1.0, (0.0, 1.0), ((b"\xa9", 1.0),), answer="é"),
+        Step(b" x", " x", "b", 0.25, (0.0, 1.0), ((b"", 0.5), (b" x", 0.25)), answer=" x"),
     )
-    return Reply("é x", "length", "me", "token", seed, steps, usages, 2.0)
+    return Reply("é x", "length", "me", "token", seed, steps, usages, 2.0, answer="é x")
 
 
 def answer(*, chat: bool = True, logprobs: bool = False, n: int = 1) -> Answer:
@@ -47,6 +47,7 @@ def test_usage_is_that_of_the_member_with_most_tokens_whichever_ran(calls: int) 
         "completion_tokens": 3,
         "total_tokens": 23,
         "prompt_tokens_details": {"cached_tokens": 15 * calls},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

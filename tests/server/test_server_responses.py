@@ -174,7 +174,7 @@ def test_what_means_nothing_is_accepted(server: Served) -> None:
         ({"conversation": "conv_1"}, "conversation", "not supported"),
         ({"background": True}, "background", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort", "not supported"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'none', 'minimal'"),
         ({"include": ["file_search_call.results"]}, "include", "not supported"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type", "'function'"),
         ({"tools": [CLOCK | {"name": "a clock"}]}, "tools.0.name", "pattern"),

@@ -35,7 +35,7 @@ def test_the_prompt_of_a_conversation(server: Served) -> None:
     body = {"messages": [*MESSAGES, {"role": "assistant", "content": "It"}], "model": "me-local/bpe_a"}
     prompt = server.http.post("/apply-template", json=body).json()["prompt"]
     messages = [Message("user", MESSAGES[0]["content"])]
-    assert prompt == server.ensemble.writers[0].text(messages) + "It"
+    assert prompt == server.ensemble.writers[0].text(messages, {}) + "It"
     assert "<|im_start|>" in prompt
 
 

@@ -303,3 +303,42 @@ def test_hard_ones_take_seconds_at_most(name: str) -> None:
     kind, text = HARD[name]
     with suppress(MeLocalError):
         follow(start(Constraint(kind, text)), 300)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3, 7, 100])
+def test_behind_a_thought(cuts: int) -> None:
+    matcher = start(Constraint("choice", '["yes", "yea"]'), b"</think>")
+    thought = b"yes, </thin and <think> no </think>"
+    for i in range(0, len(thought), cuts):
+        assert not matcher.may_end()
+        assert not matcher.is_over()
+        assert matcher.forced() == b""
+        assert matcher.following().all()
+        piece = thought[i : i + cuts]
+        assert matcher.allows(piece)
+        matcher.append(piece)
+    assert matcher.forced() == b"ye"
+    assert matcher.allows(b" \n")
+    assert matcher.allows(b" \nye")
+    assert not matcher.allows(b" \nno")
+    assert set(np.flatnonzero(matcher.following())) == set(b"y \t\n\v\f\r")
+    assert set(np.flatnonzero(matcher.following(b" "))) == set(b"y \t\n\v\f\r")
+    assert set(np.flatnonzero(matcher.following(b" y"))) == set(b"e")
+    matcher.append(b"\n\n")
+    matcher.append(b"yes")
+    assert matcher.may_end()
+    assert matcher.is_over()
+    assert not matcher.allows(b" ")
+
+
+def test_a_piece_that_ends_a_thought_and_goes_on() -> None:
+    matcher = start(Constraint("choice", '["yes", "yea"]'), b"</think>")
+    matcher.append(b"hm</thi")
+    assert matcher.allows(b"nk>")
+    assert matcher.allows(b"nk>\n")
+    assert matcher.allows(b"nk> y")
+    assert matcher.allows(b"s")
+    assert not matcher.allows(b"nk> n")
+    assert not matcher.allows(b"nk></think>")
+    matcher.append(b"nk> y")
+    assert matcher.forced() == b"e"

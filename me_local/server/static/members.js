@@ -3,16 +3,26 @@
 
 const STYLES = 8; // as many as page.css has
 
-/** The class that gives a member's pieces their colour and underline. */
-export const styleOf = (index) => `member-${index % STYLES}`;
+/** The class that gives a member's pieces their colour and underline; -1 for what no member chose. */
+export const styleOf = (index) => (index < 0 ? "forced" : `member-${index % STYLES}`);
 
 export const percent = (share) => `${Math.round(100 * share)}\u00a0%`;
 
+/** Who had which part, in words. */
+export function partsOf(shares, names) {
+  return shares.map((share, index) => `${names[index]}\u00a0${percent(share)}`).join(", ");
+}
+
 export class Members {
-  /** `members` as the server describes them: names and weights. */
-  constructor(list, template, members) {
+  /** `members` as the server describes them: names and weights; `presets` is the select for weights that are ready. */
+  constructor(list, template, presets, members) {
     this.names = members.map((member) => member.name);
-    this.weights = members.map((member) => member.weight);
+    this.given = members.map((member) => member.weight);
+    this.weights = this.given;
+    this.presets = presets;
+    presets.replaceChildren(...this.#offered().map(([name]) => new Option(name)));
+    presets.disabled = this.names.length === 1;
+    presets.onchange = () => this.#preset();
     this.rows = this.names.map((name, index) => this.#row(template, name, index));
     list.replaceChildren(...this.rows.map((row) => row.item));
     this.#showWeights();
@@ -30,6 +40,21 @@ export class Members {
       bar.style.width = shares ? `${100 * shares[index]}%` : "0";
       share.textContent = shares ? `wrote ${percent(shares[index])}` : "wrote nothing yet";
     });
+  }
+
+  /** What the select offers: names, and their weights. */
+  #offered() {
+    const single = this.names.map((name, only) => [
+      `Only ${name}`,
+      this.names.map((_, index) => Number(index === only)),
+    ]);
+    const even = this.names.map(() => 1 / this.names.length);
+    return [["As in models.toml", this.given], ["Even", even], ...single, ["By hand", null]];
+  }
+
+  #preset() {
+    this.weights = this.#offered()[this.presets.selectedIndex][1] ?? this.weights;
+    this.#showWeights();
   }
 
   #row(template, name, index) {
@@ -51,6 +76,7 @@ export class Members {
       if (index === moved) return weight;
       return others > 0 ? (old * (1 - weight)) / others : even;
     });
+    this.presets.selectedIndex = this.presets.length - 1;
     this.#showWeights();
   }
 

@@ -1,24 +1,36 @@
 // The page: what its controls do, and how a conversation goes.
 
-import { Members } from "./members.js";
+import { Conversation } from "./conversation.js";
+import { copyCode, copyReply } from "./copying.js";
+import { History } from "./history.js";
 import { Failure, ensemble, reply } from "./server.js";
+import { Settings } from "./settings.js";
 import { Speech } from "./speech.js";
+import { Store } from "./store.js";
+import { recall, remember } from "./tab.js";
 import { Turn } from "./turn.js";
 import { showTips } from "./tip.js";
 
 const KEY = "me-local-key";
+const OPEN = "me-local-open"; // in this tab
 
 const $ = (id) => document.getElementById(id);
 const speech = new Speech($("spoken"));
+const settings = new Settings($);
+const store = new Store();
+const history = new History($, { open, rename, drop, packed: () => conversation.packed() });
+const look = store.look({ markdown: true, colours: true });
 
 let model = null;
-let members = null;
-let turns = [];
+let conversation = new Conversation();
 let running = null; // what stops the reply that is being made
+let atEnd = true; // of the conversation, so that what comes next is to be in sight
 
 async function start() {
   showTips($("tip"), $("turns"));
   connectControls();
+  showLook();
+  reopen();
   await connect();
 }
 
@@ -27,45 +39,45 @@ function connectControls() {
   $("message").addEventListener("keydown", onMessageKey);
   document.addEventListener("keydown", (event) => event.key === "Escape" && running?.abort());
   $("stop").addEventListener("click", () => running?.abort());
-  $("new").addEventListener("click", clear);
-  $("fold").addEventListener("click", fold);
-  $("strategy").addEventListener("change", onStrategy);
+  $("new").addEventListener("click", () => change(new Conversation()));
+  for (const [button, panel] of [
+    ["fold", "settings"],
+    ["fold-history", "history"],
+  ]) {
+    $(button).addEventListener("click", () => fold($(button), $(panel)));
+  }
+  $("show").addEventListener("change", onLook);
+  $("turns").addEventListener("click", onTurns);
   $("key-dialog").addEventListener("cancel", (event) => event.preventDefault());
   $("key-form").addEventListener("submit", onKey);
+  $("conversation").addEventListener("scroll", () => (atEnd = isAtEnd()));
+  addEventListener("storage", () => history.show(store.list().found, conversation));
+  addEventListener("pagehide", () => keep());
 }
 
 /** Learn what the ensemble is, with a key where one is asked for. */
 async function connect() {
-  problem("");
   try {
-    model = await ensemble(sessionStorage.getItem(KEY));
+    model = await ensemble(recall(KEY));
   } catch (failure) {
     if (failure.status === 401) askKey();
     else problem(failure.message);
     return;
   }
   if ($("key-dialog").open) $("key-dialog").close();
-  showModel();
+  settings.show(model);
   $("message").focus();
 }
 
-function showModel() {
-  members = new Members($("members"), $("member"), model.members);
-  choose("strategy", model.strategy);
-  choose("unit", model.unit);
-  $("seed").value = model.seed ?? "";
-  onStrategy();
-}
-
 function askKey() {
-  $("key-problem").textContent = sessionStorage.getItem(KEY) ? "The server did not take that key." : "";
+  $("key-problem").textContent = recall(KEY) ? "The server did not take that key." : "";
   if (!$("key-dialog").open) $("key-dialog").showModal();
   $("key").focus();
 }
 
 async function onKey(event) {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value);
+  remember(KEY, $("key").value);
   $("key").value = "";
   await connect();
 }
@@ -80,87 +92,123 @@ async function onSend(event) {
   event.preventDefault();
   const text = $("message").value;
   if (running || !text.trim()) return;
+  problem("");
   if (!model) await connect();
   if (!model) return;
   $("message").value = "";
+  const turn = new Turn({ turn: $("turn"), answer: $("answer") }, text, look);
+  conversation.add(turn);
+  append(turn);
+  keep();
+  await answer(turn, settings.seed);
+}
+
+/** Put a turn at the end; only the last one can be answered once more. */
+function append(turn) {
   $("welcome").hidden = true;
-  turns.at(-1)?.again.setAttribute("hidden", "");
-  const turn = new Turn($("turn"), text, members.names);
-  turn.again.addEventListener("click", () => answer(turn, nextSeed()));
-  turn.copy.addEventListener("click", () => copy(turn));
-  turns.push(turn);
+  $("turns").lastElementChild?.querySelector(".again").setAttribute("hidden", "");
   $("turns").append(turn.element);
-  await answer(turn, typedSeed());
 }
 
-/** The seed that was typed in, or null; what is no number is for the server to refuse. */
-function typedSeed() {
-  const text = $("seed").value.trim();
-  if (text === "") return null;
-  return Number.isNaN(Number(text)) ? text : Number(text);
+function onTurns({ target }) {
+  const turn = conversation.turns.find(({ element }) => element.contains(target));
+  if (target.matches(".copy-code")) copyCode(target, speech);
+  else if (target === turn?.copy) copyReply(turn, speech);
+  else if (target === turn?.again) answer(turn, settings.nextSeed());
+  else if (target === turn?.compare) compare(turn);
 }
 
-/** Another seed than the last: a fixed one goes on by one, otherwise the server draws. */
-function nextSeed() {
-  if (typeof typedSeed() === "number") $("seed").value = typedSeed() + 1;
-  return typedSeed();
-}
-
-/** Have a turn answered, and show the reply while it is made. */
+/** Have a turn answered by the ensemble. */
 async function answer(turn, seed) {
-  if (running) return;
-  const controller = begin(turn);
+  if (running || !model) return;
+  const owner = begin();
+  settings.members.showShares(null);
+  await ask(turn, turn.begin(settings.members.names, model.id), settings.mixing(), seed);
+  end(turn, owner);
+}
+
+/** Have a turn answered by each member alone as well, one after the other, with the seed of the ensemble. */
+async function compare(turn) {
+  if (running || !model) return;
+  const owner = begin();
+  const { signal } = running;
+  const { names } = settings.members;
+  for (const name of names) {
+    if (!signal.aborted) await ask(turn, turn.beside(names, `${model.id}/${name}`), {}, turn.main.kept.seed);
+  }
+  end(turn, owner);
+}
+
+/** Show a reply while it is made. */
+async function ask(turn, answer, mixing, seed) {
+  const { signal } = running;
+  answer.begin(answer.model === model.id ? settings.strategy.toUpperCase() : "");
+  answer.onDraw = () => drawn(answer);
+  speech.begin();
+  toEnd();
   try {
-    for await (const { choices: [choice] } of reply(request(seed), sessionStorage.getItem(KEY), controller.signal)) {
-      if (!choice) continue;
-      if (choice.member) grow(turn, { ...choice, text: choice.delta.content });
-      if (choice.finish_reason) turn.finish(choice);
+    const body = request(turn, answer.model, mixing, seed);
+    for await (const {
+      choices: [choice],
+    } of reply(body, recall(KEY), signal)) {
+      if (choice) take(answer, choice);
     }
     speech.end();
   } catch (error) {
-    if (error.name === "AbortError") stopped(turn);
-    else failed(turn, error);
-  } finally {
-    end();
+    if (error.name === "AbortError") stopped(answer);
+    else failed(answer, error);
   }
 }
 
-function begin(turn) {
-  running = new AbortController();
-  speech.begin();
-  turn.begin(chosen("strategy").toUpperCase());
-  turn.again.textContent = "Another reply";
-  members.showShares(null);
-  swap("send", "stop");
-  toEnd();
-  return running;
+function request(turn, name, mixing, seed) {
+  const messages = conversation.messages(turn, settings.system);
+  const body = { model: name, messages, stream: true, ...mixing, ...settings.tools() };
+  return seed === null ? body : { ...body, seed };
 }
 
-function grow(turn, piece) {
-  const atEnd = isAtEnd();
-  turn.add(piece);
-  members.showShares(turn.shares);
-  speech.add(piece.text);
+/** Take a chunk of a reply: a thought, a piece of the text, or a call of a tool. */
+function take(answer, choice) {
+  const { delta, member, probability = null, shares = answer.names.map(() => 0) } = choice;
+  const piece = { member: answer.names.indexOf(member ?? ""), probability, shares };
+  const { reasoning_content: thought, content = "" } = delta;
+  if (thought) answer.add({ ...piece, text: thought, thought: true });
+  else if (content || member !== undefined) answer.add({ ...piece, text: content, thought: false });
+  speech.add(thought ? "" : content);
+  for (const call of delta.tool_calls ?? []) answer.call(call);
+  if (choice.finish_reason) answer.finish(choice);
+}
+
+/** Let a reply be stopped; gives the conversation that it is of. */
+function begin() {
+  running = new AbortController();
+  swap("send", "stop");
+  return conversation;
+}
+
+/** Keep the end of the conversation in sight, for those who have it there. */
+function drawn(answer) {
+  if (answer.model === model.id) settings.members.showShares(answer.shares);
   if (atEnd) toEnd();
 }
 
-function stopped(turn) {
-  turn.stop();
+function stopped(answer) {
+  answer.stop();
   speech.end("Stopped.");
 }
 
-function failed(turn, error) {
+function failed(answer, error) {
   if (!(error instanceof Failure)) console.error(error);
-  turn.fail(error instanceof Failure ? error.message : `An error of this page: ${error.message}`);
-  turn.again.textContent = "Try again";
-  speech.end(error.message);
+  const message = error instanceof Failure ? error.message : `An error of this page: ${error.message}`;
+  answer.fail(message);
+  speech.end(message);
   if (error.status === 401) askKey();
 }
 
-function end() {
+function end(turn, owner) {
   running = null;
+  turn.end();
   swap("stop", "send");
-  toEnd();
+  keep(owner);
 }
 
 /** Show one button in the place of the other, and keep the focus there. */
@@ -171,69 +219,84 @@ function swap(old, now) {
   if (focused) $(now).focus();
 }
 
-/** What is asked: turns without a reply are left out, all but the last. */
-function request(seed) {
-  const messages = [];
-  if ($("system").value.trim()) messages.push({ role: "system", content: $("system").value });
-  for (const turn of turns.slice(0, -1)) {
-    if (!turn.reply) continue;
-    messages.push({ role: "user", content: turn.text }, { role: "assistant", content: turn.reply });
-  }
-  messages.push({ role: "user", content: turns.at(-1).text });
-  const mixing = { strategy: chosen("strategy"), unit: chosen("unit"), weights: members.asked() };
-  const body = { model: model.id, messages, stream: true, ...mixing };
-  return seed === null ? body : { ...body, seed };
+/** Keep a conversation, and show what there is. */
+function keep(kept = conversation) {
+  if (kept.turns.length) problem(store.keep(kept.packed()));
+  remember(OPEN, conversation.id);
+  showHistory();
 }
 
-function clear() {
+function showHistory() {
+  const { found, broken } = store.list();
+  history.show(found, conversation);
+  if (broken) problem(`${broken} of the kept conversations cannot be read: left as they are.`);
+}
+
+/** Show another conversation. */
+function change(other) {
   running?.abort();
-  turns = [];
+  conversation = other;
   $("turns").replaceChildren();
-  $("welcome").hidden = false;
-  members?.showShares(null);
+  for (const turn of other.turns) append(turn);
+  $("welcome").hidden = other.turns.length > 0;
+  settings.members?.showShares(null);
+  remember(OPEN, other.id);
+  problem("");
+  showHistory();
+  toEnd();
   $("message").focus();
 }
 
-function fold() {
-  const open = $("settings").classList.toggle("open");
-  $("fold").setAttribute("aria-expanded", open);
+/** Go on with the conversation that this tab had open. */
+function reopen() {
+  showHistory();
+  const id = recall(OPEN);
+  if (store.list().found.some((packed) => packed.id === id)) open(id);
 }
 
-/** CE, also that of UniTE, is of whole distributions, so it has no words. */
-function onStrategy() {
-  const word = document.querySelector('[name="unit"][value="word"]');
-  word.disabled = chosen("strategy") !== "me";
-  if (word.disabled && word.checked) choose("unit", "token");
-}
-
-async function copy(turn) {
-  const copied = await toClipboard(turn.reply);
-  if (!copied) turn.select();
-  turn.copy.textContent = copied ? "Copied" : "Selected: press Ctrl+C";
-  speech.say(turn.copy.textContent);
-  setTimeout(() => (turn.copy.textContent = "Copy"), 1500);
-}
-
-/** Whether a text went to the clipboard: browsers give it to pages of this machine and of https alone. */
-async function toClipboard(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    return true;
-  } catch {
-    return false;
+function open(id) {
+  const packed = store.list().found.find((one) => one.id === id);
+  if (!packed) return;
+  const opened = new Conversation(packed.id, packed.title);
+  for (const { text, answers } of packed.turns) {
+    const turn = new Turn({ turn: $("turn"), answer: $("answer") }, text, look);
+    turn.restore(answers);
+    opened.add(turn);
   }
+  change(opened);
+}
+
+function rename(title) {
+  conversation.title = title || conversation.title;
+  keep();
+}
+
+function drop() {
+  store.drop(conversation.id);
+  conversation.turns = []; // so that a reply that is stopped does not bring it back
+  change(new Conversation());
+}
+
+function onLook() {
+  look.colours = $("colours").checked;
+  look.markdown = $("markdown").checked;
+  store.keepLook(look);
+  showLook();
+  for (const turn of conversation.turns) turn.redraw();
+}
+
+function showLook() {
+  $("colours").checked = look.colours;
+  $("markdown").checked = look.markdown;
+  document.body.classList.toggle("uncoloured", !look.colours);
+}
+
+function fold(button, panel) {
+  button.setAttribute("aria-expanded", panel.classList.toggle("open"));
 }
 
 function problem(message) {
   $("problem").textContent = message;
-}
-
-function choose(name, value) {
-  document.querySelector(`[name="${name}"][value="${value}"]`).checked = true;
-}
-
-function chosen(name) {
-  return document.querySelector(`[name="${name}"]:checked`).value;
 }
 
 function isAtEnd() {

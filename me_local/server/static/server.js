@@ -1,4 +1,5 @@
-// Talks to the server: what the ensemble is, and a reply while it is made. Knows nothing of the page.
+// Talks to the server: what the ensemble is, and a reply while it is made. Knows nothing of the page but that addresses
+// are relative to it, for servers behind a prefix.
 
 const LOST = "The server cannot be reached. Is me-local serve still running?";
 const BROKEN = "The connection ended before the reply was finished.";
@@ -13,7 +14,7 @@ export class Failure extends Error {
 
 /** The ensemble as GET /v1/models describes it. Throws Failure. */
 export async function ensemble(key) {
-  const response = await ask("/v1/models", { headers: headers(key) });
+  const response = await ask("v1/models", { headers: headers(key) });
   const { data } = await response.json();
   return data[0];
 }
@@ -21,7 +22,7 @@ export async function ensemble(key) {
 /** The chunks of a reply. Throws Failure, or an AbortError where `signal` says so. */
 export async function* reply(body, key, signal) {
   const init = { method: "POST", headers: headers(key), body: JSON.stringify(body), signal };
-  const response = await ask("/v1/chat/completions", init);
+  const response = await ask("v1/chat/completions", init);
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);

@@ -1,21 +1,27 @@
-// The tooltip of a piece: its member and its probability.
+// The tooltip of a piece: its member and its probability. Knows of pieces what elements are about.
 
-import { pieceOf, probability } from "./turn.js";
+import { probability, whoOf } from "./answer.js";
+import { aboutOf } from "./nodes.js";
 
 /** Show the tooltip over pieces in `area` that are pointed at or tapped. */
 export function showTips(tip, area) {
-  area.addEventListener("pointerover", (event) => show(tip, event.target));
+  area.addEventListener("pointerover", ({ target }) => show(tip, target));
   area.addEventListener("pointerleave", () => (tip.hidden = true));
   document.addEventListener("scroll", () => (tip.hidden = true), true);
   document.addEventListener("keydown", () => (tip.hidden = true));
 }
 
 function show(tip, element) {
-  const piece = pieceOf.get(element);
+  const piece = aboutOf(element);
   tip.hidden = !piece;
   if (!piece) return;
-  tip.textContent = [piece.member, probability(piece), piece.shared && `(${piece.shared})`].filter(Boolean).join(" · ");
+  tip.textContent = piece.member < 0 ? whoOf(piece) : said(piece);
   place(tip, element.getClientRects()[0]);
+}
+
+function said(piece) {
+  const [parts, member] = [whoOf(piece), piece.names[piece.member]];
+  return [member, probability(piece), ...(parts === member ? [] : [`(${parts})`])].join(" · ");
 }
 
 function place(tip, over) {
