@@ -443,7 +443,7 @@ def test_a_context_that_is_exceeded(open_mixed: OpenMixed, say: Say) -> None:
     ids = encoded(there, LONG.encode() * 3)
     assert there.n_ctx == 511  # it keeps one for the token that it samples
     there.sync(ids[:511])
-    with pytest.raises(MeLocalError, match="512") as error:
+    with pytest.raises(MeLocalError, match="status 400") as error:
         there.sync(ids[:512])
     prompt = there.vocabulary.joined(ids[:505].tolist()).decode()
     reply = ensemble.generate(prompt, Overrides(seed=3, max_tokens=1000), raw=True)
