@@ -131,11 +131,15 @@ class Ensemble:
         """The names of the members that see a plain transcript."""
         return tuple(name for name, plain in zip(self.names, self.prompter.plain, strict=True) if plain)
 
-    def with_overrides(self, overrides: Overrides | None) -> Config:
-        """The configuration with these before it. Raises ConfigError, also where a member's engine cannot do it."""
+    def with_overrides(self, overrides: Overrides | None, config: Config | None = None) -> Config:
+        """The configuration, its own unless another is given, with these before it.
+
+        Raises ConfigError, also where a member's engine cannot do it.
+        """
+        config = config or self.config
         if overrides is None:
-            return self.config
-        config = override(self.config, overrides)
+            return config
+        config = override(config, overrides)
         require_able(self.engine, self.members, config)
         return config
 
