@@ -40,10 +40,14 @@ class Ask:
 
 
 class Prompts(NamedTuple):
-    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with."""
+    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with.
+
+    `shown` has the text that is in the ids of all, without what templates put around it.
+    """
 
     head: bytes
     ids: tuple[IntArray, ...]
+    shown: bytes = b""
 
 
 class Prompter:
@@ -103,7 +107,8 @@ class Prompter:
         wanted = zip(self._writers, opened, arguments, self._watches(config, interrupted), strict=True)
         parts = [writer.parted_prompt(turns, given, watch) for writer, turns, given, watch in wanted]
         heads = (head for (_, head), writes in zip(parts, self.writing(config), strict=True) if head and writes)
-        return Prompts(next(heads, b""), tuple(ids for ids, _ in parts))
+        shown = "\n".join(message.content for message in messages).encode()
+        return Prompts(next(heads, b""), tuple(ids for ids, _ in parts), shown)
 
     def raw_prompts(
         self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False

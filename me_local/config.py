@@ -27,6 +27,7 @@ Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
+Draft = Literal["none", "ngram"]
 Engine = Literal["llama-server", "vllm"]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -136,6 +137,7 @@ class Config:
     alignment: _Text = "top_k"  # the same
     route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
+    draft: Draft = "none"  # what guesses how a reply goes on
     system: str | None = None
     template_args: _Arguments = field(default_factory=dict, hash=False)  # variables of all chat templates
     max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
@@ -157,6 +159,7 @@ class Overrides:
     decode: Decode | None = None
     route: Route | None = None
     parallel: bool | None = None
+    draft: Draft | None = None
     seed: int | None = None
     system: str | None = None
     template_args: Mapping[str, Any] | None = None  # variables of chat templates; those not named stay
@@ -181,6 +184,7 @@ _ENSEMBLE_KEYS = (
     "alignment",
     "route",
     "parallel",
+    "draft",
     "system",
     "template_args",
 )

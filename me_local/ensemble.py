@@ -20,6 +20,7 @@ from me_local.config import Config, Overrides, Sampling, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
+from me_local.decoding.guessing import Repeats
 from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
@@ -345,7 +346,8 @@ class Ensemble:
         cancelled = cancelled or threading.Event()
         kinds = self.prompter.kinds if prefill else ()
         request = make_request(config, prompts, kinds, alone=alone, top=top, prefill=prefill)
-        generation = Generation(self.engine, request, cancelled.is_set)
+        source = Repeats(prompts.shown) if config.draft == "ngram" else None
+        generation = Generation(self.engine, request, cancelled.is_set, source=source)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
     def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:

@@ -107,6 +107,11 @@ _SAMPLING: list[Decorator] = [
     named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
     named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
+    named(
+        "--draft",
+        type=click.Choice(["none", "ngram"]),
+        help="ngram: guess that texts repeat, so that one evaluation may give several pieces; replies stay the same.",
+    ),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--stop", type=_Texts(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
