@@ -40,14 +40,10 @@ class Ask:
 
 
 class Prompts(NamedTuple):
-    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with.
-
-    `shown` has the text that is in the ids of all, without what templates put around it.
-    """
+    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with."""
 
     head: bytes
     ids: tuple[IntArray, ...]
-    shown: bytes = b""
 
 
 class Prompter:
@@ -107,8 +103,7 @@ class Prompter:
         wanted = zip(self._writers, opened, arguments, self._watches(config, interrupted), strict=True)
         parts = [writer.parted_prompt(turns, given, watch) for writer, turns, given, watch in wanted]
         heads = (head for (_, head), writes in zip(parts, self.writing(config), strict=True) if head and writes)
-        shown = "\n".join(message.content for message in messages).encode()
-        return Prompts(next(heads, b""), tuple(ids for ids, _ in parts), shown)
+        return Prompts(next(heads, b""), tuple(ids for ids, _ in parts))
 
     def raw_prompts(
         self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
@@ -172,6 +167,15 @@ def parted(messages: Sequence[Message]) -> tuple[list[Message], bytes]:
             raise InputError("a reply that is to be gone on with cannot have a thought; leave it out")
         return list(messages[:-1]), messages[-1].content.encode()
     return list(messages), b""
+
+
+def shown(prompt: Prompt, *, raw: bool) -> bytes:
+    """What all members see of a prompt in front of the reply, without what their templates put around it.
+
+    A text that is to be completed stands in the reply itself.
+    """
+    messages = parted([Message("user", prompt)] if isinstance(prompt, str) else list(prompt))[0]
+    return b"" if raw else "\n".join(message.content for message in messages).encode()
 
 
 def make_request(

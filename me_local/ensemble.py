@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able
+from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able, shown
 from me_local.config import Config, Overrides, Sampling, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
@@ -177,7 +177,8 @@ class Ensemble:
         """
         config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
         prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
-        return self.start(config, prompts, alone=alone, top=top, prefill=not raw, cancelled=cancelled)
+        seen = shown(prompt, raw=raw)
+        return self.start(config, prompts, alone=alone, top=top, prefill=not raw, cancelled=cancelled, shown=seen)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
@@ -254,7 +255,9 @@ class Ensemble:
             config = override(_seeded(config, index), ask.overrides)
             prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
-                return Finished(index, self.start(config, prompts, alone=True, top=ask.top, prefill=not raw).finish())
+                seen = shown(ask.prompt, raw=raw)
+                stream = self.start(config, prompts, alone=True, top=ask.top, prefill=not raw, shown=seen)
+                return Finished(index, stream.finish())
         except MeLocalError as error:
             return Finished(index, error=error)
 
@@ -341,12 +344,13 @@ class Ensemble:
         top: int = 0,
         prefill: bool = False,
         cancelled: threading.Event | None = None,
+        shown: bytes = b"",
     ) -> ReplyStream:
-        """A reply after these prompts; the rest as in `Request`."""
+        """A reply after these prompts, which have `shown` in them; the rest as in `Request`."""
         cancelled = cancelled or threading.Event()
         kinds = self.prompter.kinds if prefill else ()
         request = make_request(config, prompts, kinds, alone=alone, top=top, prefill=prefill)
-        source = Repeats(prompts.shown) if config.draft == "ngram" else None
+        source = Repeats(shown) if config.draft == "ngram" else None
         generation = Generation(self.engine, request, cancelled.is_set, source=source)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
