@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from me_local.asking import Prompts, check_conversation
+from me_local.asking import Prompts, check_conversation, shown
 from me_local.config import Config, Overrides, override
 from me_local.decoding.reply import Reply, ReplyStream, Step
 from me_local.ensemble import Ensemble
@@ -82,7 +82,8 @@ class Chat:
         if config.seed is not None:
             config = override(config, Overrides(seed=config.seed + self._replies))
         self._replies += 1
-        return self.ensemble.start(config, prompts, prefill=True)
+        seen = shown(messages[self.dropped :], raw=False)
+        return self.ensemble.start(config, prompts, prefill=True, shown=seen)
 
     def _fitting(self, messages: list[Message]) -> tuple[int, Prompts]:
         """How many of the oldest messages to leave out, and the prompts of the rest.

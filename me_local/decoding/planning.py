@@ -1,9 +1,9 @@
 """Which positions of a guess members evaluate at once, and the logits that they gave there.
 
 A plan follows the guess from the end of the text on, piece by piece, as if it held: each is the next token of the
-member that the route is going to draw there. A member can use a position where the ids of the text up to there are the first
-of those of text and guess. What is planned decides what is evaluated, and nothing else: logits are found again by all
-the ids that they came after (`Rows`), so a plan that is wrong costs time alone.
+member that the route is going to draw there. A member can use a position where the ids of the text up to there are the
+first of those of text and guess. What is planned decides what is evaluated, and nothing else: logits are found again by
+all the ids that they came after (`Rows`), so a plan that is wrong costs time alone.
 """
 
 from collections.abc import Iterator, Sequence

@@ -9,7 +9,8 @@ from typing import Literal
 from me_local.config import Config, MemberConfig
 from me_local.engines.remote import RemoteModel
 from me_local.errors import ConfigError
-from me_local.llama.member import GUESS, Member
+from me_local.llama.foresight import GUESS
+from me_local.llama.member import Member
 from me_local.llama.options import require_options
 from me_local.llama.trial import is_wanted, try_members
 from me_local.llama.weights import Shelf, VocabularyFile, Weights, supports_gpu

@@ -26,6 +26,7 @@ from me_local.llama.batch import Batch, Outputs, Part
 from me_local.llama.cache import Cache
 from me_local.llama.checkpoints import Checkpoints
 from me_local.llama.context import MOST_SEQUENCES, make_context, require_memory, working_bytes
+from me_local.llama.foresight import Foresight
 from me_local.llama.memory import allocated_context
 from me_local.llama.native_log import native_log
 from me_local.llama.options import longest_context
@@ -48,10 +49,6 @@ _DECODE_ERRORS = {
     2: "the evaluation was aborted",
     -1: "llama.cpp calls the batch invalid",
 }
-
-
-GUESS = 24
-"""Tokens of the longest guess."""
 
 
 def _using(
@@ -207,39 +204,10 @@ class Member:
         return Evaluated(len(ids) - keep, self.seconds - before)
 
     @property
-    def ahead(self) -> int:
-        """How many tokens a guess can have."""
-        return self._outputs - 1
-
-    @property
-    def foreseeing(self) -> "Member | None":
-        """The same, where it can evaluate guesses: a memory that cannot be cut back is left out."""
-        return None if self.caches[0].checkpoints or not self.ahead else self
-
-    @_using
-    def foresee(
-        self,
-        ids: IntArray,
-        guess: IntArray,
-        wanted: Sequence[int],
-        interrupted: Callable[[], bool] = lambda: False,
-    ) -> tuple[Evaluated, list[Row]]:
-        """Make the cache hold `ids` and a guess of what follows, at most `ahead` tokens; copies of the logits after both.
-
-        The first are those after `ids`, the others those after so many tokens of the guess as `wanted` has. The next
-        `sync` takes back what was wrong. Raises what `sync` raises.
-        """
-        cache, before = self.caches[0], self.seconds
-        whole = np.concatenate([ids, guess])
-        keep = cache.cut(cache.common(ids, len(ids) - 1))
-        self._extend(ids, self._in_batches(None, max(keep, len(whole) - self.n_batch)), interrupted, prompt=False)
-        if interrupted():
-            raise EvaluationInterruptedError(f'member "{self.name}": stopped at token {cache.length} of {len(ids)}')
-        last = len(ids) - 1 - cache.length
-        outputs = tuple(last + count for count in (0, *wanted))
-        self._evaluate(whole[cache.length :], outputs)
-        rows: list[Row] = [self.whole_row(index).copy() for index in outputs]
-        return Evaluated(len(whole) - keep, self.seconds - before), rows
+    def foreseeing(self) -> Foresight | None:
+        """What evaluates guesses with it; a memory that cannot be cut back is left out."""
+        ahead = self._outputs - 1
+        return Foresight(self, ahead) if ahead and not self.caches[0].checkpoints else None
 
     @_using
     def shorten(self, count: int, numbers: IntArray) -> None:

@@ -16,7 +16,8 @@ from me_local.config import Constraint, Sampling, Strategy, Unit
 from me_local.decoding.engine import Engine
 from me_local.decoding.generation import Generation
 from me_local.decoding.guessing import Repeats, Source
-from me_local.llama.member import GUESS, Member
+from me_local.llama.foresight import GUESS
+from me_local.llama.member import Member
 from me_local.llama.weights import Weights
 from me_local.mixture.alignment import top_k
 from me_local.text.unified import END
