@@ -27,8 +27,8 @@ class Repeats:
     """What stood behind the last bytes where they were before, in `shown` or in the text.
 
     As long as the text goes on like an earlier place, it is followed there; else the last place with the same
-    `SHORTEST` bytes is looked up. A guess has as many bytes as have agreed so far; each that fails doubles the number
-    that it takes for the next, and each that holds halves it.
+    `SHORTEST` bytes is looked up. A guess has half as many bytes as have agreed so far; each that fails doubles the
+    number that it takes for the next, and each that holds halves it.
     """
 
     def __init__(self, shown: bytes = b"") -> None:
@@ -58,7 +58,7 @@ class Repeats:
         """The bytes that may come next; none where a guess does not pay."""
         if self._agreed < self._needed:
             return b""
-        guess = bytes(self._bytes[self._at : self._at + min(self._agreed, LONGEST)])
+        guess = bytes(self._bytes[self._at : self._at + min(self._agreed // 2, LONGEST)])
         self._guessed = len(guess)
         return guess
 

@@ -1,25 +1,36 @@
 """A guess of what follows, evaluated together with what a member's cache lacks, by one call of llama.cpp."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from me_local.arrays import IntArray
+from me_local.arrays import IntArray, LogitArray
 from me_local.llama.batch import Part
+from me_local.llama.sequences import Context
 from me_local.model import Evaluated, EvaluationInterruptedError, Row
-
-if TYPE_CHECKING:
-    from me_local.llama.member import Member
 
 GUESS = 24
 """Tokens of the longest guess."""
 
 
+class Syncing(Context, Protocol):
+    """What it needs of a member."""
+
+    name: str
+    seconds: float
+
+    def sync(self, ids: IntArray, interrupted: Callable[[], bool] = ...) -> Evaluated:
+        """Make the first cache hold exactly `ids`."""
+
+    def whole_row(self, index: int) -> LogitArray:
+        """All logits after one of the tokens of the last evaluation."""
+
+
 class Foresight:
     """Evaluates guesses of at most `ahead` tokens with the first sequence of a member."""
 
-    def __init__(self, member: "Member", ahead: int) -> None:
+    def __init__(self, member: Syncing, ahead: int) -> None:
         self._member = member
         self.ahead = ahead
 
