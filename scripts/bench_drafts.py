@@ -56,7 +56,8 @@ JAPAN = '  {"name": "Japan", "capital": "Tokyo", "population": 124000000, "conti
 KINDS = {  # a prompt, and whether it is completed as it stands
     "repeated passage": (f"{PASSAGE}\n\n{PASSAGE}\n\nThe harbour town of", True),
     "edit of code": (
-        f"```python\n{CODE}```\n\nThe same code with the name `rows` instead of `records`:\n\n```python\ndef load(path):\n",
+        f"```python\n{CODE}```\n\nThe same code with the name `rows` instead of `records`:\n\n"
+        "```python\ndef load(path):\n",
         True,
     ),
     "JSON": (f"[\n{FRANCE}{JAPAN}", True),
