@@ -5,26 +5,37 @@ vocabulary begins with. Knows nothing of replies.
 """
 
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import Config, Overrides, Sampling
+from me_local.checks import shown
+from me_local.config import Config, Overrides
 from me_local.decoding.engine import Engine, Request, needed_logits
 from me_local.errors import ConfigError, InputError, PromptTooLongError
-from me_local.mixture.alignment import top_k
+from me_local.mixture.alignment import sufficient, top_k
 from me_local.model import EvaluationInterruptedError, LoadedModel
+from me_local.sampling import Sampling
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS
 from me_local.text.thoughts import Kind, Thoughts
 from me_local.text.vocabulary import Watch
 
-Prompt: TypeAlias = str | Sequence[Message]
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A text to complete as ids of the vocabulary of all members that may write; they are taken as they are."""
+
+    ids: tuple[int, ...]
+
+
+Prompt: TypeAlias = str | Tokens | Sequence[Message]
 
 _COUNTED = 1 << 16
 """The tokens of a prompt are counted up to so many more than the context holds."""
@@ -32,11 +43,15 @@ _COUNTED = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`."""
+    """A prompt, or a conversation, with settings of its own; `top` as in `Ensemble.stream`.
+
+    `echo` says what is told of a text in front of its completion; see `echoes`.
+    """
 
     prompt: Prompt
     overrides: Overrides = field(default_factory=Overrides)
     top: int = 0
+    echo: Literal["text", "scores"] | None = None
 
 
 class Prompts(NamedTuple):
@@ -76,6 +91,8 @@ class Prompter:
         self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False
     ) -> tuple[Prompts, list[int]]:
         """The same for a conversation, and how many ids that makes for each member, whether they fit or not."""
+        if isinstance(prompt, Tokens):
+            raise InputError("ids are completed as they are: they are no conversation")
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         messages, given = parted(messages)
         check_conversation(messages)
@@ -105,10 +122,10 @@ class Prompter:
         heads = (head for (_, head), writes in zip(parts, self.writing(config), strict=True) if head and writes)
         return Prompts(next(heads, b""), tuple(ids for ids, _ in parts))
 
-    def raw_prompts(
-        self, prompt: str | Sequence[Message], config: Config, interrupted: Callable[[], bool] = lambda: False
-    ) -> Prompts:
+    def raw_prompts(self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False) -> Prompts:
         """The bytes to complete, and each member's ids in front of them."""
+        if isinstance(prompt, Tokens):
+            return Prompts(b"", self._prompts_of(prompt, config))
         if not isinstance(prompt, str):
             raise InputError("a raw completion takes a text, not a conversation")
         if not prompt:
@@ -119,6 +136,23 @@ class Prompter:
         heads = [member.vocabulary.encode(head, at_start=True, watch=watch) for member, watch in watched]
         self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
         return Prompts(head, prompts)
+
+    def _prompts_of(self, prompt: Tokens, config: Config) -> tuple[IntArray, ...]:
+        """The ids behind what a member's prompt begins with, unless they begin so themselves."""
+        writing = self.writing(config)
+        vocabularies = [member.vocabulary for member, writes in zip(self._members, writing, strict=True) if writes]
+        if any(other.identity != vocabularies[0].identity for other in vocabularies):
+            raise InputError("ids are those of one vocabulary, and the members have several: name one of them")
+        if not all(0 <= id_ < vocabularies[0].size for id_ in prompt.ids):
+            raise InputError(f"there are ids from 0 to {vocabularies[0].size - 1}")
+        prompts: list[IntArray] = []
+        for writer, writes in zip(self._writers, writing, strict=True):
+            begins = writer.raw_prompt()
+            ids = np.array(prompt.ids if writes else (), dtype=np.int32)
+            given = len(begins) > 0 and np.array_equal(ids[: len(begins)], begins)
+            prompts.append(ids if given else np.concatenate([begins, ids]))
+        self.check_lengths([len(ids) for ids in prompts], config)
+        return tuple(prompts)
 
     def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
         """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
@@ -150,7 +184,11 @@ class Prompter:
         return [partial(watch, member, writes) for member, writes in pairs]
 
     def _too_long(self, length: str, member: LoadedModel, config: Config) -> PromptTooLongError:
-        remedy = f"raise n_ctx in {config.path.name}" if config.path else "make its Llama with a larger n_ctx"
+        remedy = (
+            f"raise n_ctx in {config.path.name}"
+            if config.path
+            else "give it a larger n_ctx, in a models.toml or as its Llama is made"
+        )
         return PromptTooLongError(
             f'the prompt has {length} tokens for member "{member.name}", which exceeds the available context size of '
             f"{member.n_ctx}: shorten it, or {remedy}"
@@ -169,13 +207,15 @@ def parted(messages: Sequence[Message]) -> tuple[list[Message], bytes]:
     return list(messages), b""
 
 
-def shown(prompt: Prompt, *, raw: bool) -> bytes:
+def visible(prompt: Prompt, *, raw: bool) -> bytes:
     """What all members see of a prompt in front of the reply, without what their templates put around it.
 
     A text that is to be completed stands in the reply itself.
     """
+    if raw or isinstance(prompt, Tokens):
+        return b""
     messages = parted([Message("user", prompt)] if isinstance(prompt, str) else list(prompt))[0]
-    return b"" if raw else "\n".join(message.content for message in messages).encode()
+    return "\n".join(message.content for message in messages).encode()
 
 
 def make_request(
@@ -206,7 +246,13 @@ def make_request(
         top=top,
         constraint=config.constraint,
         prefill=prefill,
+        min_tokens=least_pieces(config),
     )
+
+
+def least_pieces(config: Config) -> int:
+    """Before so many pieces the end of generation does not come."""
+    return sys.maxsize if config.ignore_eos else config.min_tokens
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
@@ -222,19 +268,44 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 
 def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config) -> None:
-    """Raise ConfigError for what is asked and the engine of a member cannot do."""
-    for member, settings in zip(members, config.members, strict=True):
-        most = member.abilities.most_logits
-        needed = needed_logits(engine.alignment, config.strategy, config.unit, settings.sampling, config.constraint)
-        if most is not None and not 0 < needed <= most:
-            needing = _needing(engine, config, settings.sampling)
+    """Raise ConfigError for what is asked and the engine of a member, or a vocabulary, cannot do."""
+    _require_biases(engine, config)
+    for i, (member, settings) in enumerate(zip(members, config.members, strict=True)):
+        sampling, most = settings.sampling, member.abilities.most_logits
+        lowered = engine.shaper(i, sampling, least_pieces(config)).lowered
+        needed = needed_logits(engine.alignment, config.strategy, config.unit, sampling, config.constraint, lowered)
+        if not member.abilities.raw_logits and sampling.repeat_penalty != 1 and sampling.repeat_last_n != 0:
             raise ConfigError(
-                f'member "{member.name}": {needing} needs {needed or "all"} logits, and its engine '
-                f"({member.abilities.engine}) gives the {most} largest"
+                f'member "{member.name}": repeat_penalty = {sampling.repeat_penalty:g} needs logits, and its engine '
+                f"({member.abilities.engine}) gives probabilities: presence_penalty and dry_multiplier work with these"
+            )
+        if most is not None and not 0 < needed <= most:
+            raise ConfigError(
+                f'member "{member.name}": {_needing(engine, config, sampling, lowered)} needs {needed or "all"} '
+                f"logits, and its engine ({member.abilities.engine}) gives the {most} largest"
             )
 
 
-def _needing(engine: Engine, config: Config, sampling: Sampling) -> str:
+def _require_biases(engine: Engine, config: Config) -> None:
+    """Raise ConfigError for a bias that says nothing to any member, or by an id of nobody knows whom."""
+    biases = dict.fromkeys(bias for member in config.members for bias in member.sampling.logit_bias)
+    alone = config.router == "constant" and sum(member.weight > 0 for member in config.members) == 1
+    for bias in biases:
+        if isinstance(bias.of, int) and bias.member is None and not (engine.unified.same or alone):
+            raise ConfigError(
+                f"logit_bias: the members have different vocabularies, so nobody knows whose token {bias.of} is: "
+                "write its text, or ask one member alone"
+            )
+    unknown = {bias.of.encode(): bias.of for bias in biases if isinstance(bias.of, str)}
+    for pieces in (model.vocabulary.pieces for model in engine.models) if unknown else ():
+        for piece in unknown.keys() & set(pieces):
+            del unknown[piece]
+    if unknown:
+        text = next(iter(unknown.values()))
+        raise ConfigError(f"logit_bias: {shown(text)} is a token of no member; try it with a space in front")
+
+
+def _needing(engine: Engine, config: Config, sampling: Sampling, lowered: int | None) -> str:
     """By what so many logits are needed."""
     if config.constraint:
         return config.constraint.kind
@@ -242,4 +313,10 @@ def _needing(engine: Engine, config: Config, sampling: Sampling) -> str:
         return f'alignment = "{config.alignment}"'
     if config.strategy == "union":
         return f'strategy = "{config.strategy}"'
-    return f'unit = "{config.unit}"' if config.unit == "word" else f"top_k = {sampling.top_k}"
+    if config.unit == "word":
+        return f'unit = "{config.unit}"'
+    if not sufficient(sampling) and sampling.top_n_sigma > 0:
+        return f"top_n_sigma = {sampling.top_n_sigma:g}"
+    if lowered is None:
+        return "what makes tokens likelier (a negative penalty, a bias above 0)"
+    return f"top_k = {sampling.top_k}" + (f" with penalties, biases or DRY on {lowered} tokens" if lowered else "")

@@ -9,19 +9,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able, shown
-from me_local.config import Config, Overrides, Sampling, load_config, override
+from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able, visible
+from me_local.config import Config, Overrides, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.decoding.guessing import Repeats
-from me_local.decoding.likelihoods import OUTPUTS, Passage, Score, Scorer, UnitScores, mixed, unit_weights
+from me_local.decoding.likelihoods import Passage, Score, Scorers, UnitScores, mixed, unit_weights
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
 from me_local.engines.instances import instances_config, load_instances, one_sequence
@@ -32,6 +31,7 @@ from me_local.llama.weights import Shelf
 from me_local.mixture.alignment import Alignment
 from me_local.mixture.routing import Router, SharedRoute, Stretch
 from me_local.plugins import find
+from me_local.sampling import Sampling
 from me_local.text.messages import Message
 
 
@@ -99,6 +99,7 @@ class Ensemble:
                 if isinstance(member, Member) and member.on_gpu:  # in replies, only the largest logits are handed over
                     self.engine.losses[i] = first_loss(member, self.writers[i])
             self._stack = stack.pop_all()
+        self.scorers = Scorers(self.members, self._stack.enter_context, same=self.engine.unified.same)
 
     @classmethod
     def of(
@@ -177,7 +178,7 @@ class Ensemble:
         """
         config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
         prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
-        seen = shown(prompt, raw=raw)
+        seen = visible(prompt, raw=raw)
         return self.start(config, prompts, alone=alone, top=top, prefill=not raw, cancelled=cancelled, shown=seen)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
@@ -255,7 +256,7 @@ class Ensemble:
             config = override(_seeded(config, index), ask.overrides)
             prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
-                seen = shown(ask.prompt, raw=raw)
+                seen = visible(ask.prompt, raw=raw)
                 stream = self.start(config, prompts, alone=True, top=ask.top, prefill=not raw, shown=seen)
                 return Finished(index, stream.finish())
         except MeLocalError as error:
@@ -312,28 +313,16 @@ class Ensemble:
             raise InputError("the continuation is empty: there is nothing to score")
         if raw:
             head, prompts = self.prompter.raw_prompts(prompt, self.config)
-            return Passage(prompts, head + text, len(head), document=True)
+            return Passage(prompts, head + text, len(head), typed=len(head))
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
         head, prompts = self.prompter.prompts(messages, self.config)
-        return Passage(prompts, head + text, len(head), document=False)
+        return Passage(prompts, head + text, len(head), typed=None)
 
     def unit_scores(self, passage: Passage) -> UnitScores:
         """What each member finds of each unit of the passage; raises what `Scorer.units` raises."""
         with self.engine.turns.use(), self.engine.steps.use():
-            return self._scorer.units(passage)
-
-    @cached_property
-    def _scorer(self) -> Scorer:
-        for member in self.members:
-            if not member.abilities.likelihoods:
-                raise InputError(
-                    f'member "{member.name}": its engine ({member.abilities.engine}) does not score texts: '
-                    "only members that run here have likelihoods"
-                )
-        enter, here = self._stack.enter_context, [member for member in self.members if isinstance(member, Member)]
-        members = [enter(Member(member.config, member.weights, outputs=OUTPUTS)) for member in here]
-        return Scorer(members, same=self.engine.unified.same)
+            return self.scorers.of(range(len(self.members))).units(passage)
 
     def start(
         self,

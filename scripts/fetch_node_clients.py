@@ -1,4 +1,4 @@
-"""Fetch the packages of Node that server and page are tried with, into the cache, by npm (136 MB; no script runs).
+"""Fetch the packages of Node that server and page are tried with, into the cache, by npm (191 MB; no script runs).
 
 Contract: afterwards ``folder()`` holds them, and its path is printed. Or the script has said in one line on stderr
 what went wrong and exits with status 1.
@@ -15,8 +15,10 @@ from processes import run
 
 PACKAGES = (
     *("openai@6", "ai@6", "@ai-sdk/openai-compatible@2", "@anthropic-ai/sdk@1", "zod@4"),
+    "@qwen-code/qwen-code@0.15",
     *("axe-core@4", "puppeteer-core@24"),  # look over the page; drive Firefox
 )
+OPTIONS = ("--engine-strict", "--ignore-scripts", "--no-audit", "--no-fund")  # the first: not with a Node too old
 LIMIT = 300.0  # seconds
 
 
@@ -35,7 +37,7 @@ def fetch(place: Path) -> None:
     """Have npm install them, and print where."""
     if not fetched(place):
         place.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "install", "--prefix", place, "--ignore-scripts", "--no-audit", "--no-fund", *PACKAGES]
+        command = ["npm", "install", "--prefix", place, *OPTIONS, *PACKAGES]
         try:
             done = run(command, seconds=LIMIT)
         except FileNotFoundError as error:

@@ -35,9 +35,11 @@ CHATML = (
 )
 
 
-def write_model(path: Path, *, vocab: Vocab, model: Model, chat_template: str | None = None) -> None:
-    """Write a GGUF file with 32-bit floats."""
-    writer = GGUFWriter(path, model.arch)
+def write_model(
+    path: Path, *, vocab: Vocab, model: Model, chat_template: str | None = None, split_max_tensors: int = 0
+) -> None:
+    """Write a GGUF file with 32-bit floats; with `split_max_tensors`, several of them."""
+    writer = GGUFWriter(path, model.arch, split_max_tensors=split_max_tensors)
     writer.add_name(path.stem)
     for key, value in model.hyper.items():
         if isinstance(value, list):

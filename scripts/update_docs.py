@@ -66,7 +66,19 @@ def _modules() -> str:
     return "\n" + "\n".join([_table("me_local/ itself", sorted(package.glob("*.py")), package), *tables]) + "\n"
 
 
-_PACKAGES = ("cli", "server", "measuring", "evaluation", "decoding", "mixture", "engines", "llama", "text", "system")
+_PACKAGES = (
+    "cli",
+    "server",
+    "measuring",
+    "evaluation",
+    "decoding",
+    "mixture",
+    "engines",
+    "llama",
+    "stores",
+    "text",
+    "system",
+)
 
 
 def _table(title: str, files: list[Path], folder: Path) -> str:

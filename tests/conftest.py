@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import fetch_vocabularies
+import make_home
 import make_tiny_models
 import pytest
 from commands import run  # noqa: F401  (pytest finds it here)
@@ -44,9 +45,9 @@ def _an_environment_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iter
     cache.mkdir(parents=True)
     (cache / vocabularies.name).symlink_to(vocabularies)
     with pytest.MonkeyPatch.context() as patch:
-        for name in [n for n in os.environ if n.startswith(("ME_LOCAL_", "XDG_", "LC_", "HF_"))]:
+        for name in [n for n in os.environ if n.startswith(("ME_LOCAL_", "XDG_", "LC_", "HF_", "OLLAMA_"))]:
             patch.delenv(name)
-        for name in ("LANG", "LANGUAGE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
+        for name in ("LANG", "LANGUAGE", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "LLAMA_CACHE"):
             patch.delenv(name, raising=False)
         patch.setenv("HOME", str(home))
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
@@ -64,6 +65,21 @@ def _an_environment_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iter
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny models by name; `make_tiny_models` says what each is."""
     return make_tiny_models.make_all(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def _stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stocked")
+    make_home.make_home(folder)
+    return folder
+
+
+@pytest.fixture
+def stocked(_stocked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home with stores of models that `make_home` writes, as the user's; it is to be left as it is."""
+    for name, value in make_home.environment(_stocked).items():
+        monkeypatch.setenv(name, value)
+    return _stocked
 
 
 def write_toml(

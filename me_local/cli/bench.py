@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from me_local.cli.display import make_console, print_json
-from me_local.cli.options import FilePath, load, models_option, weights_option
-from me_local.config import Config, Overrides, load_config, override, parse_weights
+from me_local.cli.options import FilePath, described, load, models_option, weights_option
+from me_local.config import Config, Overrides, override, parse_weights
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError
 from me_local.llama.context import MOST_SEQUENCES
@@ -36,7 +36,7 @@ def bench(
 
     End of generation is never sampled, so that all write equally long.
     """
-    config = load_config(models)
+    config = described(models)
     if weights is not None:
         names = [member.name for member in config.members]
         config = override(config, Overrides(weights=parse_weights(weights, names)))

@@ -7,9 +7,8 @@ import click
 from rich.table import Table
 
 from me_local.cli.display import print_json, print_table
-from me_local.cli.options import FilePath, load, models_option, raw_option
+from me_local.cli.options import FilePath, described, load, models_option, raw_option
 from me_local.cli.progress import progress
-from me_local.config import load_config
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError
 from me_local.evaluation.corpus import read_blocks
@@ -37,9 +36,11 @@ def fit(models: Path, data: Path, raw: bool, write: bool, as_json: bool) -> None
     Shows the bits per byte of each member, of equal weights and of the fitted ones, on the part of the data that was
     fitted to and on the part that was held out (every fourth block). All at temperature 1 without truncation.
     """
-    config = load_config(models)
+    config = described(models)
+    if write and not config.path:
+        raise ConfigError("--write: there is no file to write to where members are named with --member")
     if config.router != "constant":
-        raise ConfigError(f'{models}: [ensemble].router: weights that are fitted hold with "constant" alone')
+        raise ConfigError(f'{config.place}[ensemble].router: weights that are fitted hold with "constant" alone')
     with load(config) as ensemble:
         blocks = read_blocks(data, raw=raw, room=min(member.n_ctx for member in ensemble.members))
         require_parts(blocks, str(data))

@@ -12,8 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from me_local.cli.display import make_console, print_json
-from me_local.cli.options import load, models_option
-from me_local.config import load_config
+from me_local.cli.options import described, load, models_option
 from me_local.decoding.losses import Loss, first_loss
 from me_local.measuring.inspection import MemberReport, PairReport, compare, inspect_member
 
@@ -30,7 +29,7 @@ same cuts  places in a sample text where both cut it, of those where either does
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; sizes are in bytes, contexts in tokens.")
 def inspect(models: Path, as_json: bool) -> None:
     """Show what the members are and take up, and how well their vocabularies go together."""
-    with load(load_config(models)) as ensemble:
+    with load(described(models)) as ensemble:
         writers = zip(ensemble.members, ensemble.writers, strict=True)
         members = [inspect_member(member, first_loss(member, writer), writer.kinds) for member, writer in writers]
         pairs = [compare(a, b) for a, b in combinations(ensemble.members, 2)]

@@ -1,25 +1,31 @@
 """Options that several commands have, and what they make of them."""
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from me_local.checks import argument
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
+from me_local.cli.shaping import Lines, Option, each_option, take_shaping
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
-from me_local.errors import InputError, LoadError
+from me_local.errors import ConfigError, InputError, LoadError
 from me_local.llama.context import MOST_SEQUENCES
 from me_local.llama.weights import Shelf
 from me_local.measuring.cost import Way, choose_batch
 from me_local.mixture.routing import Stretch
+from me_local.stores.catalogue import entries
+from me_local.stores.members import config_of
 
 Command = Callable[..., Any]
 Decorator = Callable[[Command], Command]
@@ -41,21 +47,14 @@ class FilePath(click.Path):
         return super().convert(os.path.expanduser(value), parameter, context)
 
 
-class _Texts(click.types.StringParamType):
-    """Texts, of which an environment variable holds one: white space belongs to it."""
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        """The values of an environment variable."""
-        return [rv]
-
-
 def named(*names: str, **attributes: Any) -> Decorator:
     """An option that an environment variable of its name sets, too.
 
     So is each that describes models, replies or the server: what one would want to hold for many runs. What a single
     run reads, writes and prints is said on its command line.
     """
-    return click.option(*names, envvar=variable_of(names[0]), show_envvar=True, **attributes)
+    kind = attributes.pop("cls", Option)
+    return click.option(*names, cls=kind, envvar=variable_of(names[0]), show_envvar=True, **attributes)
 
 
 def variable_of(name: str) -> str:
@@ -82,7 +81,7 @@ _TEMPLATE_ARG = named(
     "--template-arg",
     "template_args",
     metavar="NAME=VALUE",
-    type=_Texts(),
+    type=Lines(),
     multiple=True,
     callback=_read_arguments,
     help="A variable for chat templates, such as enable_thinking=false; may be given several times.",
@@ -102,10 +101,6 @@ _SAMPLING: list[Decorator] = [
     ),
     _WEIGHTS,
     named("--seed", type=int, help="Makes a reply repeatable."),
-    named("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
-    named("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
-    named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
-    named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named(
         "--draft",
@@ -113,15 +108,57 @@ _SAMPLING: list[Decorator] = [
         help="ngram: guess that texts repeat, so that one evaluation may give several pieces; replies stay the same.",
     ),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
-    named("--stop", type=_Texts(), multiple=True, help="End the reply before this text; may be given several times."),
+    named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
     _TEMPLATE_ARG,
+    *each_option(named),
 ]
 
 _PARALLEL = named(
     "--parallel/--no-parallel", default=None, help="CE's members at the same time, or in turn; else the faster."
 )
 
+
+_NO_MODELS = (
+    "name them with -m MODEL (me-local models lists those on this machine), name a file that describes them with "
+    "--models FILE, or write a models.toml here"
+)
+_MEMBERS = "me_local.members"
+
+
+class _MemberText(Lines):
+    """A model as --member takes it; an environment variable holds several, parted and quoted as in a shell."""
+
+    name = "model"
+
+    def split_envvar_value(self, rv: str) -> list[str]:
+        try:
+            return shlex.split(rv)
+        except ValueError as error:
+            raise ConfigError(f"{variable_of('--member')}: {str(error).lower()}") from None
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Models of the stores on this machine; else files, which would take away what else there is in bash."""
+        found = [entry for entry in entries() if not entry.problem] if incomplete else []
+        names = [entry.name for entry in found if entry.name.startswith(incomplete)]
+        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
+def _note_members(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
+    ctx.meta[_MEMBERS] = value
+
+
+_MEMBER = named(
+    "--member",
+    "-m",
+    type=_MemberText(),
+    multiple=True,
+    metavar="MODEL[:W]",
+    expose_value=False,
+    callback=_note_members,
+    help="A model of the ensemble instead of a file, and its weight: a path, ollama:NAME, lmstudio:NAME, "
+    "hf:OWNER/REPO:FILE, or URL=FILE; once for each.",
+)
 
 _NO_CHECK = "me_local.no_check"
 
@@ -141,8 +178,8 @@ _CHECK = named(
 
 
 def models_option(command: Command) -> Command:
-    """Add --models, and what holds wherever models are loaded."""
-    return _MODELS(_CHECK(command))
+    """Add --models and --member, and what holds wherever models are loaded."""
+    return _MODELS(_MEMBER(_CHECK(command)))
 
 
 def weights_option(command: Command) -> Command:
@@ -173,9 +210,24 @@ def served_options(command: Command) -> Command:
     return command
 
 
+def described(models: Path) -> Config:
+    """The ensemble that the options of `models_option` describe. Raises ConfigError."""
+    context = click.get_current_context()
+    source, of_members = (context.get_parameter_source(name) for name in ("models", "member"))
+    if members := context.meta[_MEMBERS]:
+        if source == of_members:
+            raise ConfigError("--member and --models: name an ensemble by one of the two")
+        if source != ParameterSource.COMMANDLINE:
+            return config_of(members)
+    if source == ParameterSource.DEFAULT and not models.exists():
+        raise ConfigError(f"no models: {_NO_MODELS}")
+    return load_config(models)
+
+
 def configured(models: Path, given: dict[str, Any]) -> Config:
-    """The configuration of a file, with the options of `sampling_options` before it. Raises ConfigError."""
-    config = load_config(models)
+    """The configuration of `described`, with the options of `sampling_options` before it. Raises ConfigError."""
+    config = described(models)
+    given = take_shaping(given)
     weights, stop = given.pop("weights"), given.pop("stop")
     return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
 

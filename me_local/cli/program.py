@@ -19,6 +19,7 @@ from me_local.cli.fit import fit
 from me_local.cli.generate import generate
 from me_local.cli.inspect import inspect
 from me_local.cli.interrupt import raises_once
+from me_local.cli.models import models
 from me_local.cli.score import score
 from me_local.cli.serve import serve
 from me_local.cli.streams import printable, safe_streams
@@ -94,6 +95,7 @@ main.add_command(evaluate)
 main.add_command(fit)
 main.add_command(generate)
 main.add_command(inspect)
+main.add_command(models)
 main.add_command(score)
 main.add_command(serve)
 main.add_command(verify)

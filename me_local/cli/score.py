@@ -8,9 +8,8 @@ import numpy as np
 from rich.table import Table
 
 from me_local.cli.display import print_json, print_table
-from me_local.cli.options import FilePath, load, models_option, raw_option, weights_option, with_weights
+from me_local.cli.options import FilePath, described, load, models_option, raw_option, weights_option, with_weights
 from me_local.cli.progress import progress
-from me_local.config import load_config
 from me_local.decoding.likelihoods import bits, mixed, unit_weights
 from me_local.ensemble import Ensemble
 from me_local.evaluation.corpus import Block, read_blocks
@@ -29,7 +28,7 @@ def score(file: Path, models: Path, weights: str | None, raw: bool, as_json: boo
     FILE is a text, or JSON Lines of {"prompt": "...", "continuation": "..."}, whose continuations are scored, with
     prompts as messages or, with --raw, as plain text. All at temperature 1 without truncation.
     """
-    config = with_weights(load_config(models), weights)
+    config = with_weights(described(models), weights)
     with load(config) as ensemble:
         blocks = read_blocks(file, raw=raw, room=min(member.n_ctx for member in ensemble.members))
         report = _score(ensemble, blocks)

@@ -8,6 +8,7 @@ import click
 
 from me_local.cli.display import Notices
 from me_local.cli.options import configured, load, models_option, named, served_options
+from me_local.cli.shaping import Sectioned
 from me_local.errors import ConfigError
 from me_local.llama.context import MOST_SEQUENCES
 
@@ -21,7 +22,7 @@ class _Port(click.Option):
         return None if value and value.startswith(("tcp://", "udp://", "sctp://")) else value
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @models_option
 @named("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @named("--port", cls=_Port, type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
@@ -52,6 +53,14 @@ class _Port(click.Option):
 @named(
     "--grace", type=click.FloatRange(0), default=30, show_default=True, help="Seconds for running replies at the end."
 )
+@named(
+    "--keep-alive",
+    type=click.IntRange(1, 86_400),
+    default=75,
+    show_default=True,
+    metavar="SECONDS",
+    help="So long a connection stays open without a request; longer than a proxy in front keeps it.",
+)
 @served_options
 def serve(
     models: Path,
@@ -67,6 +76,7 @@ def serve(
     cache_mb: int,
     timeout: float,
     grace: float,
+    keep_alive: int,
     **given: Any,
 ) -> None:
     """Serve the ensemble by the OpenAI protocol, and a page to chat with it at /.
@@ -96,5 +106,5 @@ def serve(
             names, address = " + ".join(ensemble.names), address_of(listener)
             click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
-        limits = Limits(queue, cache_mb * 2**20, timeout, grace)
+        limits = Limits(queue, cache_mb * 2**20, timeout, grace, keep_alive)
         Server(ensemble, access, limits, ready, notices.tell).serve_on(listener)

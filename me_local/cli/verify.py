@@ -9,8 +9,7 @@ from rich.table import Table
 
 from me_local.cli.display import make_console, print_json
 from me_local.cli.interrupt import leaves_at_once
-from me_local.cli.options import load, models_option
-from me_local.config import load_config
+from me_local.cli.options import described, load, models_option
 from me_local.ensemble import Ensemble
 from me_local.measuring.verify import DRAWS, FACTOR, FALSE_ALARM, PROMPTS, ROUNDING, Report, work
 from me_local.measuring.verify import verify as run_checks
@@ -34,7 +33,7 @@ def verify(models: Path, seed: int, as_json: bool) -> None:
 
     Each member gets a second context, which evaluates anew what the first has in its cache.
     """
-    config = load_config(models)
+    config = described(models)
     with load(config) as ensemble, ExitStack() as stack:
         with leaves_at_once(make_console(stderr=True)):
             references = [_twin(member, stack) for member in ensemble.members]

@@ -14,7 +14,7 @@ words that are possible add up to 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from me_local.errors import InputError, RunError
 from me_local.llama.member import Member
 from me_local.mixture.routing import Router, route
 from me_local.mixture.words import WHITE_SPACE
+from me_local.model import EvaluationInterruptedError, LoadedModel
 from me_local.text.vocabulary import Vocabulary
 
 OUTPUTS = 64
@@ -35,13 +36,13 @@ OUTPUTS = 64
 class Passage:
     """A text to score: `text` after each member's `prompts`, int32 (tokens,), without its first `given` bytes.
 
-    The text is a `document`, of which a user wrote what is given, or a reply behind its head.
+    A user wrote the first `typed` bytes of it, as it is a document; None: it is a reply.
     """
 
     prompts: tuple[IntArray, ...]
     text: bytes
     given: int
-    document: bool
+    typed: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +77,68 @@ def bits(log_likelihood: float) -> float:
     return -log_likelihood / math.log(2)
 
 
-class Scorer:
-    """Members that score texts; they should have been made with `outputs=OUTPUTS`. `same`: they share a vocabulary."""
+class Scorers:
+    """Scores texts with some of the members or all; `same`: they share a vocabulary.
 
-    def __init__(self, members: Sequence[Member], *, same: bool) -> None:
-        self._readers = tuple(_Reader(member) for member in members)
+    Each that is needed gets a second context, which `enter` keeps.
+    """
+
+    def __init__(self, members: Sequence[LoadedModel], enter: Callable[[Member], Member], *, same: bool) -> None:
+        self._members = members
+        self._enter = enter
         self._same = same
+        self._readers: dict[int, Reader] = {}
 
-    def units(self, passage: Passage) -> UnitScores:
+    def of(self, which: Sequence[int]) -> "Scorer":
+        """The members with these indices. Raises InputError for one that has no likelihoods."""
+        for index in which:
+            member = self._members[index]
+            if not isinstance(member, Member) or not member.abilities.likelihoods:
+                raise InputError(
+                    f'member "{member.name}": its engine ({member.abilities.engine}) does not score texts: '
+                    "only members that run here have likelihoods"
+                )
+        return Scorer([self._reader(index) for index in which], same=self._same or len(which) == 1)
+
+    def _reader(self, index: int) -> "Reader":
+        if index not in self._readers:
+            member = self._members[index]
+            assert isinstance(member, Member)
+            self._readers[index] = Reader(self._enter(Member(member.config, member.weights, outputs=OUTPUTS)))
+        return self._readers[index]
+
+
+class Scorer:
+    """Members that score texts, by their `readers`. `same`: they share a vocabulary."""
+
+    def __init__(self, readers: Sequence["Reader"], *, same: bool) -> None:
+        self.readers = tuple(readers)
+        self.same = same
+
+    def units(self, passage: Passage, interrupted: Callable[[], bool] = lambda: False) -> UnitScores:
         """Score a passage under each member, unit by unit.
 
         Raises InputError when a member cannot write it, has no room for it, or has nothing in front of it; RunError
-        when llama.cpp fails.
+        when llama.cpp fails; EvaluationInterruptedError.
         """
-        tokens = [reader.tokens(passage) for reader in self._readers]
-        starts = [starts for _, starts in tokens]
-        cuts = token_cuts(starts[0], passage.given) if self._same else word_cuts(passage.text, starts, passage.given)
+        tokens, cuts = self._cut(passage.text, passage.given, passage.typed)
         rows = [
-            reader.score(prompt, ids, starts, cuts)
-            for reader, prompt, (ids, starts) in zip(self._readers, passage.prompts, tokens, strict=True)
+            reader.score(prompt, ids, starts, cuts, interrupted)
+            for reader, prompt, (ids, starts) in zip(self.readers, passage.prompts, tokens, strict=True)
         ]
         return UnitScores(cuts.positions[:-1], np.array(rows), len(passage.text) - passage.given)
 
+    def first_end(self, text: bytes) -> int:
+        """Where the first unit of a document ends, in bytes. Raises InputError when a member cannot write it."""
+        return int(self._cut(text, 0, len(text))[1].positions[1])
 
-class _Reader:
+    def _cut(self, text: bytes, given: int, typed: int | None) -> tuple[list[tuple[list[int], Positions]], Cuts]:
+        tokens = [reader.tokens(text, typed) for reader in self.readers]
+        starts = [starts for _, starts in tokens]
+        return tokens, token_cuts(starts[0], given) if self.same else word_cuts(text, starts, given)
+
+
+class Reader:
     """One member, and which of its tokens are never sampled or open a word."""
 
     def __init__(self, member: Member) -> None:
@@ -110,16 +149,28 @@ class _Reader:
         self._never = np.array(sorted(never - ends), dtype=np.intp)
         self._openings = np.array(sorted(ends | _openings(vocabulary) - never), dtype=np.intp)
 
-    def tokens(self, passage: Passage) -> tuple[list[int], Positions]:
-        """The canonical ids of a passage's text, and where they begin in it."""
-        vocabulary, typed = self._member.vocabulary, passage.given if passage.document else 0
-        ids = vocabulary.canonical(passage.text, typed=typed, at_start=passage.document)
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its vocabulary."""
+        return self._member.vocabulary
+
+    def tokens(self, text: bytes, typed: int | None) -> tuple[list[int], Positions]:
+        """The canonical ids of a text, and where they begin in it; `typed` as in `Passage`."""
+        vocabulary = self._member.vocabulary
+        ids = vocabulary.canonical(text, typed=typed or 0, at_start=typed is not None)
         try:
-            return ids, token_starts(vocabulary, ids, passage.text)
+            return ids, token_starts(vocabulary, ids, text)
         except InputError as error:
             raise InputError(f'member "{self._member.name}" cannot write this text: {error}') from None
 
-    def score(self, prompt: IntArray, ids: list[int], starts: Positions, cuts: Cuts) -> FloatArray:
+    def rows(self, context: IntArray, start: int, interrupted: Callable[[], bool]) -> Iterator[FloatArray]:
+        """The log-probabilities of all tokens after each id of a context from `start` on, float64 (vocabulary,)."""
+        for logits in self._each(context, start, interrupted):
+            yield logits.astype(np.float64) - self._total(logits)
+
+    def score(
+        self, prompt: IntArray, ids: list[int], starts: Positions, cuts: Cuts, interrupted: Callable[[], bool]
+    ) -> FloatArray:
         """The log-probability of each unit, float64 (units,)."""
         context = np.concatenate([prompt, np.array(ids, dtype=np.int32)])
         borders = np.searchsorted(starts, cuts.positions)  # the tokens with which units begin
@@ -127,7 +178,7 @@ class _Reader:
         self._require_room(first, len(context))
         opens = np.zeros(len(ids) + 1, dtype=np.bool_)
         opens[borders] = cuts.opens
-        rows = self._member.each_logits(context[:-1], first - 1)
+        rows = self._each(context[:-1], first - 1, interrupted)
         wanted = zip(rows, context[first:], opens[borders[0] : -1], strict=True)
         scored = [self._read(row, token, at_border) for row, token, at_border in wanted]
         tokens, opening = np.array(scored).T
@@ -150,13 +201,24 @@ class _Reader:
                 f"context size of {member.n_ctx}: shorten them, or raise n_ctx"
             )
 
+    def _each(self, context: IntArray, start: int, interrupted: Callable[[], bool]) -> Iterator[LogitArray]:
+        """The logits of what may be sampled, and minus infinity for the rest."""
+        for logits in self._member.each_logits(context, start):
+            if interrupted():
+                raise EvaluationInterruptedError("stopped while the text was scored")
+            logits[self._never] = -np.inf
+            yield logits
+
     def _read(self, logits: LogitArray, token: np.int32, opens: np.bool_) -> tuple[float, float]:
         """The log-probability of a token and, where it opens a word, of all that do; else 0."""
-        logits[self._never] = -np.inf
+        total = self._total(logits)
+        return float(logits[token]) - total, _log_sum(logits[self._openings]) - total if opens else 0.0
+
+    def _total(self, logits: LogitArray) -> float:
         total = _log_sum(logits)
         if not math.isfinite(total):
             raise RunError(f'member "{self._member.name}": NaN or infinite logits')
-        return float(logits[token]) - total, _log_sum(logits[self._openings]) - total if opens else 0.0
+        return total
 
 
 def _log_sum(logits: LogitArray) -> float:

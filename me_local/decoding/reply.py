@@ -79,8 +79,8 @@ class Reply:
 
     `text` leaves out a character that was not completed. `finish_reason`: "stop" (end of generation or a stop
     string), "length" (max_tokens, or a context is full), "cancelled" or "error". `seconds` is the time of the whole
-    reply, prompt included; `stop` the stop string that ended it. `thought` and `answer` are parts of the text, where
-    a model thinks; else the answer is all of it.
+    reply, prompt included; `stop` the stop string that ended it; `end` the probability of the end of generation, where
+    that was drawn. `thought` and `answer` are parts of the text, where a model thinks; else the answer is all of it.
     """
 
     text: str
@@ -94,6 +94,7 @@ class Reply:
     stop: str | None = None
     thought: str = ""
     answer: str = ""
+    end: float | None = None
 
     @property
     def thought_pieces(self) -> int:
@@ -257,6 +258,7 @@ class Draft:
         self._request = request
         self._names = names
         self._left = max_tokens
+        self._end: float | None = None
         self._thoughts = Thoughts(kinds, request.head.decode() if kinds else "")
         self._filter = StopFilter(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -264,6 +266,7 @@ class Draft:
     def take(self, draw: Draw | None) -> Iterator[Step]:
         """The steps that may be shown after one of the generation, to be read to the end."""
         if draw is None or draw.number == END:
+            self._end = draw.probability if draw else None
             yield from self.end("length" if draw is None else "stop")
             return
         self._left -= 1
@@ -295,6 +298,7 @@ class Draft:
             usage=tuple(self._usage(i, work) for i, work in enumerate(self.generation.work)),
             seconds=self.seconds,
             stop=self._filter.found,
+            end=self._end,
         )
 
     def _shown(self, draws: list[Draw]) -> Iterator[Step]:

@@ -2,8 +2,7 @@
 
 The contract: `sync(ids)` makes the cache hold exactly `ids`, whatever was there before, so that `logits` are those
 after them; and the cache is right again even when an evaluation fails or is interrupted in the middle. Knows nothing
-of other members, of text, or of sampling. A context can have several sequences, for several replies at once
-(`sequences`); one reply by itself uses the first.
+of other members, of text, or of sampling. Of several sequences (`sequences`) one reply by itself uses the first.
 """
 
 import ctypes
@@ -44,6 +43,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
+_MOST_PICKED = 1024
+"""Of more, all are handed over: to pick and to order them would take longer."""
 _DECODE_ERRORS = {
     1: "no room is left in its KV cache",
     2: "the evaluation was aborted",
@@ -72,10 +73,9 @@ class Member:
     model was trained with; `caches` has the sequences, of which the methods here use the first alone; `seconds` is the
     time inside `llama_decode` so far; `working_bytes` the size of the buffers for a batch, None where llama.cpp does
     not tell; `on_gpu` says whether logits come from a GPU that can pick the largest. Where `states` is set, a prompt
-    that begins like an earlier one gets that one's cache back. `outputs` is the number of tokens after which one
-    evaluation gives logits; each takes the room of the whole vocabulary.
-    Raises LoadError when there can be no such context. Use as a context manager, or call `close`; either waits for an
-    evaluation that another thread is in the middle of, and so do the weights.
+    that begins like an earlier one gets that one's cache back. One evaluation gives logits after `outputs` tokens; each
+    takes the room of the whole vocabulary. Raises LoadError when there can be no such context. Use as a context
+    manager, or call `close`; either waits for an evaluation that another thread is in, and so do the weights.
     """
 
     def __init__(self, config: MemberConfig, weights: Weights, *, outputs: int = 1, sequences: int = 1) -> None:
@@ -206,17 +206,17 @@ class Member:
     @property
     def foreseeing(self) -> Foresight | None:
         """What evaluates guesses with it; a memory that cannot be cut back is left out."""
-        ahead = self._outputs - 1
-        return Foresight(self, ahead) if ahead and not self.caches[0].checkpoints else None
+        return Foresight(self, self._outputs - 1) if self._outputs > 1 and not self.caches[0].checkpoints else None
 
     @_using
     def shorten(self, count: int, numbers: IntArray) -> None:
-        """From the next evaluation on, pick the `count` largest logits on the GPU, or none (0), if there is a GPU.
+        """From the next evaluation on, pick the `count` largest logits on the GPU, if there is one; 0, or many: none.
 
         Those of ids whose number, in int32 (vocabulary,), is negative are not among them. Raises RunError.
         """
         if not self.on_gpu:
             return
+        count = count if count <= _MOST_PICKED else 0
         now = self._shortlister
         if count == (now.count if now else 0) and (now is None or now.numbers is numbers):
             return

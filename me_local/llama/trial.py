@@ -31,6 +31,7 @@ from pydantic import TypeAdapter
 from me_local.arrays import IntArray
 from me_local.config import MemberConfig
 from me_local.errors import CrashError, MeLocalError, TemplateMemoryError
+from me_local.gguf import part_names
 from me_local.llama.member import Member
 from me_local.llama.weights import (
     Shelf,
@@ -38,7 +39,6 @@ from me_local.llama.weights import (
     Weights,
     build_identity,
     checked_file,
-    part_names,
     supports_gpu,
 )
 from me_local.system.files import replace_file

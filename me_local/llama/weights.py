@@ -16,13 +16,13 @@ import llama_cpp
 
 from me_local.config import MemberConfig
 from me_local.errors import ConfigError, LoadError, MeLocalError
+from me_local.gguf import part_names
 from me_local.llama.native_log import native_log, send_log
 from me_local.llama.options import header_overrides, model_key, set_model
 from me_local.system.inflight import InFlight
 from me_local.text.vocabulary import Vocabulary
 
 _ALL_LAYERS = 0x7FFFFFFF
-_SPLIT = re.compile(r"(?P<start>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
 class User(Protocol):
@@ -198,17 +198,6 @@ def _from_hub(config: MemberConfig) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoadError(f'member "{config.name}": hf = "{config.hf}" cannot be fetched: {reason}') from None
     return paths[file]
-
-
-def part_names(file: str) -> list[str]:
-    """The names of all files of a model that is split as llama.cpp does it; llama.cpp finds them beside the first."""
-    split = _SPLIT.fullmatch(file)
-    if not split:
-        return [file]
-    start, number, count = split["start"], int(split["number"]), int(split["count"])
-    if not 1 <= number <= count:
-        return [file]
-    return [f"{start}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)]
 
 
 def _settings(config: MemberConfig, *, extra_buffers: bool) -> llama_cpp.llama_model_params:

@@ -1,21 +1,29 @@
 """What clients get: replies in OpenAI's shapes, whole or in chunks, with me-local's extensions.
 
 Extensions: each chunk's choice has the piece's `member`, `probability` and `shares`; the end of a choice its `seed`
-and `timings`. `usage` counts prompt tokens as the member does that has most of them, and pieces as completion tokens.
-Thoughts are `reasoning_content`, as llama-server and vLLM have them; `logprobs` are those of the answer's pieces.
+and `timings`, those of llama-server among them, with the tokens of all members together. What a constraint forced has
+the member "" and no shares. `usage` counts prompt tokens as the member does that has most of them, and pieces as
+completion tokens. Thoughts are `reasoning_content`, as llama-server and vLLM have them; `logprobs` are those of the
+answer's pieces.
 """
 
+import codecs
 import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from me_local.decoding.reply import MemberUsage, Reply, Step, first_of_answer
+from me_local.echoes import Echo
 from me_local.server.tools import Splitter
 
 Object = dict[str, Any]
+
+_LEAST = -9999.0
+"""What OpenAI gives for the logarithm of 0: JSON has no minus infinity."""
 
 
 @dataclass(slots=True)
@@ -41,31 +49,50 @@ class Answer:
     """The objects of one answer.
 
     `chat` tells a conversation from a completion, `logprobs` whether they are wanted, `tools` whether calls of tools
-    are looked for, `apart` whether thoughts are told apart; `n` is the number of replies to each prompt.
+    are looked for, `apart` whether thoughts are told apart; `n` is the number of replies to each prompt; `fingerprint`
+    that of the ensemble.
     """
 
     def __init__(
-        self, model: str, *, chat: bool, logprobs: bool, n: int, tools: bool = False, apart: bool = True
+        self,
+        model: str,
+        *,
+        chat: bool,
+        logprobs: bool,
+        n: int,
+        tools: bool = False,
+        apart: bool = True,
+        fingerprint: str | None = None,
     ) -> None:
         self._tools = tools
         self._streamed: dict[int, _Streamed] = {}  # by the choice
+        self._echoed: dict[int, int] = {}  # the lengths of prompts in front of streamed choices, in characters
         self._chat = chat
         self._apart = chat and apart
         self._logprobs = logprobs
         self._n = n  # replies to each prompt
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._model = model
+        self._fingerprint = fingerprint
         self._created = int(time.time())
 
-    def whole(self, replies: Sequence[Reply]) -> Object:
-        """The answer in one piece."""
-        choices = [self._choice(index, reply) for index, reply in enumerate(replies)]
+    def whole(self, replies: Sequence[Reply], echoes: Mapping[int, Echo] = MappingProxyType({})) -> Object:
+        """The answer in one piece, with the echoes of prompts by the indices of the choices."""
+        choices = [self._choice(index, reply, echoes.get(index)) for index, reply in enumerate(replies)]
         kind = "chat.completion" if self._chat else "text_completion"
         return self._object(kind, choices) | {"usage": self._usage(replies), "timings": timings(replies)}
 
     def opening(self, index: int) -> Object:
         """The chunk before the first piece of a choice of a conversation: the speaker."""
         return self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+
+    def echo(self, index: int, echo: Echo) -> Object:
+        """The chunk of a prompt that is told in front of its completion."""
+        choice: Object = {"index": index, "text": echo.text, "finish_reason": None}
+        self._echoed[index] = len(echo.text)
+        if self._logprobs:
+            choice["logprobs"] = _echo_logprobs(echo)
+        return self._chunk([choice])
 
     def pieces(self, index: int, step: Step, offset: int) -> Iterator[Object]:
         """The chunks of one piece, which stands at this character of the reply; none where a call may begin with it."""
@@ -107,14 +134,16 @@ class Answer:
             if self._logprobs and self._apart and streamed.before and answer:
                 held = streamed.before[first_of_answer(streamed.before, answer) :]
                 content["logprobs"] = self._listed(held, 0)
+        if self._logprobs and index in self._echoed:
+            content["logprobs"] = _end_logprobs(reply, self._echoed[index] + len(reply.text))
         return self._chunk([{"index": index, **content, **_end(reply, streamed.calls), "timings": timings([reply])}])
 
     def total(self, replies: Sequence[Reply]) -> Object:
         """The chunk after all choices: the usage."""
         return self._chunk([]) | {"usage": self._usage(replies), "timings": timings(replies)}
 
-    def _choice(self, index: int, reply: Reply) -> Object:
-        content: Object = {"text": reply.text}
+    def _choice(self, index: int, reply: Reply, echo: Echo | None) -> Object:
+        content: Object = {"text": echo.text + reply.text if echo else reply.text}
         steps: Sequence[Step] = reply.steps
         splitter = Splitter()
         if self._chat:
@@ -128,7 +157,9 @@ class Answer:
         if splitter.calls:
             calls = [call.as_dict() for call in splitter.calls]
             content["message"] |= {"content": content["message"]["content"] or None, "tool_calls": calls}
-        listed = self._listed(steps, 0) if self._logprobs else None
+        listed = self._listed(steps, len(echo.text) if echo else 0) if self._logprobs else None
+        if listed and echo:
+            listed = _joined(_echo_logprobs(echo), listed, _end_logprobs(reply, len(content["text"])))
         return {"index": index, **content, "logprobs": listed, **_end(reply, splitter)}
 
     def _listed(self, steps: Iterable[Step], offset: int) -> Object:
@@ -143,7 +174,7 @@ class Answer:
             "object": kind,
             "created": self._created,
             "model": self._model,
-            "system_fingerprint": None,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
         }
 
@@ -163,16 +194,28 @@ class Answer:
 
 
 def timings(replies: Sequence[Reply]) -> Object:
-    """Seconds and tokens of all replies together, and what each member did."""
+    """Seconds and tokens of all replies together, and what each member did; the same under llama-server's names."""
     seconds, prompt = sum(r.seconds for r in replies), sum(r.prompt_seconds for r in replies)
     pieces = sum(len(reply.steps) for reply in replies)
-    members = [_work(usages) for usages in zip(*[reply.usage for reply in replies], strict=True)]
+    usages = [usage for reply in replies for usage in reply.usage]
     return {
         "seconds": seconds,
         "prompt_seconds": prompt,
         "decode_seconds": sum(reply.decode_seconds for reply in replies),
         "pieces_per_second": pieces / (seconds - prompt) if seconds > prompt else 0.0,
-        "members": members,
+        "cache_n": sum(usage.prompt_cached for usage in usages),
+        **_timed("prompt", sum(usage.prompt_evaluated for usage in usages), prompt),
+        **_timed("predicted", pieces, max(0.0, seconds - prompt)),
+        "members": [_work(each) for each in zip(*[reply.usage for reply in replies], strict=True)],
+    }
+
+
+def _timed(what: str, count: int, seconds: float) -> Object:
+    return {
+        f"{what}_n": count,
+        f"{what}_ms": seconds * 1000,
+        f"{what}_per_token_ms": seconds * 1000 / count if count else 0.0,
+        f"{what}_per_second": count / seconds if seconds else 0.0,
     }
 
 
@@ -214,7 +257,7 @@ def _chat_logprobs(steps: Iterable[Step]) -> Object:
 
 
 def _text_logprobs(steps: Iterable[Step], offset: int) -> Object:
-    listed: Object = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    listed = _no_logprobs()
     for step in steps:
         listed["tokens"].append(_text(step.piece))
         listed["token_logprobs"].append(_log(step.probability))
@@ -224,9 +267,44 @@ def _text_logprobs(steps: Iterable[Step], offset: int) -> Object:
     return listed
 
 
+def _echo_logprobs(echo: Echo) -> Object:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    listed = _no_logprobs()
+    offset = 0
+    for unit in echo.units:
+        top = None if unit.top is None else {_text(piece): _finite(log) for piece, log in reversed(unit.top)}
+        listed["tokens"].append(_text(unit.piece))
+        listed["token_logprobs"].append(None if unit.log_probability is None else _finite(unit.log_probability))
+        listed["top_logprobs"].append(top)
+        listed["text_offset"].append(offset)
+        offset += len(decoder.decode(unit.piece))
+    return listed
+
+
+def _end_logprobs(reply: Reply, offset: int) -> Object:
+    """The end of generation, which stands in the list behind an echo: clients count the entries from the end."""
+    listed = _no_logprobs()
+    if reply.finish_reason == "stop":
+        entry = "", None if reply.end is None else _log(reply.end), None, offset
+        for entries, value in zip(listed.values(), entry, strict=True):
+            entries.append(value)
+    return listed
+
+
+def _no_logprobs() -> Object:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+def _joined(*lists: Object) -> Object:
+    return {key: [entry for listed in lists for entry in listed[key]] for key in lists[0]}
+
+
+def _finite(log: float) -> float:
+    return max(log, _LEAST)
+
+
 def _log(probability: float) -> float:
-    """Of one too small for a float, what OpenAI gives for such: JSON has no minus infinity."""
-    return math.log(probability) if probability > 0 else -9999.0
+    return math.log(probability) if probability > 0 else _LEAST
 
 
 def _text(piece: bytes) -> str:

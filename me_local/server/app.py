@@ -1,8 +1,7 @@
 """The routes: from a request to an answer, whole or as server-sent events."""
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,30 +17,37 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from me_local.asking import Ask
-from me_local.decoding.reply import Reply
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, MeLocalError
-from me_local.jsonl import json_text
 from me_local.server.answers import Answer
+from me_local.server.fingerprint import fingerprint
 from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body, refusal
 from me_local.server.making import Event
 from me_local.server.messages_answers import MessageAnswer
 from me_local.server.messages_protocol import CountRequest, MessagesRequest
 from me_local.server.metrics import Metrics
 from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse
-from me_local.server.refusals import ApiError, api_error
+from me_local.server.refusals import ApiError, api_error, unexpected
 from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
-from me_local.server.streams import EventStream, chained, while_there, with_beats
-from me_local.server.tokens import ApplyTemplate, Detokenize, Tokenize, apply_template, detokenize, props, tokenize
+from me_local.server.streams import EventStream, while_there, with_beats
+from me_local.server.telling import Beating, Events, heard_of, lines, told
+from me_local.server.tokens import (
+    ApplyTemplate,
+    Detokenize,
+    Tokenize,
+    apply_template,
+    detokenize,
+    props,
+    slots,
+    tokenize,
+)
 from me_local.server.translation import prompt_tokens
 from me_local.server.worker import Worker
 
-log = logging.getLogger(__name__)
-
 _CLOSED = (
     *("/v1", "/metrics", "/models", "/chat/", "/completions", "/messages", "/responses"),
-    *("/tokenize", "/detokenize", "/apply-template", "/props"),
+    *("/tokenize", "/detokenize", "/apply-template", "/props", "/slots"),
 )
 """Behind these paths something of the ensemble is given away."""
 
@@ -52,8 +58,6 @@ R = TypeVar("R", bound=BaseModel)
 Handler = Callable[[Request], Awaitable[Response]]
 Asked = ChatRequest | CompletionRequest
 Translated = MessagesRequest | ResponsesRequest
-Events = AsyncGenerator[tuple[int, Event], None]
-Beating = AsyncGenerator[tuple[int, Event] | None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ def _api(routes: "Routes", prefix: str) -> list[Route]:
         Route(f"{prefix}/detokenize", routes.tokens(Detokenize, detokenize), methods=["POST"]),
         Route(f"{prefix}/apply-template", routes.tokens(ApplyTemplate, apply_template), methods=["POST"]),
         Route(f"{prefix}/props", routes.props),
+        Route(f"{prefix}/slots", routes.slots),
     ]
 
 
@@ -130,6 +135,7 @@ class Routes:
         self._worker = worker
         self._aliases = aliases
         self._ensemble = worker.ensemble
+        self._fingerprint = fingerprint(worker.ensemble)
         self._metrics = metrics
         self._timeout = timeout
 
@@ -158,13 +164,20 @@ class Routes:
             except ApiError as error:
                 return refusal(error)
             except Exception as error:
-                return refusal(_unexpected(error))
+                return refusal(unexpected(error))
 
         return respond
 
     async def props(self, _: Request) -> Response:
         """GET /props."""
         return JSONResponse(props(self._ensemble))
+
+    async def slots(self, request: Request) -> Response:
+        """GET /slots: 503 where none is free, and the client wants to know it so."""
+        places = self._worker.places
+        if "fail_on_no_slot" in request.query_params and None not in places:
+            raise ApiError(503, "no slot is free", code="no_slot")
+        return JSONResponse(slots(self._ensemble, places))
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""
@@ -235,21 +248,29 @@ class Routes:
         except ApiError as error:
             return refusal(error, path)
         except Exception as error:
-            return refusal(_unexpected(error), path)
+            return refusal(unexpected(error), path)
 
     async def _answer(self, request: Request, asked: Asked) -> Response:
         asks = asked.asks(self._ensemble, self._aliases)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
         chat = isinstance(asked, ChatRequest)
         calls, apart = (asked.may_call, asked.tells_thoughts) if isinstance(asked, ChatRequest) else (False, False)
-        answer = Answer(asked.model, chat=chat, logprobs=logprobs, n=asked.n or 1, tools=calls, apart=apart)
+        answer = Answer(
+            asked.model,
+            chat=chat,
+            logprobs=logprobs,
+            n=asked.n or 1,
+            tools=calls,
+            apart=apart,
+            fingerprint=self._fingerprint,
+        )
         events = self._events(asks)
         if not asked.stream:
-            replies = await while_there(request, _replies(events))
-            return JSONResponse(answer.whole(replies))
+            echoes, replies = await while_there(request, heard_of(events))
+            return JSONResponse(answer.whole(replies, echoes))
         first, beating = await self._begin(request, events)
         usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return EventStream(_lines(answer, first, beating, chat=isinstance(asked, ChatRequest), usage=usage))
+        return EventStream(lines(answer, first, beating, chat=isinstance(asked, ChatRequest), usage=usage))
 
     async def _translate(self, request: Request, asked: Translated) -> Response:
         """The answer to a request of another protocol."""
@@ -263,9 +284,9 @@ class Routes:
             answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, ask) if asked.stream else 0)
         events = self._events([ask])
         if not asked.stream:
-            [reply] = await while_there(request, _replies(events))
+            _, [reply] = await while_there(request, heard_of(events))
             return JSONResponse(answer.whole(reply))
-        return EventStream(_told(answer, *await self._begin(request, events)))
+        return EventStream(told(answer, *await self._begin(request, events)))
 
     async def _prompt_tokens(self, request: Request, ask: Ask) -> int:
         # A long text takes long, and other requests are not to wait for it.
@@ -291,86 +312,6 @@ class Routes:
             raise ApiError(504, f"not finished within {self._timeout:g} s (--timeout)", code="timeout") from None
         finally:
             await made.aclose()
-
-
-async def _lines(
-    answer: Answer, first: tuple[int, Event] | None, events: Beating, *, chat: bool, usage: bool
-) -> AsyncGenerator[str, None]:
-    """The chunks of an answer as server-sent events; a failure is the last of them."""
-    replies: dict[int, Reply] = {}
-    offsets: dict[int, int] = {}  # of the choices that have begun, in characters
-    try:
-        async for heard in chained(first, events):
-            if heard is None:
-                yield ": there is more to come\n\n"
-                continue
-            index, event = heard
-            if index not in offsets:
-                offsets[index] = 0
-                if chat:
-                    yield _line(answer.opening(index))
-            if isinstance(event, Reply):
-                replies[index] = event
-                yield _line(answer.end(index, event))
-            else:
-                for chunk in answer.pieces(index, event, offsets[index]):
-                    yield _line(chunk)
-                offsets[index] += len(event.text)
-        if usage:
-            yield _line(answer.total(_in_order(replies)))
-        yield "data: [DONE]\n\n"
-    except ApiError as error:
-        yield _line(error.as_dict())
-    except Exception as error:
-        yield _line(_unexpected(error).as_dict())
-    finally:
-        await events.aclose()
-
-
-async def _told(
-    answer: MessageAnswer | ResponseAnswer, first: tuple[int, Event] | None, events: Beating
-) -> AsyncGenerator[str, None]:
-    """The events of an answer in another protocol; a failure is the last of them."""
-    try:
-        for line in answer.opening():
-            yield line
-        async for heard in chained(first, events):
-            for line in _lines_of(answer, heard):
-                yield line
-    except ApiError as error:
-        for line in answer.failure(error):
-            yield line
-    except Exception as error:
-        for line in answer.failure(_unexpected(error)):
-            yield line
-    finally:
-        await events.aclose()
-
-
-def _lines_of(answer: MessageAnswer | ResponseAnswer, heard: tuple[int, Event] | None) -> Iterator[str]:
-    if heard is None:
-        return iter((answer.waiting(),))
-    _, event = heard
-    return answer.end(event) if isinstance(event, Reply) else answer.piece(event)
-
-
-async def _replies(events: Events) -> list[Reply]:
-    return _in_order({index: event async for index, event in events if isinstance(event, Reply)})
-
-
-def _in_order(replies: Mapping[int, Reply]) -> list[Reply]:
-    return [replies[index] for index in sorted(replies)]
-
-
-def _line(chunk: dict[str, Any]) -> str:
-    return f"data: {json_text(chunk, compact=True)}\n\n"
-
-
-def _unexpected(error: Exception) -> ApiError:
-    """An error of this program; its text may have a prompt in it, so only its kind is told."""
-    log.error("%s while answering", type(error).__name__)
-    log.debug("in full", exc_info=error)
-    return ApiError(500, f"an error of the server ({type(error).__name__}); its log at -vv has more")
 
 
 async def _on_api_error(request: Request, error: ApiError) -> Response:

@@ -9,35 +9,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from me_local.asking import Ask
+from me_local.asking import Ask, Tokens
 from me_local.config import Overrides, override
 from me_local.decoding.batching import Running
 from me_local.decoding.reply import Reply, ReplyStream, Step
+from me_local.echoes import Echo
 from me_local.ensemble import Ensemble
 from me_local.llama.states import States
 
-Event = Step | Reply
+Event = Echo | Step | Reply
 
 
 @dataclass(slots=True, eq=False)
 class Job:
     """One reply to be made.
 
-    `hear` takes what happens to it, in the event loop: its steps, and at the end the reply or an exception. One that is
-    `admitted` belongs to a request that had its turn, and always finds room in the queue. `stopped` may be set from any
-    thread: it ends at once what would take long.
+    `hear` takes what happens to it, in the event loop: an echo of its prompt where that is asked for, its steps, of
+    which there were `steps` so far, and at the end the reply or an exception. One that is `admitted` belongs to a
+    request that had its turn, and always finds room in the queue. `stopped` may be set from any thread: it ends at once
+    what would take long.
     """
 
     ask: Ask
     hear: Callable[[Event | Exception], None]
     admitted: bool
+    steps: int = 0
     came: float = field(default_factory=time.monotonic)
     stopped: threading.Event = field(default_factory=threading.Event)
 
     @property
     def raw(self) -> bool:
         """Whether it is the completion of a text."""
-        return isinstance(self.ask.prompt, str)
+        return isinstance(self.ask.prompt, str | Tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from me_local.server.protocol import _Ignored, _Model, _Unsupported
-from me_local.server.translation import Loose, SentOn, Translated
+from me_local.server.fields import Ignored, Loose, Strict, Unsupported
+from me_local.server.translation import SentOn, Translated
 
 THREADS = "thread_unsupported_request"
 """Says a client's package that it has to send whole conversations, which it then does."""
@@ -77,7 +77,7 @@ class Block(Loose):
 Blocks = Annotated[list[Block], Field(fail_fast=True, max_length=10_000), BeforeValidator(_as_blocks)]
 
 
-class Turn(_Model):
+class Turn(Strict):
     """A message of a conversation."""
 
     role: Literal["user", "assistant"]
@@ -98,7 +98,7 @@ class AnthropicTool(Loose):
         return {"type": "function", "function": function}
 
 
-class AnthropicChoice(_Model):
+class AnthropicChoice(Strict):
     """Whether a tool is called, and which."""
 
     type: Literal["auto", "any", "none", "tool"]
@@ -129,7 +129,7 @@ class OutputFormat(Loose):
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class OutputConfig(_Model):
+class OutputConfig(Strict):
     """The same, and how much is to be thought."""
 
     format: OutputFormat | None = None
@@ -156,13 +156,13 @@ class MessagesRequest(Translated):
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
-    metadata: _Ignored
-    service_tier: _Ignored
-    cache_control: _Ignored
-    inference_geo: _Ignored
+    metadata: Ignored
+    service_tier: Ignored
+    cache_control: Ignored
+    inference_geo: Ignored
     thread: Annotated[Any, Field(default=None), AfterValidator(_refuse_thread)]
-    container: _Unsupported
-    mcp_servers: _Unsupported
+    container: Unsupported
+    mcp_servers: Unsupported
     context_management: Annotated[Any, Field(default=None), AfterValidator(_require_thoughts)]
 
     def as_chat(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What clients send and how they are refused: OpenAI's requests as typed models, and its shape of an error.
 
-A field that is not supported and would change the answer is refused by its name; one without effect is accepted.
 Knows nothing of HTTP connections or of how replies are made.
 """
 
@@ -8,15 +7,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from me_local.asking import Ask, check_conversation, parted
+from me_local.asking import Ask, Prompt, Tokens, check_conversation, parted
 from me_local.config import Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.server import tools as toolbox
+from me_local.server.fields import (
+    Count,
+    Ignored,
+    Limit,
+    LimitOrNothing,
+    Stops,
+    Strict,
+    TextOrIds,
+    Unsupported,
+    Weights,
+    as_prompts,
+    bounded_texts,
+    no_effect_but,
+    without,
+)
 from me_local.server.refusals import ApiError
+from me_local.server.shaping import Shaping
 from me_local.server.structure import Structure
 from me_local.server.thinking import Thinking
 from me_local.text import constraints
@@ -28,78 +43,11 @@ MODEL = "me-local"
 R = TypeVar("R", bound=BaseModel)
 
 _MOST_REPLIES = 128  # to one request
-_MOST_TEXTS = 10_000
-"""Messages and further parts of them, in a conversation: what is checked and rendered for each takes its time."""
-_MOST_FIELDS = 256  # of an object: for each that is wrong a report is made
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_SHOWN = 80  # characters of a name that a client made up
 
 
-def _no_effect_but(*neutral: object) -> AfterValidator:
-    def check(value: object) -> object:
-        if value is not None and value not in neutral:
-            raise PydanticCustomError("unsupported", "is not supported; leave it out")
-        return value
-
-    return AfterValidator(check)
-
-
-def _bounded_fields(raw: Any) -> Any:
-    if isinstance(raw, dict) and len(raw) > _MOST_FIELDS:
-        raise PydanticCustomError("too_long", f"{len(raw):,} fields are too many, at most {_MOST_FIELDS} are taken")
-    return raw
-
-
-def _bounded_texts(raw: Any) -> Any:
-    if not isinstance(raw, list):
-        return raw
-    contents = [message.get("content") if isinstance(message, dict) else None for message in raw]
-    texts = sum(max(1, len(content)) if isinstance(content, list) else 1 for content in contents)
-    if texts > _MOST_TEXTS:
-        raise PydanticCustomError("too_long", f"{texts:,} texts are too many, at most {_MOST_TEXTS:,} are taken")
-    return raw
-
-
-def _listed(raw: Any) -> Any:
-    return [raw] if isinstance(raw, str) else raw
-
-
-def _stops(raw: Any) -> Any:
-    return None if raw == "" else _listed(raw)
-
-
-def _without(*off: object) -> BeforeValidator:
-    """Values by which clients say that they want nothing."""
-    return BeforeValidator(lambda raw: None if not isinstance(raw, bool) and raw in off else raw)
-
-
-_SAYS_NOTHING: tuple[Any, ...] = (None, [], {}, "")
-_Ignored = Annotated[Any, Field(default=None)]
-_Unsupported = Annotated[Any, Field(default=None), _no_effect_but([], {}, "")]
-_Penalty = Annotated[float | None, Field(default=None), _no_effect_but(0)]
-_Factor = Annotated[float | None, Field(default=None), _no_effect_but(1)]
-_Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
-_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-_Stops = Annotated[list[_Stop], Field(max_length=16)]
-_Weights = Annotated[dict[str, _Finite], BeforeValidator(_bounded_fields)]
-_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-_Limit = Annotated[_Count | None, _without(-1)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _require_few(cls, raw: Any) -> Any:
-        raw = _bounded_fields(raw)
-        if not isinstance(raw, dict):
-            return raw
-        # A field that is not known, and says nothing, is one that a client writes out of habit.
-        return {key: value for key, value in raw.items() if key in cls.model_fields or value not in _SAYS_NOTHING}
-
-
-class TextPart(_Model):
+class TextPart(Strict):
     """A part of a message; only text is taken."""
 
     type: Literal["text"]
@@ -107,23 +55,25 @@ class TextPart(_Model):
 
 
 def _as_parts(raw: Any) -> Any:
+    if raw is not None and not isinstance(raw, str | list):
+        raise PydanticCustomError("content", "is neither a text nor a list of parts")
     return [{"type": "text", "text": raw}] if isinstance(raw, str) else raw
 
 
-class ChatMessage(_Model):
+class ChatMessage(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[list[TextPart] | None, Field(fail_fast=True), BeforeValidator(_as_parts)] = None
-    name: _Ignored
-    refusal: _Unsupported
+    name: Ignored
+    refusal: Unsupported
     reasoning_content: str | None = None
     reasoning: str | None = None
     tool_calls: Annotated[list[toolbox.Called] | None, Field(max_length=128)] = None
-    tool_call_id: _Ignored
-    function_call: _Unsupported
-    audio: _Unsupported
-    annotations: _Ignored
+    tool_call_id: Ignored
+    function_call: Unsupported
+    audio: Unsupported
+    annotations: Ignored
 
     @model_validator(mode="after")
     def _require_content(self) -> "ChatMessage":
@@ -151,58 +101,53 @@ class ChatMessage(_Model):
         return Message(role, text, self.thought)
 
 
-class StreamOptions(_Model):
+class StreamOptions(Strict):
     """What else a stream tells."""
 
     include_usage: bool = False
-    include_obfuscation: _Ignored
-    continuous_usage_stats: _Ignored
+    include_obfuscation: Ignored
+    continuous_usage_stats: Ignored
 
 
-class _Request(Structure, _Model):
+class _Request(Structure, Shaping, Strict):
     """What conversations and completions have in common."""
 
     model: str = MODEL
-    temperature: _Finite | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1), BeforeValidator(lambda raw: 0 if raw == -1 else raw)] = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_tokens: _Limit = None
-    stop: Annotated[_Stops | None, BeforeValidator(_stops)] = None
-    seed: Annotated[int | None, Field(ge=0, le=2**62), _without(-1)] = None
-    n: _Count | None = None
+    max_tokens: Limit = None
+    stop: Stops = None
+    seed: Annotated[int | None, Field(ge=0, le=2**62), without(-1)] = None
+    n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     strategy: Strategy | None = None
-    weights: _Weights | None = None
+    weights: Weights | None = None
     unit: Unit | None = None
-    presence_penalty: _Penalty
-    frequency_penalty: _Penalty
-    repeat_penalty: _Factor
-    repetition_penalty: _Factor
-    logit_bias: _Unsupported
-    user: _Ignored
-    metadata: _Ignored
-    store: _Ignored
-    cache_prompt: _Ignored
-    timings_per_token: _Ignored
-    id_slot: _Ignored
-    service_tier: _Ignored
-    safety_identifier: _Ignored
-    prompt_cache_key: _Ignored
-    prompt_cache_retention: _Ignored
+    user: Ignored
+    metadata: Ignored
+    store: Ignored
+    cache_prompt: Ignored
+    timings_per_token: Ignored
+    id_slot: Ignored
+    service_tier: Ignored
+    safety_identifier: Ignored
+    prompt_cache_key: Ignored
+    prompt_cache_retention: Ignored
 
     def limit(self) -> int | None:
         """The largest number of pieces in a reply."""
         return self.max_tokens
 
-    def prompts(self) -> list[str | tuple[Message, ...]]:
+    def prompts(self) -> list[Prompt]:
         """What is to be answered or completed. Raises InputError."""
         raise NotImplementedError
 
     def top(self) -> int:
         """How many of the likeliest pieces are wanted at each step."""
         raise NotImplementedError
+
+    def echoed(self) -> Literal["text", "scores"] | None:
+        """What is told of the prompt in front of the reply: nothing of a conversation."""
+        return None
 
     def template_args(self) -> dict[str, Any] | None:
         """Variables for chat templates. Raises ConfigError."""
@@ -219,13 +164,10 @@ class _Request(Structure, _Model):
             seed=self.seed if self.seed is not None else ensemble.config.seed,
             max_tokens=self.limit(),
             stop=None if self.stop is None else tuple(self.stop),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
             constraint=self._constraint(),
             weights=self._weights(ensemble, aliases),
             template_args=self.template_args(),
+            **self.shaping(),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1
@@ -234,7 +176,8 @@ class _Request(Structure, _Model):
         prompts = [prompt for prompt in given for _ in range(n)]
         seeds = [None if overrides.seed is None else overrides.seed + i for i in range(len(prompts))]
         return [
-            Ask(prompt, replace(overrides, seed=seed), self.top()) for prompt, seed in zip(prompts, seeds, strict=True)
+            Ask(prompt, replace(overrides, seed=seed), self.top(), self.echoed())
+            for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
     def _constraint(self) -> Constraint | None:
@@ -259,22 +202,22 @@ class _Request(Structure, _Model):
 class ChatRequest(Thinking, _Request):
     """A body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(_bounded_texts)]
-    max_completion_tokens: _Limit = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(bounded_texts)]
+    max_completion_tokens: Limit = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    modalities: Annotated[Any, _no_effect_but(["text"])] = None
+    modalities: Annotated[Any, no_effect_but(["text"])] = None
     tool_choice: toolbox.Choice | None = None
-    function_call: Annotated[Any, _no_effect_but("none", "auto")] = None
+    function_call: Annotated[Any, no_effect_but("none", "auto")] = None
     tools: Annotated[list[toolbox.Tool] | None, Field(max_length=128)] = None
-    functions: _Unsupported
-    audio: _Unsupported
-    prediction: _Unsupported
-    verbosity: _Unsupported
-    web_search_options: _Unsupported
+    functions: Unsupported
+    audio: Unsupported
+    prediction: Unsupported
+    verbosity: Unsupported
+    web_search_options: Unsupported
     parallel_tool_calls: bool | None = None
     continue_final_message: bool | None = None
-    add_generation_prompt: _Ignored
+    add_generation_prompt: Ignored
 
     @model_validator(mode="after")
     def _check_pairs(self) -> "ChatRequest":
@@ -297,7 +240,7 @@ class ChatRequest(Thinking, _Request):
         """The largest number of pieces in a reply."""
         return self.max_completion_tokens or self.max_tokens
 
-    def prompts(self) -> list[str | tuple[Message, ...]]:
+    def prompts(self) -> list[Prompt]:
         """The conversation. Raises InputError when it cannot be answered."""
         messages = as_messages(self.messages)
         if self.tools and self.may_call:
@@ -344,21 +287,28 @@ def as_messages(given: Sequence[ChatMessage]) -> list[Message]:
 class CompletionRequest(_Request):
     """A body of POST /v1/completions."""
 
-    prompt: Annotated[list[str], Field(min_length=1, max_length=128), BeforeValidator(_listed)]
+    prompt: Annotated[list[TextOrIds], Field(min_length=1, max_length=128, fail_fast=True), BeforeValidator(as_prompts)]
+    max_tokens: LimitOrNothing = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[Any, _no_effect_but(1)] = None
-    echo: Annotated[Any, _no_effect_but(False)] = None
-    suffix: _Unsupported
+    best_of: Annotated[Any, no_effect_but(1)] = None
+    echo: bool | None = None
+    suffix: Unsupported
 
-    def prompts(self) -> list[str | tuple[Message, ...]]:
+    def prompts(self) -> list[Prompt]:
         """The texts to complete. Raises InputError for one that is empty."""
         if not all(self.prompt):
             raise InputError("prompt: a text is empty: there is nothing to complete")
-        return list(self.prompt)
+        return [given if isinstance(given, str) else Tokens(tuple(given)) for given in self.prompt]
 
     def top(self) -> int:
         """How many of the likeliest pieces are wanted at each step."""
         return self.logprobs or 0
+
+    def echoed(self) -> Literal["text", "scores"] | None:
+        """What is told of the prompt."""
+        if not self.echo:
+            return None
+        return "text" if self.logprobs is None else "scores"
 
 
 def parse(kind: type[R], body: bytes) -> R:

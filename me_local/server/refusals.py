@@ -1,10 +1,13 @@
 """What is not answered, and why: an HTTP status, and OpenAI's shape of an error."""
 
+import logging
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from me_local.errors import ConfigError, InputError, MeLocalError, PromptTooLongError
+
+log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -43,3 +46,10 @@ def api_error(error: MeLocalError) -> ApiError:
         text = str(error).removeprefix("--")
         return ApiError(400, text, param=text.partition(":")[0])
     return ApiError(400 if isinstance(error, InputError) else 500, str(error))
+
+
+def unexpected(error: Exception) -> ApiError:
+    """An error of this program; its text may have a prompt in it, so only its kind is told."""
+    log.error("%s while answering", type(error).__name__)
+    log.debug("in full", exc_info=error)
+    return ApiError(500, f"an error of the server ({type(error).__name__}); its log at -vv has more")

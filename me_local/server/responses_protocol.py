@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from me_local.server.protocol import StreamOptions, _Ignored, _Model, _no_effect_but, _Unsupported
+from me_local.server.fields import Ignored, Loose, Strict, Unsupported, no_effect_but
+from me_local.server.protocol import StreamOptions
 from me_local.server.tools import NamedFunction
-from me_local.server.translation import Loose, SentOn, Translated
+from me_local.server.translation import SentOn, Translated
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text")
 _NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -102,7 +103,7 @@ class FlatChoice(NamedFunction):
     type: Literal["function"]
 
 
-class TextFormat(_Model):
+class TextFormat(Strict):
     """What the text has to be."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
@@ -123,19 +124,19 @@ class TextFormat(_Model):
         return {"type": self.type, **schema}
 
 
-class TextConfig(_Model):
+class TextConfig(Strict):
     """The same, and what else is said of it."""
 
     format: TextFormat | None = None
-    verbosity: Annotated[Any, _no_effect_but("medium")] = None
+    verbosity: Annotated[Any, no_effect_but("medium")] = None
 
 
-class Reasoning(_Model):
+class Reasoning(Strict):
     """How much is to be thought; there are no summaries."""
 
     effort: SentOn
-    summary: _Ignored
-    generate_summary: _Ignored
+    summary: Ignored
+    generate_summary: Ignored
 
 
 class ResponsesRequest(Translated):
@@ -161,21 +162,21 @@ class ResponsesRequest(Translated):
     metadata: dict[str, Any] | None = None
     reasoning: Reasoning | None = None
     include: list[str] | None = None
-    previous_response_id: _Unsupported
-    conversation: _Unsupported
-    background: Annotated[Any, _no_effect_but(False)] = None
-    truncation: Annotated[Any, _no_effect_but("disabled")] = None
-    top_logprobs: Annotated[Any, _no_effect_but(0)] = None
-    max_tool_calls: _Unsupported
-    prompt: _Unsupported
-    context_management: _Unsupported
-    store: _Ignored
-    user: _Ignored
-    service_tier: _Ignored
-    safety_identifier: _Ignored
-    prompt_cache_key: _Ignored
-    prompt_cache_retention: _Ignored
-    client_metadata: _Ignored
+    previous_response_id: Unsupported
+    conversation: Unsupported
+    background: Annotated[Any, no_effect_but(False)] = None
+    truncation: Annotated[Any, no_effect_but("disabled")] = None
+    top_logprobs: Annotated[Any, no_effect_but(0)] = None
+    max_tool_calls: Unsupported
+    prompt: Unsupported
+    context_management: Unsupported
+    store: Ignored
+    user: Ignored
+    service_tier: Ignored
+    safety_identifier: Ignored
+    prompt_cache_key: Ignored
+    prompt_cache_retention: Ignored
+    client_metadata: Ignored
 
     @model_validator(mode="after")
     def _check_include(self) -> "ResponsesRequest":

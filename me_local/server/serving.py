@@ -21,19 +21,22 @@ from me_local.server.refusals import ApiError
 from me_local.server.worker import Worker
 
 _LARGEST_HEAD = 32 * 2**10  # bytes
-_KEEP_ALIVE = 75  # seconds without a request; proxies keep connections for 60
 _RETRY = 5  # seconds, about, until models are loaded
 _CLEANUP = 2  # seconds after the grace time, in which clients are told
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Replies that may wait; bytes of kept states; seconds for a request, and for running ones at the end."""
+    """Replies that may wait; bytes of kept states; seconds for a request, and for running ones at the end.
+
+    `keep_alive` is how many seconds a connection stays open without a request; proxies often keep theirs for 60.
+    """
 
     queue: int = 64
     cache: int = 512 * 2**20
     timeout: float = 600.0
     grace: float = 30.0
+    keep_alive: int = 75
 
 
 class Server(uvicorn.Server):
@@ -63,7 +66,7 @@ class Server(uvicorn.Server):
             h11_max_incomplete_event_size=_LARGEST_HEAD,
             limit_concurrency=MOST_CONNECTIONS + 1,
             timeout_graceful_shutdown=round(limits.grace) + _CLEANUP,
-            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_keep_alive=limits.keep_alive,
         )
         super().__init__(config)
 

@@ -4,22 +4,22 @@ Ids and prompts are those of one member, "me-local/NAME"; without a name where a
 is one alone.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from me_local.asking import check_conversation, parted
 from me_local.config import Overrides
 from me_local.ensemble import Ensemble
+from me_local.server.fields import Loose
 from me_local.server.protocol import MODEL, ChatMessage, as_messages, model_names
 from me_local.server.refusals import ApiError
 
 _MOST_TOKENS = 1 << 20
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
+class _Body(Loose):
     model: str = MODEL
 
 
@@ -79,6 +79,21 @@ def props(ensemble: Ensemble) -> dict[str, Any]:
         "default_generation_settings": {"n_ctx": min(member.n_ctx for member in ensemble.members)},
         "members": [{"name": member.name, "n_ctx": member.n_ctx} for member in ensemble.members],
     }
+
+
+def slots(ensemble: Ensemble, places: Sequence[int | None]) -> list[dict[str, Any]]:
+    """The places for replies as llama-server describes its slots, by how many pieces each has so far."""
+    n_ctx = min(member.n_ctx for member in ensemble.members)
+    return [
+        {
+            "id": number,
+            "n_ctx": n_ctx,
+            "speculative": False,
+            "is_processing": pieces is not None,
+            "next_token": {"has_next_token": pieces is not None, "n_decoded": pieces or 0},
+        }
+        for number, pieces in enumerate(places)
+    ]
 
 
 def _member(ensemble: Ensemble, model: str) -> int:

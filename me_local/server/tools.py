@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from me_local.config import Constraint
 from me_local.errors import InputError
+from me_local.server.fields import Loose
 from me_local.text.messages import Message
 
 OPENS, CLOSES = "<tool_call>", "</tool_call>"
@@ -29,11 +30,7 @@ To call one, write <tool_call>{{"name": "...", "arguments": {{...}}}}</tool_call
 JSON object. Its result comes in <tool_response></tool_response>. Call a tool only where it helps; otherwise answer."""
 
 
-class _Object(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class Function(_Object):
+class Function(Loose):
     """What a tool is called, what it does, and the schema of its arguments."""
 
     name: _Name
@@ -41,34 +38,34 @@ class Function(_Object):
     parameters: dict[str, Any] | None = None
 
 
-class Tool(_Object):
+class Tool(Loose):
     """A function that a reply may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Object):
+class NamedFunction(Loose):
     """The name of one."""
 
     name: str
 
 
-class NamedTool(_Object):
+class NamedTool(Loose):
     """A choice of one tool."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class CalledFunction(_Object):
+class CalledFunction(Loose):
     """A call in a message of the assistant; the arguments are JSON."""
 
     name: str
     arguments: str
 
 
-class Called(_Object):
+class Called(Loose):
     """The same with its id."""
 
     id: str | None = None

@@ -8,25 +8,20 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from me_local.asking import Ask
 from me_local.ensemble import Ensemble
 from me_local.errors import MeLocalError
-from me_local.server.protocol import MODEL, ChatRequest, _Model, parse
+from me_local.server.fields import Strict
+from me_local.server.protocol import MODEL, ChatRequest, parse
 from me_local.server.refusals import ApiError, api_error
 
 SentOn = Annotated[Any, Field(default=None)]
 """A field that the conversation has, too, and that is checked there."""
 
 
-class Loose(BaseModel):
-    """A part of a request in which further fields change nothing."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class Translated(_Model):
+class Translated(Strict):
     """A request that asks for one reply to a conversation."""
 
     names: ClassVar[Mapping[str, str]] = MappingProxyType({})

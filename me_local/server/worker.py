@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 from me_local.asking import Ask
 from me_local.decoding.reply import Reply, Step
+from me_local.echoes import Echo, echo
 from me_local.ensemble import Ensemble
 from me_local.errors import MeLocalError
 from me_local.llama.states import States
@@ -53,7 +54,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replies")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._waiting: deque[Job] = deque()
-        self._running: set[Job] = set()
+        self._running: dict[Job, int] = {}  # in their places
         self._draining = False
         self._going = False  # the thread has a step before it
         self._made, self._seconds = 0, 0.0
@@ -68,6 +69,12 @@ class Worker:
     def draining(self) -> bool:
         """Whether no more replies are begun."""
         return self._draining
+
+    @property
+    def places(self) -> list[int | None]:
+        """How many pieces the reply in each place has so far; None where there is no reply."""
+        taken = {place: job.steps for job, place in self._running.items()}
+        return [taken.get(place) for place in range(self._making.places)]
 
     async def replies(self, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Event], None]:
         """The steps of the replies to one request while they are made, and each reply at its end, with their indices.
@@ -143,7 +150,7 @@ class Worker:
         while self._waiting and len(self._running) < self._making.places:
             job = self._waiting.popleft()
             self._metrics.waited.observe(time.monotonic() - job.came)
-            self._running.add(job)
+            self._running[job] = min(set(range(self._making.places)) - set(self._running.values()))
             self._thread.submit(self._begin, job)
 
     def _leave(self, job: Job) -> None:
@@ -151,7 +158,7 @@ class Worker:
         if job in self._waiting:
             self._waiting.remove(job)
         elif job in self._running:
-            self._running.remove(job)
+            del self._running[job]
             job.stopped.set()
             self._thread.submit(self._cancel, job)  # which comes before whatever takes its place
             self._fill()
@@ -159,8 +166,9 @@ class Worker:
     def _hear(self, events: Iterable[tuple[Job, Event | Exception]]) -> None:
         for job, event in events:
             if job in self._running:
-                if not isinstance(event, Step):
-                    self._running.remove(job)
+                job.steps += isinstance(event, Step)
+                if not isinstance(event, Echo | Step):
+                    del self._running[job]
                 job.hear(event)
         self._fill()
 
@@ -168,6 +176,8 @@ class Worker:
 
     def _begin(self, job: Job) -> None:
         try:
+            if job.ask.echo:
+                self._tell([(job, echo(self.ensemble, job.ask, job.stopped.is_set))])
             self._making.begin(job)
         except Exception as error:
             self._tell([(job, error)])

@@ -130,7 +130,7 @@ def test_variables_are_those_that_the_help_shows() -> None:
         assert (option.envvar is not None) == option.show_envvar, (command, longest)
         if option.envvar:
             help_ = CliRunner().invoke(main, [command, "--help"], terminal_width=200).stdout
-            assert f"env var: {option.envvar}" in help_
+            assert f"env var: {option.envvar}" in " ".join(help_.split())
             of_variable.setdefault(str(option.envvar), set()).add(f"{option.type} {option.multiple} {option.help}")
     assert all(len(meanings) == 1 for meanings in of_variable.values()), of_variable
     assert {"ME_LOCAL_STOP", "ME_LOCAL_CORS", "ME_LOCAL_SYSTEM", "ME_LOCAL_PORT"} <= set(of_variable)

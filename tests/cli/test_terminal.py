@@ -165,3 +165,29 @@ def test_ctrl_c_ends_generate_with_what_there_is(write_models: WriteModels, tmp_
     child.close()
     assert child.exitstatus == 130
     assert "Traceback" not in child.before
+
+
+@pytest.mark.slow
+def test_a_new_user_lists_models_and_chats_with_two_of_them(stocked: Path, tmp_path: Path) -> None:
+    listed = spawn(["models"], stocked, COLUMNS="200")
+    listed.expect("ollama:tiny:latest")
+    listed.expect("No members of an ensemble:")
+    listed.expect(pexpect.EOF)
+    named = ["-m", "ollama:tiny:0.5", "-m", "lmstudio:me/split-GGUF:0.5"]
+    child = spawn(["chat", *named, "--seed", "1", "--max-tokens", "8"], stocked, XDG_STATE_HOME=str(tmp_path))
+    child.expect("■ tiny")
+    child.expect("■ split")
+    ask(child, "Hello")
+    child.expect("8 pieces|stop")
+    ask(child, "/exit")
+    child.expect(pexpect.EOF)
+
+
+@pytest.mark.slow
+def test_bash_completes_names_of_models(stocked: Path) -> None:
+    shell = spawn(["--norc", "-i"], stocked, "bash", PS1="$ ", TERM="dumb", COMP_WORDBREAKS=" \t\n")
+    shell.sendline(f'COMP_WORDBREAKS=" "; eval "$(_ME_LOCAL_COMPLETE=bash_source {ME_LOCAL})"; echo rea""dy')
+    shell.expect("ready")
+    shell.send("me-local chat -m lmstudio:me/s\t")
+    shell.expect("lmstudio:me/split-GGUF/split")
+    shell.close(force=True)

@@ -328,7 +328,7 @@ def test_a_prompt_for_a_context_that_is_too_small(make_llama: MakeLlama) -> None
     with Ensemble.of({"a": make_llama("bpe_a", n_ctx=12)}) as ensemble:
         with pytest.raises(
             InputError,
-            match=r'for member "a", which exceeds the available context size of 12.*make its Llama',
+            match=r'for member "a", which exceeds the available context size of 12.*as its Llama is made',
         ):
             ensemble.generate(PROMPT * 5, raw=True)
         reply = ensemble.generate("the", Overrides(seed=1, temperature=0), raw=True)

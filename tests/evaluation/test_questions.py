@@ -1,7 +1,6 @@
 """Evaluations of tiny models: records, how often each arm is right, tables, and runs that are continued."""
 
 import json
-import math
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from commands import one_line
 from me_local import ConfigError, Ensemble, Overrides, load
 from me_local.cli.program import main
 from me_local.decoding.reply import Reply
-from me_local.evaluation.questions import ACCURACY, Cell, Job, Likelihood, Row, Sampling, markdown, spread, tabulate
+from me_local.evaluation.questions import Job, Likelihood, Sampling, spread
 from me_local.evaluation.tasks import TASKS, Question, read_questions
 
 OpenEnsemble = Callable[..., Ensemble]
@@ -32,6 +31,7 @@ ARC = [
     {"id": "a1", "question": "Fire is", "choices": ["hot", "red", "a cat"], "labels": ["1", "2", "3"], "answer": "1"},
 ]
 GSM8K = [{"id": f"g{i}", "question": f"Two and {i}?", "answer": f"#### {i + 2}"} for i in range(3)]
+EQUAL = {"bpe_a": 0.5, "spm": 0.5}
 
 
 @pytest.fixture
@@ -52,6 +52,10 @@ def run(write_models: WriteModels, data: Path) -> Run:
         return CliRunner().invoke(main, command)
 
     return invoke
+
+
+def without_seconds(table: str) -> list[str]:
+    return [line for line in table.splitlines() if "| seconds |" not in line]
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -89,7 +93,7 @@ def test_replies_are_those_of_generate(
     monkeypatch.setattr("me_local.evaluation.questions.MAX_TOKENS", 8)
     ensemble = open_ensemble("bpe_a", "spm", weights=(0.5, 0.5))
     task = TASKS["gsm8k"]
-    method = Sampling(ensemble.names, ["members", "me", "ce"], 2, 5, {})
+    method = Sampling(EQUAL, ["members", "me", "ce"], 2, 5, {})
     assert method.arms == ("bpe_a", "spm", "ME", "CE")
     questions = read_questions(task, data)
     jobs = list(method.jobs(task, questions[:1]))
@@ -122,7 +126,7 @@ def test_replies_at_once_are_those_of_one_at_a_time(
     found = []
     for batch in (1, 4):
         with load(models, Overrides(route="own"), batch=batch) as ensemble:
-            method = Sampling(ensemble.names, ["members", "me", "ce"], 2, 5, {})
+            method = Sampling(EQUAL, ["members", "me", "ce"], 2, 5, {})
             made = method.records(ensemble, list(method.jobs(TASKS["gsm8k"], questions)), {})
             found.append({r["id"]: (r["reply"], r["found"], r["correct"], r["seed"]) for r in made})
     assert len(found[0]) == 3 * 2 * 4
@@ -132,22 +136,24 @@ def test_replies_at_once_are_those_of_one_at_a_time(
 def test_a_table_of_replies(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("me_local.evaluation.questions.MAX_TOKENS", 4)
     output = tmp_path / "out.jsonl"
-    options = ["--task", "gsm8k,arc_easy", "--strategies", "me,members,union", "--runs", 2, "--limit", 2]
+    options = ["--task", "gsm8k,arc_easy", "--strategies", "me,members,union", "--runs", 2, "--limit", 2, "--batch", 1]
     result = run(*options, "--output", output)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert lines[0] == "| task | measure | questions | bpe_a | spm | ME | UNION |"
-    assert [line.split(" | ")[:3] for line in lines[2:4]] == [
-        ["| gsm8k", "accuracy", "2 x 2"],
-        ["| arc_easy", "accuracy", "2 x 2"],
+    measures = ["accuracy", "pieces", "evaluations", "tokens", "seconds"]
+    assert [line.split(" | ")[:3] for line in lines[2:12]] == [
+        [f"| {task}", measure, "2 x 2"] for task in ("gsm8k", "arc_easy") for measure in measures
     ]
+    assert lines[13] == "| task | paired differences | ME - UNION |"
     assert "UNION is CE over the union of the members' candidates" in lines[-1]
     found = records(output)
     assert len(found) == len({record["id"] for record in found}) == 2 * 2 * 2 * 4
-    assert all(record["pieces"] <= 4 for record in found)
+    assert all(record["cost"]["pieces"] <= 4 for record in found)
     lost = found.pop(5)
     output.write_text("".join(json.dumps(record) + "\n" for record in found))
-    assert run(*options, "--output", output, "--resume").stdout == result.stdout
+    resumed = run(*options, "--output", output, "--resume")
+    assert without_seconds(resumed.stdout) == without_seconds(result.stdout)
     again = records(output)[-1]
     assert {key: again[key] for key in ("id", "reply", "correct")} == {k: lost[k] for k in ("id", "reply", "correct")}
 
@@ -191,7 +197,10 @@ def test_a_run_that_was_killed_goes_on(run: Run, data: Path, tmp_path: Path) -> 
         (["--task", "gsm9k"], ['there is no task "gsm9k"', "arc_easy"]),
         (["--task", "bbh"], ["bbh.jsonl: cannot be read"]),
         (["--task", "mmlu", "--few-shot"], ["mmlu_dev.jsonl: cannot be read"]),
-        (["--task", "mmlu", "--strategies", "me,best"], ['--strategies: there is no "best"', "members, me, ce"]),
+        (
+            ["--task", "mmlu", "--strategies", "me,best"],
+            ['--strategies: there is no "best"', "members, me, ce, vote, union"],
+        ),
         (["--task", "mmlu", "--weights", "1"], ["--weights"]),
         (["--task", "mmlu", "--resume"], ["--resume goes with --output"]),
     ],
@@ -238,54 +247,22 @@ def test_json_has_the_figures(run: Run) -> None:
     assert [row["questions"] for row in report["rows"]] == [2]
     cells = report["rows"][0]["cells"]
     assert list(cells) == ["bpe_a", "spm", "ensemble"]
-    best = max(cells["bpe_a"]["accuracy"], cells["spm"]["accuracy"])
-    assert cells["ensemble"]["gain"] == pytest.approx(cells["ensemble"]["accuracy"] - best)
-
-
-def record(question: str, arm: str, correct: bool, task: str = "t") -> dict[str, Any]:
-    return {"task": task, "question": question, "correct": {ACCURACY: {arm: correct}}}
+    best = max(cells["bpe_a"]["mean"], cells["spm"]["mean"])
+    assert cells["ensemble"]["gain"]["mean"] == pytest.approx(cells["ensemble"]["mean"] - best)
 
 
 def test_answers_are_looked_for_behind_thoughts(data: Path) -> None:
     task = TASKS["gsm8k"]
     reply = Reply("Is it 2?</think>It is.", "stop", "me", "token", 1, (), (), 1.0, None, "Is it 2?", "It is.")
     job = Job(task, read_questions(task, data)[0], "ME")
-    record = Sampling(("a",), ["me"], 1, 5, {})._record(job, reply)
-    assert (job.question.answer, record["found"], record["correct"]) == ("2", None, {ACCURACY: {"ME": False}})
+    record = Sampling({"a": 1.0}, ["me"], 1, 5, {})._record(job, reply, 1.0)
+    assert (job.question.answer, record["found"], record["correct"]) == ("2", None, {"accuracy": {"ME": False}})
     assert (record["thought"], record["reply"]) == ("Is it 2?", "It is.")
 
 
 def test_records_say_what_templates_were_given(run: Run) -> None:
     told = json.loads(run("--task", "mmlu", "--method", "likelihood", "--json", "--template-arg", "x=1").stdout)
     assert told["settings"]["members"]["spm"]["template_args"] == {"x": 1}
-
-
-def test_a_table_worked_out_by_hand() -> None:
-    """Two runs of four questions: a is right on average in 1, 1, 0, 0; ME in 1, 1, 1/2, 0; b never."""
-    made = [record(q, "a", q in "12") for q in "1234" for _ in range(2)]
-    made += [record(q, "b", False) for q in "1234" for _ in range(2)]
-    made += [record(q, "ME", q in "12" or (q == "3" and i == 0)) for q in "1234" for i in range(2)]
-    (row,) = tabulate(made, ["a", "b", "ME"], ["a", "b"])
-    assert (row.task, row.measure, row.questions, row.runs) == ("t", "accuracy", 4, 2)
-    assert row.cells["a"] == Cell(0.5, pytest.approx(math.sqrt(1 / 3) / 2))
-    assert row.cells["b"] == Cell(0.0, 0.0)
-    me = row.cells["ME"]
-    assert me.accuracy == 0.625
-    # Deviations of 1, 1, 1/2, 0 from 5/8: squares 9, 9, 1, 25 in 64ths; of the gains 0, 0, 1/2, 0 from 1/8: 1, 1, 9, 1.
-    assert me.error == pytest.approx(math.sqrt(44 / 64 / 3 / 4))
-    assert me.gain == 0.125
-    assert me.gain_error == pytest.approx(math.sqrt(12 / 64 / 3 / 4))
-    assert markdown([row], ["a", "b", "ME"]) == (
-        "| task | measure | questions | a | b | ME |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        "| t | accuracy | 4 x 2 | 50.0% ± 28.9 | 0.0% ± 0.0 | 62.5% ± 23.9 (+12.5) |"
-    )
-
-
-def test_one_question_has_no_standard_error() -> None:
-    rows = tabulate([record("1", "a", True)], ["a"], ["a"])
-    assert rows == [Row("t", "accuracy", 1, 1, {"a": Cell(1.0, None)})]
-    assert markdown(rows, ["a"]).endswith("| t | accuracy | 1 | 100.0% |")
 
 
 def test_a_limit_is_spread_over_the_file() -> None:
@@ -296,7 +273,7 @@ def test_a_limit_is_spread_over_the_file() -> None:
 
 def test_a_member_with_the_name_of_a_column() -> None:
     with pytest.raises(ConfigError, match='member "CE": the tables use this name'):
-        Sampling(["a", "CE"], ["members", "ce"], 1, 10, {})
+        Sampling({"a": 0.5, "CE": 0.5}, ["members", "ce"], 1, 10, {})
     with pytest.raises(ConfigError, match='member "ensemble"'):
         Likelihood(["ensemble"], {})
     assert Job(TASKS["mmlu"], Question("x", "?", "A"), "a", 2).id == "mmlu/x/a/2"

@@ -15,12 +15,15 @@ from typing import Any, Literal
 import fetch_node_clients
 import numpy as np
 import pytest
-from conftest import OpenMember, logits_of
+import tokenizers
+from conftest import OpenMember, logits_of, write_toml
 from processes import run
 from pydantic import BaseModel, ConfigDict
 from served import Served, served
 from thinkers import write_thinkers
+from tiny_vocabularies import chatml_vocab
 
+from me_local import Ensemble
 from me_local.server.app import Access
 
 pytestmark = pytest.mark.slow
@@ -355,7 +358,6 @@ def test_lm_eval_generates(server: Served, tmp_path: Path) -> None:
 
 
 @clients
-@pytest.mark.xfail(strict=True, reason="a prompt of ids, and echo with logprobs, are refused as yet")
 def test_lm_eval_scores(server: Served, open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it sends for a likelihood, and its own reading of the answer: that of one member's tokens."""
     lm_eval = package("lm_eval.models.openai_completions", monkeypatch).LocalCompletionsAPI
@@ -371,6 +373,84 @@ def test_lm_eval_scores(server: Served, open_member: OpenMember, monkeypatch: py
         logits = logits_of(member, np.array(before[:place], np.int32)).astype(float)
         expected += logits[before[place]] - np.logaddexp.reduce(logits)
     assert told == pytest.approx(expected, abs=1e-3)
+
+
+QUESTIONS = [
+    {"question": "Q: What did Anna count?\nA:", "choices": ["the lights", "the dogs", "12", "the harbour"]},
+    {"question": "Q: Who came home?\nA:", "choices": ["boats", "the cat\n", "café", "her brother laughed"]},
+    {"question": "The harbour was:", "choices": ["se", "e", "see"]},  # " se" is the likeliest
+]
+CHOICES = """\
+doc_to_choice: choices
+doc_to_target: 0
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@clients
+def test_lm_eval_chooses(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Questions as those of ARC: what it finds for each choice is the ensemble's own likelihood of it."""
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    task = TASK.format(kind="multiple_choice", data=tmp_path / "data.jsonl", rest=CHOICES)
+    (tmp_path / "task.yaml").write_text(task)
+    models = write_toml(tmp_path, tiny, "bpe_a", "bpe_b", weights=[0.3, 0.7], top="", member="")
+    with served(models) as server:
+        where = (
+            f"base_url={server.url}/v1/completions,model=me-local,max_retries=1,max_length=512,"
+            f"tokenizer={tmp_path}/tokenizer,tokenizer_backend=huggingface"
+        )
+        program(
+            "lm_eval.__main__", "run", "--model", "local-completions", "--model_args", where, "--batch_size", "3",
+            "--tasks", "multiple_choice", "--include_path", str(tmp_path), "--log_samples",
+            "--output_path", str(tmp_path / "out"), OPENAI_API_KEY="none",
+        )  # fmt: skip
+        [samples] = (tmp_path / "out").rglob("samples_*.jsonl")
+        found = {sample["doc_id"]: sample for sample in map(json.loads, samples.read_text().splitlines())}
+        for number, question in enumerate(QUESTIONS):
+            choices = [f" {choice}" for choice in question["choices"]]
+            scores = [server.ensemble.score(str(question["question"]), choice, raw=True) for choice in choices]
+            told = [float(response[0]) for [response] in found[number]["resps"]]
+            assert told == pytest.approx([score.log_likelihood for score in scores], abs=1e-3)
+            greedy = [response[1] == "True" for [response] in found[number]["resps"]]
+            assert greedy == [is_greedy(server.ensemble, str(question["question"]), choice) for choice in choices]
+        assert greedy[:2] == [True, False]
+
+
+def is_greedy(ensemble: Ensemble, question: str, choice: str) -> bool:
+    """Whether each token of a choice is the likeliest of the mixture, by fresh evaluations of both members."""
+    first, second = ensemble.members
+    before = first.vocabulary.encode(question.encode(), at_start=True)
+    ids = first.vocabulary.encode((question + choice).encode(), at_start=True)
+    assert ids[: len(before)] == before
+    for place in range(len(before), len(ids)):
+        row = sum(
+            weight * softmax(member, ids[:place]) for weight, member in zip((0.3, 0.7), (first, second), strict=True)
+        )
+        if int(np.argmax(row)) != ids[place]:
+            return False
+    return True
+
+
+def softmax(member: Any, ids: list[int]) -> Any:
+    logits = logits_of(member, np.array(ids, np.int32)).astype(float)
+    never = [i for i, piece in enumerate(member.vocabulary.pieces) if not piece and i not in member.vocabulary.end_ids]
+    logits[never] = -np.inf
+    return np.exp(logits - np.logaddexp.reduce(logits))
+
+
+def make_tokenizer(folder: Path) -> None:
+    """The vocabulary of bpe_a, as the transformers library reads it."""
+    vocabulary = chatml_vocab()
+    tokens = {token.text: number for number, token in enumerate(vocabulary.tokens)}
+    model = tokenizers.models.BPE(vocab=tokens, merges=[tuple(pair.split(" ")) for pair in vocabulary.merges])
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": vocabulary.eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
 
 
 @pytest.mark.node

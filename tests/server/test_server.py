@@ -81,6 +81,22 @@ def test_a_stream_has_the_pieces_and_who_wrote_them(server: Served) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_guidellm_sends(server: Served, path: str) -> None:
+    """Word for word what its version 0.8 sends for a prompt from a file; the package itself takes 6 GB."""
+    text = "the cat sat number 1 on the mat"
+    asked = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": [
+        {"type": "text", "text": text}
+    ]}]}  # fmt: skip
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"model": "me-local", "stream": True, "stream_options": usage} | asked
+    *events, end = [line for line in server.http.post(path, json=body).text.splitlines() if line.startswith("data: ")]
+    assert end == "data: [DONE]"
+    counted = json.loads(events[-1].removeprefix("data: "))["usage"]
+    assert counted["prompt_tokens"] > 0
+    assert counted["total_tokens"] == counted["prompt_tokens"] + counted["completion_tokens"]
+
+
 def test_a_member_can_be_asked_alone(server: Served) -> None:
     answer = server.openai.chat.completions.create(**{**ASK, "model": "me-local/spm"})
     reply = direct(server, 1, weights={"bpe_a": 0, "spm": 1})
@@ -118,6 +134,25 @@ def test_the_likeliest_pieces(server: Served) -> None:
         assert entry.top_logprobs[0].logprob >= entry.logprob
     bare = server.openai.chat.completions.create(**ASK, logprobs=True)
     assert [entry.logprob for entry in bare.choices[0].logprobs.content] == [entry.logprob for entry in content]
+
+
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_a_prompt_has_its_length_whoever_is_drawn(two_models: Path, parallel: int) -> None:
+    """Members count different tokens; the longest prompt of those with a weight is told, under ME and CE alike."""
+    with served(two_models, parallel=parallel) as server:
+        asked = [Message("user", MESSAGES[0]["content"])]
+        lengths = [len(ids) for ids in server.ensemble.prompter.prompts(asked, server.ensemble.config).ids]
+        assert lengths[0] != lengths[1]
+        drawn: set[str] = set()
+        for seed in range(12):
+            for strategy in ("me", "ce"):
+                answer = server.chat(seed=seed, strategy=strategy, max_tokens=1).json()
+                assert answer["usage"]["prompt_tokens"] == max(lengths)
+                if strategy == "me":
+                    drawn |= {work["member"] for work in answer["timings"]["members"] if work["calls"]}
+        assert drawn == {"bpe_a", "spm"}  # 12 draws of one member: odds of one in 2,048
+        for length, name in zip(lengths, server.ensemble.names, strict=True):
+            assert server.chat(model=f"me-local/{name}", seed=1).json()["usage"]["prompt_tokens"] == length
 
 
 def test_completions(server: Served) -> None:
@@ -376,6 +411,22 @@ def started(models: Path, *options: str) -> Iterator[tuple[processes.Running, op
     ) as process:
         url = process.expect(r"serving bpe_a \+ spm at (\S+)")[1]
         yield process, openai.OpenAI(base_url=f"{url}/v1", api_key="sesame", max_retries=0, timeout=60)
+
+
+@pytest.mark.slow
+def test_a_connection_without_requests_is_closed_in_its_time(two_models: Path) -> None:
+    """And not sooner: two requests go through it."""
+    with (
+        served(two_models, limits=Limits(keep_alive=1)) as server,
+        closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)) as connection,
+    ):
+        connection.connect()
+        kept = connection.sock
+        for _ in range(2):
+            connection.request("GET", "/health")
+            assert json.loads(connection.getresponse().read())
+        assert connection.sock is kept
+        assert kept.recv(1) == b""
 
 
 @pytest.mark.slow

@@ -80,6 +80,19 @@ def test_timings_add_up() -> None:
     }
 
 
+def test_timings_have_the_names_of_llama_server() -> None:
+    total = timings([reply(usage("a", prompt=10, evaluated=4), usage("b", prompt=20, evaluated=5, calls=0))])
+    assert total["cache_n"] == 6
+    assert [total[f"prompt_{name}"] for name in ("n", "ms", "per_token_ms", "per_second")] == [
+        9, 1000, pytest.approx(1000 / 9), 9,
+    ]  # fmt: skip
+    assert [total[f"predicted_{name}"] for name in ("n", "ms", "per_token_ms", "per_second")] == [
+        3, 1000, pytest.approx(1000 / 3), 3,
+    ]  # fmt: skip
+    none = timings([Reply("", "length", "me", "token", 1, (), (usage("a", prompt=10, evaluated=0, calls=0),), 0.0)])
+    assert none["predicted_per_token_ms"] == none["predicted_per_second"] == none["prompt_per_token_ms"] == 0
+
+
 def test_logprobs_of_a_conversation() -> None:
     [choice] = answer(logprobs=True).whole([reply(usage("a", prompt=1, evaluated=1))])["choices"]
     first, second, third = choice["logprobs"]["content"]

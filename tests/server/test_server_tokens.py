@@ -1,13 +1,16 @@
 """Ids, prompts and places over HTTP, as llama-server tells them, for one member of an ensemble."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from served import MESSAGES, Served, served
+from served import MESSAGES, Served, Tap, served
 
 from me_local import Message
 from me_local.server.app import Access
+
+ASKED = {"prompt": "the cat", "max_tokens": 5, "seed": 1, "stream": True}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,46 @@ def test_places(server: Served) -> None:
     props = server.http.get("/props").json()
     assert (props["total_slots"], props["default_generation_settings"]) == (1, {"n_ctx": 512})
     assert [member["name"] for member in props["members"]] == ["bpe_a", "spm"]
+
+
+def test_slots(two_models: Path) -> None:
+    """Each place, whether a reply is made there, and how far it is; a balancer may ask for a 503 where none is free."""
+    with served(two_models, parallel=2) as server:
+        tap = Tap(server.ensemble)
+        free = {"id": 0, "n_ctx": 512, "speculative": False, "is_processing": False}
+        free |= {"next_token": {"has_next_token": False, "n_decoded": 0}}
+        assert server.http.get("/slots").json() == [free, free | {"id": 1}]
+        with ThreadPoolExecutor(2) as pool:
+            one = pool.submit(server.chat, max_tokens=3, seed=1)
+            assert tap.begun.wait(30)
+            first, second = server.http.get("/v1/slots").json()
+            assert (first["is_processing"], second["is_processing"]) == (True, False)
+            assert server.http.get("/slots?fail_on_no_slot=1").status_code == 200
+            other = pool.submit(server.chat, max_tokens=3, seed=2)
+            server.wait_for("running", 2)
+            assert server.http.get("/slots").status_code == 200
+            full = server.http.get("/slots?fail_on_no_slot=1")
+            assert (full.status_code, full.json()["error"]["code"]) == (503, "no_slot")
+            tap.let(100)
+            assert one.result().status_code == other.result().status_code == 200
+        server.wait_for("running", 0)
+        assert not any(slot["is_processing"] for slot in server.http.get("/slots").json())
+
+
+def test_the_place_of_a_reply_tells_its_pieces(server: Served) -> None:
+    """Where it is asked for between two pieces."""
+    tap = Tap(server.ensemble)
+    tap.let(2)
+    try:
+        with server.http.stream("POST", "/v1/completions", json=ASKED) as answer:
+            lines = answer.iter_lines()
+            assert all(next(line for line in lines if line).startswith("data: {") for _ in range(2))
+            [slot] = server.http.get("/slots").json()
+            assert slot["next_token"] == {"has_next_token": True, "n_decoded": 2}
+            tap.let(100)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+    finally:
+        tap.let(1000)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 A task is pure: it reads files and makes and judges texts, and knows neither ensembles nor how replies are sampled.
 """
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,18 @@ Examples = Mapping[str, tuple[Question, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Own:
+    """What a task of a user's own says besides: the limits of replies, where it has any.
+
+    `digest` is one of all that the task is made of, so that a changed task is known from what it was.
+    """
+
+    digest: str
+    max_tokens: int | None = None
+    stop: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One benchmark.
 
@@ -67,7 +80,8 @@ class Task:
     of the task's module says what they hold. `scoring` is None where answers are no choices.
 
     `extract(question, reply)` is the answer that a reply gives, in the form of `Question.answer`, as far as it has
-    one: where a box holds nothing of that form, what it holds, and None where no answer is found.
+    one: where a box holds nothing of that form, what it holds, and None where no answer is found. `same` says whether
+    two answers count as one; `own` is None for tasks that come with me-local.
     """
 
     name: str
@@ -79,10 +93,16 @@ class Task:
     messages: Callable[[Question], tuple[Message, ...]]
     extract: Callable[[Question, str], str | None]
     scoring: Callable[[Question], Scoring] | None = None
+    same: Callable[[str, str], bool] = operator.eq
+    own: Own | None = None
 
     def correct(self, question: Question, reply: str) -> bool:
         """Whether the reply gives the right answer."""
-        return self.extract(question, reply) == question.answer
+        return self.right(question, self.extract(question, reply))
+
+    def right(self, question: Question, found: str | None) -> bool:
+        """Whether an answer that was found is the right one."""
+        return found is not None and self.same(found, question.answer)
 
 
 def read_questions(task: Task, folder: Path, *, few_shot: bool = False) -> list[Question]:
