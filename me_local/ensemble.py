@@ -149,7 +149,17 @@ class Ensemble:
     def notices(self) -> list[str]:
         """One-line remarks for its user; the first replies may add some."""
         losses = [(self.names[i], loss) for i, loss in sorted(self.engine.losses.items())]
-        return self._notices + self.template_notices + [loss.notice(name) for name, loss in losses if loss.matters]
+        left_out = [
+            f"{name}: it evaluates no guesses (draft): it runs elsewhere, or its memory cannot be cut back"
+            for name, member in zip(self.names, self.members, strict=True)
+            if self.config.draft != "none" and member.foreseeing is None
+        ]
+        return (
+            self._notices
+            + left_out
+            + self.template_notices
+            + [loss.notice(name) for name, loss in losses if loss.matters]
+        )
 
     @property
     def unit(self) -> str:

@@ -2,8 +2,8 @@
 
     python scripts/bench_drafts.py [--models models.toml] [--seeds 3] [--pieces 150]
 
-The replies with guesses and without are written in turn, a few pieces of each, so that the machine cancels out. The
-last line is the same as JSON.
+The replies with guesses and without are written in turn, a few pieces of each, so that the machine cancels out. They
+are drawn without a penalty for what is repeated. The last line is the same as JSON.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class Gain:
 
 def gains(models: Path, seeds: int, pieces: int) -> Iterator[Gain]:
     """What guesses gain, kind by kind."""
-    config = load_config(models)
+    config, settings = load_config(models), Overrides(max_tokens=pieces, repeat_penalty=1.0)
     with ExitStack() as stack:
         shelf = stack.enter_context(closing(Shelf()))
         pair = [stack.enter_context(Ensemble(config, shelf=shelf)) for _ in range(2)]
@@ -88,7 +88,7 @@ def gains(models: Path, seeds: int, pieces: int) -> Iterator[Gain]:
             seconds, counts = [0.0, 0.0], [0, 0]
             for seed in range(seeds):
                 both = [
-                    ensemble.stream(prompt, Overrides(seed=seed, max_tokens=pieces, draft=draft), raw=raw)
+                    ensemble.stream(prompt, replace(settings, seed=seed, draft=draft), raw=raw)
                     for ensemble, draft in zip(pair, ("none", "ngram"), strict=True)
                 ]
                 _write_in_turn(both, seconds, counts)

@@ -297,3 +297,13 @@ def test_guesses_by_the_option(open_ensemble: Callable[..., Ensemble]) -> None:
     assert plain.guessed == 0 < reply.guessed
     assert reply.calls_per_piece < plain.calls_per_piece == 1
     assert reply.as_dict()["usage"]["calls_per_piece"] == reply.calls_per_piece
+
+
+def test_members_that_are_left_out_are_named(open_ensemble: Callable[..., Ensemble]) -> None:
+    ensemble = open_ensemble("bpe_a", "recurrent", top='[ensemble]\ndraft = "ngram"')
+    assert [notice for notice in ensemble.notices if "guesses" in notice] == [
+        "recurrent: it evaluates no guesses (draft): it runs elsewhere, or its memory cannot be cut back"
+    ]
+    assert ensemble.generate("the cat", Overrides(seed=1, max_tokens=20)).steps
+    ensemble = open_ensemble("bpe_a", "recurrent")
+    assert not any("guesses" in notice for notice in ensemble.notices)
