@@ -105,7 +105,7 @@ _SAMPLING: list[Decorator] = [
     named(
         "--draft",
         type=click.Choice(["none", "ngram"]),
-        help="ngram: guess that texts repeat, so that one evaluation may give several pieces; replies stay the same.",
+        help="ngram: guess that texts repeat: one evaluation may give several pieces, none another by it.",
     ),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),
