@@ -1,6 +1,7 @@
 """Options that several commands have, and what they make of them."""
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -44,6 +45,20 @@ class FilePath(click.Path):
         if value == "-" and self.allow_dash:
             return STANDARD
         return super().convert(os.path.expanduser(value), parameter, context)
+
+
+class Duration(click.types.StringParamType):
+    """A time such as 90s, 10m or 1h, in seconds; a number alone is seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value in seconds."""
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smhd]?)", str(value), re.ASCII)
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2] or "s"] if found else 0.0
+        if not seconds:
+            self.fail(f"{value!r} is no time: it looks like 90s, 10m or 1h", parameter, context)
+        return seconds
 
 
 class _Texts(click.types.StringParamType):
@@ -324,5 +339,9 @@ def load(config: Config, *, no_color: bool = False, batch: int = 1, shelf: Shelf
             of_all = f"({number} of {len(config.members)})"
             tasks.append(progress.add_task(f"{doing} {member.name} {of_all}: {source}{first}"))
 
-        check = not click.get_current_context().meta.get(_NO_CHECK)
-        return Ensemble(config, announce, batch=batch, shelf=shelf, check=check)
+        return Ensemble(config, announce, batch=batch, shelf=shelf, check=checks(click.get_current_context()))
+
+
+def checks(context: click.Context) -> bool:
+    """Whether files that are used for the first time are tried before: not where --no-check was given."""
+    return not context.meta.get(_NO_CHECK)

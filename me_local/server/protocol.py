@@ -205,7 +205,7 @@ class _Request(Structure, Strict):
             return self.weights
         name = self.model.removeprefix(f"{MODEL}/")
         if name == self.model or name not in ensemble.names:
-            known = ", ".join(model_names(ensemble, aliases))
+            known = ", ".join(model_names(ensemble.names, aliases))
             message = f"model: there is no {_shown(self.model)}; there are {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if self.weights is not None:
@@ -333,9 +333,9 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 
 
-def model_names(ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[str]:
-    """The models that a client can name: the ensemble, by all its names, and each of its members."""
-    return [MODEL, *aliases, *(f"{MODEL}/{name}" for name in ensemble.names)]
+def model_names(names: Sequence[str], aliases: Sequence[str] = ()) -> list[str]:
+    """The models that a client can name: the ensemble, by all its names, and each of its members, by their `names`."""
+    return [MODEL, *aliases, *(f"{MODEL}/{name}" for name in names)]
 
 
 def _refusal(problem: ErrorDetails) -> ApiError:
