@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from me_local.chat import Chat, Turn
-    from me_local.config import Config, Constraint, MemberConfig, Overrides, Sampling, load_config
+    from me_local.config import Config, Constraint, MemberConfig, Overrides, load_config
     from me_local.decoding.likelihoods import Score
     from me_local.decoding.reply import MemberUsage, Reply, ReplyStream, Step
     from me_local.ensemble import Ensemble, load
     from me_local.errors import ConfigError, InputError, LoadError, MeLocalError, RunError
+    from me_local.sampling import Bias, Sampling
     from me_local.text.messages import Message
 
 # libgomp's threads spin while they wait for each other: beside another busy process that takes the cores from those
@@ -27,6 +28,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __all__ = [
+    "Bias",
     "Chat",
     "Config",
     "ConfigError",
@@ -52,11 +54,12 @@ __all__ = [
 
 _HOMES = {
     "me_local.chat": ("Chat", "Turn"),
-    "me_local.config": ("Config", "Constraint", "MemberConfig", "Overrides", "Sampling", "load_config"),
+    "me_local.config": ("Config", "Constraint", "MemberConfig", "Overrides", "load_config"),
     "me_local.decoding.likelihoods": ("Score",),
     "me_local.decoding.reply": ("MemberUsage", "Reply", "ReplyStream", "Step"),
     "me_local.ensemble": ("Ensemble", "load"),
     "me_local.errors": ("ConfigError", "InputError", "LoadError", "MeLocalError", "RunError"),
+    "me_local.sampling": ("Bias", "Sampling"),
     "me_local.text.messages": ("Message",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -18,8 +18,8 @@ same probabilities either way, because A_i depends on nothing but the member and
     print(b"".join(step.piece for step in reply(members, b"Once upon a time", strategy="me", seed=1)))
 
 A seed gives the same reply here and in the engine, unless rounding decides a draw: tests/decoding/test_reference.py
-compares them. Left out: constraints, words and "union", the likeliest piece of the mixture (`decode`), stop strings,
-adapters, GPUs, and llama.cpp's own parameters.
+compares them. Left out: penalties, biases, and what else shapes a member's distribution; constraints, words and
+"union"; the likeliest piece of the mixture (`decode`); stop strings, adapters, GPUs, and llama.cpp's own parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,8 @@ import llama_cpp
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import MemberConfig, Sampling
+from me_local.config import MemberConfig
+from me_local.sampling import Sampling
 from me_local.text.unified import END, UnifiedVocabulary
 from me_local.text.vocabulary import Vocabulary
 

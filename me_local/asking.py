@@ -5,6 +5,7 @@ vocabulary begins with. Knows nothing of replies.
 """
 
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,11 +14,13 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import Config, Overrides, Sampling
+from me_local.checks import shown
+from me_local.config import Config, Overrides
 from me_local.decoding.engine import Engine, Request, needed_logits
 from me_local.errors import ConfigError, InputError, PromptTooLongError
-from me_local.mixture.alignment import top_k
+from me_local.mixture.alignment import sufficient, top_k
 from me_local.model import EvaluationInterruptedError, LoadedModel
+from me_local.sampling import Sampling
 from me_local.text.messages import Message
 from me_local.text.prompts import PromptWriter
 from me_local.text.templates import PLAIN_STOPS
@@ -232,7 +235,13 @@ def make_request(
         top=top,
         constraint=config.constraint,
         prefill=prefill,
+        min_tokens=least_pieces(config),
     )
+
+
+def least_pieces(config: Config) -> int:
+    """Before so many pieces the end of generation does not come."""
+    return sys.maxsize if config.ignore_eos else config.min_tokens
 
 
 def check_conversation(messages: Sequence[Message]) -> None:
@@ -248,19 +257,44 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
 
 def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config) -> None:
-    """Raise ConfigError for what is asked and the engine of a member cannot do."""
-    for member, settings in zip(members, config.members, strict=True):
-        most = member.abilities.most_logits
-        needed = needed_logits(engine.alignment, config.strategy, config.unit, settings.sampling, config.constraint)
-        if most is not None and not 0 < needed <= most:
-            needing = _needing(engine, config, settings.sampling)
+    """Raise ConfigError for what is asked and the engine of a member, or a vocabulary, cannot do."""
+    _require_biases(engine, config)
+    for i, (member, settings) in enumerate(zip(members, config.members, strict=True)):
+        sampling, most = settings.sampling, member.abilities.most_logits
+        lowered = engine.shaper(i, sampling, least_pieces(config)).lowered
+        needed = needed_logits(engine.alignment, config.strategy, config.unit, sampling, config.constraint, lowered)
+        if not member.abilities.raw_logits and sampling.repeat_penalty != 1 and sampling.repeat_last_n != 0:
             raise ConfigError(
-                f'member "{member.name}": {needing} needs {needed or "all"} logits, and its engine '
-                f"({member.abilities.engine}) gives the {most} largest"
+                f'member "{member.name}": repeat_penalty = {sampling.repeat_penalty:g} needs logits, and its engine '
+                f"({member.abilities.engine}) gives probabilities: presence_penalty and dry_multiplier work with these"
+            )
+        if most is not None and not 0 < needed <= most:
+            raise ConfigError(
+                f'member "{member.name}": {_needing(engine, config, sampling, lowered)} needs {needed or "all"} '
+                f"logits, and its engine ({member.abilities.engine}) gives the {most} largest"
             )
 
 
-def _needing(engine: Engine, config: Config, sampling: Sampling) -> str:
+def _require_biases(engine: Engine, config: Config) -> None:
+    """Raise ConfigError for a bias that says nothing to any member, or by an id of nobody knows whom."""
+    biases = dict.fromkeys(bias for member in config.members for bias in member.sampling.logit_bias)
+    alone = config.router == "constant" and sum(member.weight > 0 for member in config.members) == 1
+    for bias in biases:
+        if isinstance(bias.of, int) and bias.member is None and not (engine.unified.same or alone):
+            raise ConfigError(
+                f"logit_bias: the members have different vocabularies, so nobody knows whose token {bias.of} is: "
+                "write its text, or ask one member alone"
+            )
+    unknown = {bias.of.encode(): bias.of for bias in biases if isinstance(bias.of, str)}
+    for pieces in (model.vocabulary.pieces for model in engine.models) if unknown else ():
+        for piece in unknown.keys() & set(pieces):
+            del unknown[piece]
+    if unknown:
+        text = next(iter(unknown.values()))
+        raise ConfigError(f"logit_bias: {shown(text)} is a token of no member; try it with a space in front")
+
+
+def _needing(engine: Engine, config: Config, sampling: Sampling, lowered: int | None) -> str:
     """By what so many logits are needed."""
     if config.constraint:
         return config.constraint.kind
@@ -268,4 +302,10 @@ def _needing(engine: Engine, config: Config, sampling: Sampling) -> str:
         return f'alignment = "{config.alignment}"'
     if config.strategy == "union":
         return f'strategy = "{config.strategy}"'
-    return f'unit = "{config.unit}"' if config.unit == "word" else f"top_k = {sampling.top_k}"
+    if config.unit == "word":
+        return f'unit = "{config.unit}"'
+    if not sufficient(sampling) and sampling.top_n_sigma > 0:
+        return f"top_n_sigma = {sampling.top_n_sigma:g}"
+    if lowered is None:
+        return "what makes tokens likelier (a negative penalty, a bias above 0)"
+    return f"top_k = {sampling.top_k}" + (f" with penalties, biases or DRY on {lowered} tokens" if lowered else "")

@@ -5,14 +5,34 @@ Knows nothing of which values there are.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
 from me_local.errors import ConfigError
+
+_INT32_MAX = 2**31 - 1  # llama.cpp's own sizes and indices are 32-bit
+
+
+def must(problem: str, holds: Callable[[Any], object]) -> AfterValidator:
+    """A rule in words, and what holds where it is kept."""
+
+    def check(value: object) -> object:
+        if not holds(value):
+            raise ValueError(f"must {problem}")
+        return value
+
+    return AfterValidator(check)
+
+
+Number = Annotated[float, Strict(), AllowInfNan(False)]
+AtLeast0 = Annotated[Number, Field(ge=0)]
+Int = Annotated[int, Strict(), Field(le=_INT32_MAX)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda raw: (raw,) if isinstance(raw, str) else raw)]
 
 
 def require_known(key: str, allowed: Iterable[str], place: str, kind: str) -> None:
@@ -36,15 +56,19 @@ def number(text: str) -> object:
     return text
 
 
+def parsed(text: str) -> object:
+    """What the text is as JSON; else the text, for the rule to word the error."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return text
+
+
 def argument(text: str, place: str) -> tuple[str, object]:
     """The name and the value of "NAME=VALUE": JSON, else a text. Raises ConfigError that begins with the place."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ConfigError(f"{place}: must look like NAME=VALUE, got {shown(text)}")
-    try:
-        return name.strip(), json.loads(value)
-    except (ValueError, RecursionError):
-        return name.strip(), value
+    return name.strip(), parsed(value)
 
 
 _PROBLEMS = {

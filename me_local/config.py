@@ -12,16 +12,30 @@ import math
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import AfterValidator, AllowInfNan, BeforeValidator, Field, Strict, TypeAdapter
+from pydantic import Field, Strict, TypeAdapter
 
-from me_local.checks import argument, by_rule, nearest, number, require_known, shown
+from me_local.checks import (
+    AtLeast0,
+    Int,
+    Text,
+    Texts,
+    argument,
+    by_rule,
+    must,
+    nearest,
+    number,
+    parsed,
+    require_known,
+    shown,
+)
 from me_local.errors import ConfigError
+from me_local.sampling import Bias, Sampling
 
 Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
@@ -32,7 +46,6 @@ ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "gramm
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 
 _UNQUANTISED = ("f32", "f16", "bf16")
-_INT32_MAX = 2**31 - 1  # llama.cpp's own sizes and indices are 32-bit
 _NAME = re.compile(r"(?!\s)[^=,\x00-\x1f\x7f-\x9f\u2028\u2029]+(?<!\s)")
 _HF_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*:(?:[^\s/:\\.][^\s/:\\]*/)*[^\s/:\\.][^\s/:\\]*\.gguf", re.ASCII)
 
@@ -40,41 +53,17 @@ _URL = re.compile(r"https?://[^\s/?#@\x00-\x20]+(?:/[^\s?#@]*)?", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
-def _must(problem: str, holds: Callable[[Any], object]) -> AfterValidator:
-    def check(value: object) -> object:
-        if not holds(value):
-            raise ValueError(f"must {problem}")
-        return value
-
-    return AfterValidator(check)
-
-
-_Number = Annotated[float, Strict(), AllowInfNan(False)]
-_AtLeast0 = Annotated[_Number, Field(ge=0)]
-_Int = Annotated[int, Strict(), Field(le=_INT32_MAX)]
-_Text = Annotated[str, Field(min_length=1)]
-_Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: (raw,) if isinstance(raw, str) else raw)]
-_Name = Annotated[str, _must('be a name without "=", ",", control characters and outer spaces', _NAME.fullmatch)]
-_HfFile = Annotated[str, _must('look like "owner/repo:file.gguf"', _HF_FILE.fullmatch)]
+_Name = Annotated[str, must('be a name without "=", ",", control characters and outer spaces', _NAME.fullmatch)]
+_HfFile = Annotated[str, must('look like "owner/repo:file.gguf"', _HF_FILE.fullmatch)]
 _TAKEN = ("messages", "tools", "add_generation_prompt")
 _Arguments = Annotated[
     dict[str, Any],
-    _must(f"leave out {', '.join(_TAKEN)}, which the conversation gives", lambda given: not given.keys() & set(_TAKEN)),
+    must(f"leave out {', '.join(_TAKEN)}, which the conversation gives", lambda given: not given.keys() & set(_TAKEN)),
 ]
-_Split = Annotated[tuple[_AtLeast0, ...], _must("have a number above 0", any)]
-_Url = Annotated[str, _must('look like "http://host:port", without a key in it', _URL.fullmatch)]
-_Variable = Annotated[str, _must("be the name of an environment variable", _VARIABLE.fullmatch)]
-_File = Annotated[Path, _must("be the path of a file", lambda path: path.name and "\0" not in str(path))]
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one member's distribution is shaped before it is mixed with the others."""
-
-    temperature: _AtLeast0 = 1.0  # 0 = argmax
-    top_k: Annotated[_Int, Field(ge=0)] = 10  # 0 = no limit
-    top_p: Annotated[_Number, Field(gt=0, le=1)] = 1.0
-    min_p: Annotated[_Number, Field(ge=0, le=1)] = 0.0
+_Split = Annotated[tuple[AtLeast0, ...], must("have a number above 0", any)]
+_Url = Annotated[str, must('look like "http://host:port", without a key in it', _URL.fullmatch)]
+_Variable = Annotated[str, must("be the name of an environment variable", _VARIABLE.fullmatch)]
+_File = Annotated[Path, must("be the path of a file", lambda path: path.name and "\0" not in str(path))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +88,22 @@ class MemberConfig:
     url: _Url | None = None  # of the engine that runs it; the file is then its vocabulary alone
     engine: Engine | None = None  # None = "llama-server", where there is a url
     api_key_env: _Variable | None = None
-    model: _Text | None = None  # the name that the engine knows it by, where it has several
-    weight: _AtLeast0 = 1.0  # in a loaded Config the weights sum to 1
-    sampling: Sampling = Sampling()
-    n_ctx: Annotated[_Int, Field(ge=0)] = 4096  # tokens; 0 = the length that the model was trained with
-    n_gpu_layers: Annotated[_Int, Field(ge=-1)] = -1  # -1 = all, where the build supports it
-    n_threads: Annotated[_Int, Field(ge=1, le=512)] | None = None  # 512 is ggml's limit; None = all usable cores
-    n_batch: Annotated[_Int, Field(ge=1)] = 512  # tokens
+    model: Text | None = None  # the name that the engine knows it by, where it has several
+    weight: AtLeast0 = 1.0  # in a loaded Config the weights sum to 1
+    sampling: Sampling = field(default_factory=Sampling)
+    n_ctx: Annotated[Int, Field(ge=0)] = 4096  # tokens; 0 = the length that the model was trained with
+    n_gpu_layers: Annotated[Int, Field(ge=-1)] = -1  # -1 = all, where the build supports it
+    n_threads: Annotated[Int, Field(ge=1, le=512)] | None = None  # 512 is ggml's limit; None = all usable cores
+    n_batch: Annotated[Int, Field(ge=1)] = 512  # tokens
     flash_attn: Annotated[bool, Strict()] = False
     swa_full: Annotated[bool, Strict()] = True
     type_k: CacheType | None = None  # None = llama.cpp's default, f16
     type_v: CacheType | None = None
-    main_gpu: Annotated[_Int, Field(ge=0)] = 0
+    main_gpu: Annotated[Int, Field(ge=0)] = 0
     tensor_split: _Split | None = None  # share of each GPU
     lora: _File | None = None  # absolute
     system: str | None = None  # None = the ensemble's
-    chat_template: _Text | None = None  # None = the GGUF's; "plain"; a built-in's name; an absolute path
+    chat_template: Text | None = None  # None = the GGUF's; "plain"; a built-in's name; an absolute path
     template_args: _Arguments = field(default_factory=dict, hash=False)  # its variables, before the ensemble's
     tokenizer: _File | None = None  # tokenizer.json, absolute
     llama: dict[str, Any] = field(
@@ -132,14 +121,16 @@ class Config:
     unit: Unit = "token"  # what a member is drawn for; "word" exists for "me" alone
     decode: Decode = "sample"  # "argmax", of the mixture, does not exist for "me"
     seed: Annotated[int, Strict(), Field(ge=0, le=2**63 - 1)] | None = None
-    router: _Text = "constant"  # name of an entry point, looked up by its loader
-    alignment: _Text = "top_k"  # the same
+    router: Text = "constant"  # name of an entry point, looked up by its loader
+    alignment: Text = "top_k"  # the same
     route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
     system: str | None = None
     template_args: _Arguments = field(default_factory=dict, hash=False)  # variables of all chat templates
-    max_tokens: Annotated[_Int, Field(ge=0)] = 512  # pieces per reply
-    stop: _Texts = ()
+    max_tokens: Annotated[Int, Field(ge=0)] = 512  # pieces per reply
+    stop: Texts = ()
+    min_tokens: Annotated[Int, Field(ge=0)] = 0  # pieces before the end of generation may come
+    ignore_eos: Annotated[bool, Strict()] = False  # it never comes
     constraint: Constraint | None = None  # of this reply; not in the file
 
     @property
@@ -166,23 +157,31 @@ class Overrides:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    top_n_sigma: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repeat_last_n: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: tuple[str, ...] | None = None
+    logit_bias: Mapping[str, float] | Sequence[Bias | Sequence[object]] | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
     constraint: Constraint | None = None
     weights: Mapping[str, float] | None = None  # member's name → weight; the members not named keep theirs
 
 
 _SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
-_REPLY_KEYS = ("max_tokens", "stop")
+_REPLY_KEYS = ("max_tokens", "stop", "min_tokens", "ignore_eos")
 _ENSEMBLE_KEYS = (
-    "strategy",
-    "unit",
-    "decode",
-    "seed",
-    "router",
-    "alignment",
-    "route",
-    "parallel",
-    "system",
-    "template_args",
+    *("strategy", "unit", "decode", "seed", "router", "alignment"),
+    *("route", "parallel", "system", "template_args"),
 )
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
 _ELSEWHERE = ("engine", "api_key_env", "model")
@@ -191,8 +190,9 @@ _HERE = (
     *("main_gpu", "tensor_split", "lora", "llama"),
 )
 _PATH_KEYS = ("path", "lora", "tokenizer")
-_NUMBER_SETTINGS = ("temperature", "top_k", "top_p", "min_p", "max_tokens", "seed")
-_SETTINGS = (*_NUMBER_SETTINGS, "stop", "decode", "strategy", "unit", "template_args")
+_LISTED = ("logit_bias", "dry_sequence_breakers", "ignore_eos")  # JSON after /set
+_NUMBER_SETTINGS = (*(key for key in _SAMPLING_KEYS if key not in _LISTED), "min_tokens", "max_tokens", "seed")
+_SETTINGS = (*_NUMBER_SETTINGS, *_LISTED, "stop", "decode", "strategy", "unit", "template_args")
 
 
 def load_config(path: Path) -> Config:
@@ -263,7 +263,7 @@ def parse_setting(key: str, value: str) -> Overrides:
     """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
     if key not in _SETTINGS:
         raise ConfigError(f"/set: unknown key {shown(key)}; {nearest(key, _SETTINGS)}")
-    typed: object = number(value) if key in _NUMBER_SETTINGS else value
+    typed: object = number(value) if key in _NUMBER_SETTINGS else parsed(value) if key in _LISTED else value
     if key == "template_args":
         typed = dict([argument(value, "/set template_args")])
     return Overrides(**{key: check(key, typed, f"/set {key}")})
@@ -321,6 +321,8 @@ def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> Member
         raise ConfigError(f'{place}.type_v: "{values["type_v"]}" needs flash_attn = true')
     _require_one_place(values, place)
     own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
+    if "logit_bias" in own:
+        own["logit_bias"] = tuple(replace(bias, member=values["name"]) for bias in own["logit_bias"])
     paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
     if is_template_file(template := values.get("chat_template", "")):
         values["chat_template"] = str(_absolute(template, folder))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able
-from me_local.config import Config, Overrides, Sampling, load_config, override
+from me_local.config import Config, Overrides, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
@@ -30,6 +30,7 @@ from me_local.llama.weights import Shelf
 from me_local.mixture.alignment import Alignment
 from me_local.mixture.routing import Router, SharedRoute, Stretch
 from me_local.plugins import find
+from me_local.sampling import Sampling
 from me_local.text.messages import Message
 
 

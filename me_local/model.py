@@ -68,12 +68,14 @@ class Outcome(NamedTuple):
 class Abilities:
     """What an `engine`, named for errors, can do.
 
-    `most_logits`: it gives so many of the largest logits and no more; None: all of them. `likelihoods`: it can score a
-    text that is there already.
+    `most_logits`: it gives so many of the largest logits and no more; None: all of them. `raw_logits`: they are those
+    of the model, not the logarithms of probabilities, from which they differ by a constant. `likelihoods`: it can
+    score a text that is there already.
     """
 
     engine: str = "llama.cpp"
     most_logits: int | None = None
+    raw_logits: bool = True
     likelihoods: bool = True
 
 

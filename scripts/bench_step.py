@@ -17,11 +17,11 @@ from unittest.mock import patch
 import numpy as np
 
 import me_local
-from me_local.config import Sampling
 from me_local.decoding.generation import Generation
 from me_local.llama.member import Member
 from me_local.measuring.bench import endless, make_generation
 from me_local.mixture.alignment import top_k
+from me_local.sampling import Sampling
 
 WARM_UP = 20
 

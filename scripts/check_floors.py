@@ -29,7 +29,7 @@ from bench_step import WARM_UP, aligning, inside, outside
 
 import me_local
 from me_local.cli.bench import repeated
-from me_local.config import Config, Sampling, load_config
+from me_local.config import Config, load_config
 from me_local.decoding.generation import Generation
 from me_local.ensemble import Ensemble
 from me_local.llama.member import Member
@@ -38,6 +38,7 @@ from me_local.measuring import bench_batch
 from me_local.measuring.bench import CONTEXTS, endless, make_generation, sample_text
 from me_local.measuring.bench_batch import bench_batches
 from me_local.measuring.inspection import inspect_member
+from me_local.sampling import Sampling
 from me_local.system.machine import usable_cores
 from me_local.text.unified import UnifiedVocabulary
 

@@ -1,3 +1,4 @@
+import math
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -7,13 +8,13 @@ from me_local.config import (
     Config,
     MemberConfig,
     Overrides,
-    Sampling,
     load_config,
     override,
     parse_setting,
     parse_weights,
 )
 from me_local.errors import ConfigError
+from me_local.sampling import Bias, Sampling
 
 ONE = '[[members]]\nname = "smol"\npath = "smol.gguf"\n'
 TWO = ONE + '[[members]]\nname = "gemma"\nhf = "ggml-org/gemma-3-270m-GGUF:gemma-3-270m-Q8_0.gguf"\n'
@@ -192,6 +193,29 @@ def test_weights_are_normalised(tmp_path, given, expected):
     assert [member.weight for member in load(tmp_path, text).members] == pytest.approx(expected, abs=1e-15)
 
 
+def test_biases_have_several_spellings_and_ids_belong_to_their_member(tmp_path):
+    config = load(
+        tmp_path,
+        """
+        [sampling]
+        logit_bias = { " the" = -1.5, "a b" = false, c = -100 }
+        [[members]]
+        name = "shared"
+        path = "a.gguf"
+        [[members]]
+        name = "own"
+        path = "b.gguf"
+        logit_bias = [[7, 2], ["x", -1]]
+        """,
+    )
+    assert config.members[0].sampling.logit_bias == (
+        Bias(" the", -1.5),
+        Bias("a b", -math.inf),
+        Bias("c", -math.inf),
+    )
+    assert config.members[1].sampling.logit_bias == (Bias(7, 2.0, "own"), Bias("x", -1.0, "own"))
+
+
 def test_configs_are_frozen(tmp_path):
     with pytest.raises(FrozenInstanceError):
         load(tmp_path, ONE).seed = 1
@@ -202,8 +226,13 @@ NAME_RULE = 'must be a name without "=", ",", control characters and outer space
 MEMBER_KEYS = (
     "name, path, hf, url, engine, api_key_env, model, "
     "weight, n_ctx, n_gpu_layers, n_threads, n_batch, flash_attn, swa_full, type_k, type_v, main_gpu, "
-    "tensor_split, lora, system, chat_template, template_args, tokenizer, llama, temperature, top_k, top_p, min_p"
+    "tensor_split, lora, system, chat_template, template_args, tokenizer, llama, temperature, top_k, top_p, min_p, "
+    "typical_p, top_n_sigma, xtc_probability, xtc_threshold, repeat_penalty, presence_penalty, "
+    "frequency_penalty, repeat_last_n, dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, "
+    "dry_sequence_breakers, logit_bias"
 )
+NUMBERS = ".logit_bias: must give each a number, at most 1000000, or false"
+PAIRS = ".logit_bias: must be a table of texts and numbers, or a list of pairs"
 HF_RULE = 'must look like "owner/repo:file.gguf"'
 URL_RULE = 'must look like "http://host:port", without a key in it'
 WORDS = 'unit "word" needs strategy "me"; "ce" averages members piece by piece, and cannot do so for whole words'
@@ -219,13 +248,24 @@ ARGMAX = 'decode "argmax" needs strategy "ce"; "me" runs one member per step and
         ('top_k = "ten"', '.top_k: must be an integer, got "ten"'),
         ("top_k = 2.0", ".top_k: must be an integer, got 2.0"),
         ("top_k = true", ".top_k: must be an integer, got true"),
-        ("top_k = -1", ".top_k: must be at least 0, got -1"),
+        ("top_k = -2", ".top_k: must be at least 0, got -2"),
         ("temperature = -0.5", ".temperature: must be at least 0, got -0.5"),
         ("temperature = inf", ".temperature: must be a finite number, got inf"),
         ("top_p = 0", ".top_p: must be above 0, got 0"),
         ("top_p = 1.01", ".top_p: must be at most 1, got 1.01"),
         ("top_p = nan", ".top_p: must be a finite number, got nan"),
         ("min_p = 2", ".min_p: must be at most 1, got 2"),
+        ("typical_p = 0", ".typical_p: must be above 0, got 0"),
+        ("repeat_penalty = 0", ".repeat_penalty: must be above 0, got 0"),
+        ("repeat_last_n = -2", ".repeat_last_n: must be at least -1, got -2"),
+        ("dry_allowed_length = 0", ".dry_allowed_length: must be at least 1, got 0"),
+        ("logit_bias = 3", f"{PAIRS}, got 3"),
+        ("logit_bias = [[1, 2, 3]]", f"{PAIRS}, got [[1, 2, 3]]"),
+        (
+            "logit_bias = { a = true }",
+            '.logit_bias: must give each a number, at most 1000000, or false, got {"a": true}',
+        ),
+        ("logit_bias = [[-1, 2]]", ".logit_bias: must name tokens by a text or by an id, got [[-1, 2]]"),
         ("weight = -1", ".weight: must be at least 0, got -1"),
         ("weight = nan", ".weight: must be a finite number, got nan"),
         ("weight = true", ".weight: must be a number, got true"),
@@ -404,7 +444,7 @@ def test_weights_override(config, weights, expected):
     ("given", "expected"),
     [
         (Overrides(temperature=-1), "--temperature: must be at least 0, got -1"),
-        (Overrides(top_k=-1), "--top-k: must be at least 0, got -1"),
+        (Overrides(top_k=-2), "--top-k: must be at least 0, got -2"),
         (Overrides(top_p=0.0), "--top-p: must be above 0, got 0.0"),
         (Overrides(min_p=float("nan")), "--min-p: must be a finite number, got nan"),
         (Overrides(max_tokens=-5), "--max-tokens: must be at least 0, got -5"),
@@ -422,6 +462,36 @@ def test_weights_override(config, weights, expected):
 )
 def test_bad_options(config, given, expected):
     assert message(override, config, given) == expected
+
+
+OFF = """
+top_k = -1
+top_p = 1
+min_p = 0.0
+typical_p = 1.0
+top_n_sigma = -1
+xtc_probability = 0
+repeat_penalty = 1
+presence_penalty = 0
+frequency_penalty = -0.0
+repeat_last_n = -1
+dry_multiplier = 0
+dry_penalty_last_n = -1
+dry_sequence_breakers = []
+logit_bias = {}
+min_tokens = 0
+ignore_eos = false
+"""
+
+
+def test_what_means_off_is_taken(tmp_path):
+    config = load(tmp_path, "[sampling]\n" + OFF + TWO)
+    off = Sampling(top_k=0, repeat_last_n=-1, dry_sequence_breakers=())
+    assert [member.sampling for member in config.members] == [off, off]
+    assert (config.min_tokens, config.ignore_eos) == (0, False)
+    for setting in OFF.strip().splitlines():
+        key, _, value = setting.partition(" = ")
+        parse_setting(key, value)
 
 
 def test_the_option_that_makes_argmax_impossible_is_named(config):
@@ -476,9 +546,14 @@ def test_bad_weights(text, expected):
         ("temperature", "0.5", Overrides(temperature=0.5)),
         ("temperature", "1", Overrides(temperature=1.0)),
         ("top_k", "40", Overrides(top_k=40)),
+        ("top_k", "-1", Overrides(top_k=0)),
         ("top_p", "1", Overrides(top_p=1.0)),
         ("min_p", "0.05", Overrides(min_p=0.05)),
         ("max_tokens", "64", Overrides(max_tokens=64)),
+        ("repeat_penalty", "1.1", Overrides(repeat_penalty=1.1)),
+        ("ignore_eos", "true", Overrides(ignore_eos=True)),
+        ("dry_sequence_breakers", '["\\n", "."]', Overrides(dry_sequence_breakers=("\n", "."))),
+        ("logit_bias", '{" the": -2, "a": false}', Overrides(logit_bias=(Bias(" the", -2.0), Bias("a", -math.inf)))),
         ("seed", "9007199254740993", Overrides(seed=9007199254740993)),  # 2**53 + 1: no float on the way
         ("stop", "7", Overrides(stop=("7",))),
         ("decode", "argmax", Overrides(decode="argmax")),
@@ -496,12 +571,16 @@ def test_parse_setting(key, value, expected):
         (
             "zzz",
             "1",
-            '/set: unknown key "zzz"; allowed: temperature, top_k, top_p, min_p, '
-            "max_tokens, seed, stop, decode, strategy, unit, template_args",
+            '/set: unknown key "zzz"; allowed: temperature, top_k, top_p, min_p, typical_p, top_n_sigma, '
+            "xtc_probability, xtc_threshold, repeat_penalty, presence_penalty, frequency_penalty, repeat_last_n, "
+            "dry_multiplier, dry_base, dry_allowed_length, dry_penalty_last_n, min_tokens, max_tokens, seed, "
+            "logit_bias, dry_sequence_breakers, ignore_eos, stop, decode, strategy, unit, template_args",
         ),
         ("temperature", "-1", "/set temperature: must be at least 0, got -1"),
         ("temperature", "hot", '/set temperature: must be a number, got "hot"'),
         ("top_k", "2.5", "/set top_k: must be an integer, got 2.5"),
+        ("ignore_eos", "yes", '/set ignore_eos: must be true or false, got "yes"'),
+        ("logit_bias", "the", '/set logit_bias: must be a table of texts and numbers, or a list of pairs, got "the"'),
         ("decode", "greedy", '/set decode: must be "sample" or "argmax", got "greedy"'),
     ],
 )

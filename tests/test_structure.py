@@ -18,6 +18,7 @@ ROOMS = (
     "gguf",
     "system",
     "checks",
+    "sampling",
     "config",
     "text",
     "stores",

@@ -14,10 +14,11 @@ from me_local.cli.display import Painter, make_console
 from me_local.cli.input import read_lines
 from me_local.cli.interrupt import cancels
 from me_local.cli.options import configured, load, models_option, sampling_options
+from me_local.cli.shaping import Sectioned
 from me_local.errors import MeLocalError
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @models_option
 @click.option("--no-color", is_flag=True, help="No colours. NO_COLOR does the same.")
 @sampling_options

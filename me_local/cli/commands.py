@@ -216,7 +216,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "regen": ("another reply to the last message", _regen),
     "system": ("TEXT: set the system message; without a text, remove it", _system),
     "set": (
-        "KEY VALUE: temperature, top_k, top_p, min_p, max_tokens, seed, stop, decode; template_args NAME=VALUE",
+        "KEY VALUE: temperature, top_k, stop, seed, any other key of [sampling] in models.toml; decode; "
+        "template_args NAME=VALUE",
         _set,
     ),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),

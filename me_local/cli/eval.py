@@ -164,8 +164,11 @@ def _settings(config: Config, tasks: Sequence[Task], few_shot: bool) -> dict[str
     own = {task.name: task.own.digest for task in tasks if task.own}
     if not own:
         return settings
-    reply = {key: getattr(config, key) for key in ("unit", "decode", "system", "max_tokens")}
+    reply = {
+        key: getattr(config, key) for key in ("unit", "decode", "system", "max_tokens", "min_tokens", "ignore_eos")
+    }
     shaped = {m.name: asdict(m.sampling) | {"system": m.system} for m in config.members}
+    shaped = json.loads(json.dumps(shaped))  # as it is read back from a record, where tuples are lists
     return settings | {"own": own, "replies": reply | {"stop": list(config.stop), "members": shaped}}
 
 

@@ -24,6 +24,7 @@ from me_local.cli.options import (
     sampling_options,
 )
 from me_local.cli.progress import progress
+from me_local.cli.shaping import Sectioned
 from me_local.config import Overrides
 from me_local.decoding.reply import Reply, ReplyStream
 from me_local.ensemble import Ensemble, Finished
@@ -32,7 +33,7 @@ from me_local.mixture.routing import Stretch
 from me_local.records import open_records, standard_output, write_record
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @click.argument("prompt", required=False)
 @models_option
 @click.option("--raw", is_flag=True, help="Complete the prompt as it stands, without chat templates.")

@@ -16,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from me_local.checks import argument
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
+from me_local.cli.shaping import Lines, Option, each_option, take_shaping
 from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
 from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
@@ -61,21 +62,14 @@ class Duration(click.types.StringParamType):
         return seconds
 
 
-class _Texts(click.types.StringParamType):
-    """Texts, of which an environment variable holds one: white space belongs to it."""
-
-    def split_envvar_value(self, rv: str) -> list[str]:
-        """The values of an environment variable."""
-        return [rv]
-
-
 def named(*names: str, **attributes: Any) -> Decorator:
     """An option that an environment variable of its name sets, too.
 
     So is each that describes models, replies or the server: what one would want to hold for many runs. What a single
     run reads, writes and prints is said on its command line.
     """
-    return click.option(*names, envvar=variable_of(names[0]), show_envvar=True, **attributes)
+    kind = attributes.pop("cls", Option)
+    return click.option(*names, cls=kind, envvar=variable_of(names[0]), show_envvar=True, **attributes)
 
 
 def variable_of(name: str) -> str:
@@ -102,7 +96,7 @@ _TEMPLATE_ARG = named(
     "--template-arg",
     "template_args",
     metavar="NAME=VALUE",
-    type=_Texts(),
+    type=Lines(),
     multiple=True,
     callback=_read_arguments,
     help="A variable for chat templates, such as enable_thinking=false; may be given several times.",
@@ -122,15 +116,12 @@ _SAMPLING: list[Decorator] = [
     ),
     _WEIGHTS,
     named("--seed", type=int, help="Makes a reply repeatable."),
-    named("--temperature", type=float, help="Sharpens (< 1) or flattens each member's distribution; 0: its argmax."),
-    named("--top-k", type=int, help="Keep each member's k likeliest tokens; 0: all."),
-    named("--top-p", type=float, help="Keep each member's likeliest tokens of this total probability."),
-    named("--min-p", type=float, help="Drop tokens below this part of the likeliest one's probability."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
-    named("--stop", type=_Texts(), multiple=True, help="End the reply before this text; may be given several times."),
+    named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
     _TEMPLATE_ARG,
+    *each_option(named),
 ]
 
 _PARALLEL = named(
@@ -145,7 +136,7 @@ _NO_MODELS = (
 _MEMBERS = "me_local.members"
 
 
-class _MemberText(_Texts):
+class _MemberText(Lines):
     """A model as --member takes it; an environment variable holds several, parted and quoted as in a shell."""
 
     name = "model"
@@ -246,6 +237,7 @@ def described(models: Path) -> Config:
 def configured(models: Path, given: dict[str, Any]) -> Config:
     """The configuration of `described`, with the options of `sampling_options` before it. Raises ConfigError."""
     config = described(models)
+    given = take_shaping(given)
     weights, stop = given.pop("weights"), given.pop("stop")
     return override(with_weights(config, weights), Overrides(stop=stop or None, **given))
 

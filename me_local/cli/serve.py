@@ -9,6 +9,7 @@ import click
 
 from me_local.cli.display import Notices
 from me_local.cli.options import Duration, checks, configured, load, models_option, named, served_options
+from me_local.cli.shaping import Sectioned
 from me_local.config import Config
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError
@@ -27,7 +28,7 @@ class _Port(click.Option):
         return None if value and value.startswith(("tcp://", "udp://", "sctp://")) else value
 
 
-@click.command()
+@click.command(cls=Sectioned)
 @models_option
 @named("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @named("--port", cls=_Port, type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")

@@ -11,15 +11,17 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.config import Constraint, Sampling, Strategy, Unit
+from me_local.config import Constraint, Strategy, Unit
 from me_local.decoding.losses import Loss, measure
 from me_local.decoding.schedule import Schedule
+from me_local.decoding.shaping import Shaper, breaking
 from me_local.mixture.alignment import Alignment, sufficient, top_k
 from me_local.mixture.permitting import Beginnings, BoolArray
 from me_local.mixture.routing import Router
 from me_local.mixture.union import Union
 from me_local.mixture.words import Openings
 from me_local.model import Model, Row, Shortlist
+from me_local.sampling import Sampling
 from me_local.system.inflight import InFlight
 from me_local.text.unified import UnifiedVocabulary
 
@@ -38,8 +40,9 @@ class Request:
     depend on what else was evaluated before. `parallel` says whether CE evaluates its members at the same time, each on
     its share of the cores; None: whichever is found to be faster. The numbers do not depend on it. `unit` "word" goes
     with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name. A `constraint` says
-    what the reply has to be; the head does not count, nor does a thought that it opens, which ends with `closing`.
-    With `prefill` the head is the beginning of a reply, behind its prompt, and not that of a document.
+    what the reply has to be; the head does not count, nor does a thought that it opens, which ends with `closing`. The
+    end of generation comes behind `min_tokens` pieces or more; where a constraint leaves nothing else, it ends the
+    reply at once. With `prefill` the head is the beginning of a reply, behind its prompt, and not that of a document.
     """
 
     prompts: tuple[IntArray, ...]
@@ -56,6 +59,7 @@ class Request:
     constraint: Constraint | None = None
     prefill: bool = False
     closing: bytes = b""
+    min_tokens: int = 0
 
 
 FORCED = -1
@@ -97,11 +101,20 @@ class Work:
 
 
 def needed_logits(
-    alignment: Alignment, strategy: Strategy, unit: Unit, sampling: Sampling, constraint: Constraint | None
+    alignment: Alignment,
+    strategy: Strategy,
+    unit: Unit,
+    sampling: Sampling,
+    constraint: Constraint | None,
+    lowered: int | None,
 ) -> int:
-    """How many of a member's largest logits are enough for its distribution; 0: none but all of them."""
+    """How many of a member's largest logits are enough for its distribution; 0: none but all of them.
+
+    `lowered` is that of its `Shaper`: where so many lose at most, the largest of what is left are among so many more.
+    """
     truncates = alignment is top_k and strategy != "union" and unit == "token" and constraint is None
-    return sufficient(sampling) if truncates else 0
+    count = sufficient(sampling) if truncates else 0
+    return count + lowered if count and lowered is not None else 0
 
 
 class Engine:
@@ -131,8 +144,21 @@ class Engine:
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
         self.schedule = Schedule(self.models)
         self.losses: dict[int, Loss] = {}
+        self._breaking: dict[tuple[int, tuple[str, ...]], BoolArray] = {}
         self.turns, self.steps = InFlight(), InFlight()
         self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
+
+    def shaper(self, member: int, sampling: Sampling, min_tokens: int) -> Shaper:
+        """What shapes a member's logits in a reply. Raises ConfigError for a bias of an id that it has not."""
+        model, texts = self.models[member], sampling.dry_sequence_breakers
+
+        def breaks() -> BoolArray:
+            key = (self.groups[member], texts)
+            if key not in self._breaking:
+                self._breaking[key] = breaking(model.vocabulary, texts)
+            return self._breaking[key]
+
+        return Shaper(model.name, model.vocabulary, sampling, n_ctx=model.n_ctx, min_tokens=min_tokens, breaks=breaks)
 
     def can_write(self, member: int, strays: frozenset[int]) -> bool:
         """Whether a member has tokens for a text with these bytes that are no whole characters."""

@@ -55,13 +55,14 @@ class Generation:
         # before, there may be more tokens than bytes.
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
+        shapers = [engine.shaper(i, each, request.min_tokens) for i, each in enumerate(request.sampling)]
         self.sufficient = tuple(
-            needed_logits(engine.alignment, request.strategy, request.unit, each, request.constraint)
-            for each in request.sampling
+            needed_logits(engine.alignment, request.strategy, request.unit, each, request.constraint, shaper.lowered)
+            for each, shaper in zip(request.sampling, shapers, strict=True)
         )
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
-        self._sampler = Sampler(engine, request, self._text, route)
+        self._sampler = Sampler(engine, request, self._text, route, shapers, self.ids)
 
     @property
     def text(self) -> bytes:
@@ -91,7 +92,10 @@ class Generation:
             self._prepare(member)
 
     def mixture(self) -> Distribution:
-        """The ensemble's distribution over the next piece, from which CE samples. Raises what `step` raises."""
+        """The ensemble's distribution over the next piece, from which CE samples where the coin of XTC leaves it alone.
+
+        Raises what `step` raises.
+        """
         return self._run(self._sampler.mixture(self._weights()))[0]
 
     def step(self) -> Draw | None:

@@ -9,20 +9,22 @@ members come by them.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Sampling
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request
+from me_local.decoding.shaping import Shaper
 from me_local.errors import RunError
 from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample, sufficient, top_k
-from me_local.mixture.permitting import permitted
+from me_local.mixture.permitting import BoolArray, permitted
 from me_local.mixture.words import is_free, may_end
 from me_local.model import Row, split
+from me_local.sampling import Sampling
 from me_local.text import constraints
 from me_local.text.constraints import Matcher
 from me_local.text.growing import Text
@@ -36,11 +38,20 @@ _UNIFORMS = 64
 class Sampler:
     """Draws the pieces of one reply, as its request wants them; `text` is the reply so far.
 
-    Two streams of random numbers follow from the seed, one for members and one for pieces, with one number a step each;
-    `route` goes before the first. `writer`, by words, is the member that wrote the last piece, else None.
+    Streams of random numbers follow from the seed, one for members, one for pieces and one for XTC, with one number a
+    step each; `route` goes before the first. `writer`, by words, is the member that wrote the last piece, else None.
+    `shapers` are the members', whose contexts `context` gives.
     """
 
-    def __init__(self, engine: Engine, request: Request, text: Text, route: Callable[[], float] | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        text: Text,
+        route: Callable[[], float] | None,
+        shapers: Sequence[Shaper],
+        context: Callable[[int], IntArray],
+    ) -> None:
         self._engine = engine
         self._request = request
         self._text = text
@@ -48,11 +59,30 @@ class Sampler:
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._route_uniform = route or _uniforms(route_seed)
         self._piece_uniform = _uniforms(piece_seed)
+        self._throws = any(0 < each.xtc_probability < 1 for each in request.sampling)
+        if self._throws:  # spawn_key=(2,) is that of shared routes: members must not be drawn by XTC's coins
+            self._coin_uniform = _uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
+        self._coin = 1.0  # of this position, the same for all members
         self._matcher = constraints.start(request.constraint, request.closing) if request.constraint else None
+        self._shapers = [shaper if shaper.changes else None for shaper in shapers]
+        self._context = context
+        self._written = 0  # pieces
+        self._may_write = [self._without(shaper.banned, i) for i, shaper in enumerate(shapers)] if self._matcher else []
+
+    def _without(self, banned: IntArray, member: int) -> tuple[IntArray, BoolArray]:
+        """The numbers of a member's pieces, -1 for those that are banned, and which bytes are pieces of their own."""
+        if not len(banned):
+            return self._engine.unified.numbers[member], self._engine.single_bytes[member]
+        numbers = self._engine.unified.numbers[member].copy()
+        numbers[banned] = -1
+        return numbers, self._engine.beginnings.single(numbers)
 
     def draw(self, weights: FloatArray) -> Course[Draw]:
         """The next piece, under these weights, float64 (members,). Raises RunError."""
+        if self._throws:
+            self._coin = self._coin_uniform()
         draw = self._forced(weights) or (yield from self._draw(weights))
+        self._written += 1
         if self._request.unit == "word":
             self.writer = None if draw.member == FORCED else draw.member
         if self._matcher and draw.piece:
@@ -80,12 +110,11 @@ class Sampler:
         matcher = self._matcher
         if matcher is None:
             return True
-        single = self._engine.single_bytes[member]
+        numbers, single = self._may_write[member]
         if single.all() or self._is_forced(matcher) or (matcher.following() & single).any():
             return True
-        numbers = self._engine.unified.numbers[member]
         numbers = numbers[numbers >= 0]
-        numbers = numbers[self._engine.beginnings.among(matcher.following, numbers, end=matcher.may_end())]
+        numbers = numbers[self._engine.beginnings.among(matcher.following, numbers, end=self._may_end(matcher))]
         return any(map(self._permits(matcher), numbers.tolist()))
 
     def mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
@@ -95,7 +124,7 @@ class Sampler:
         distributions = {i: self._align(i, logits[i], self._engine.unified.numbers[i]) for i in members}
         if self._request.strategy == "union":
             temperatures = {i: self._request.sampling[i].temperature for i in members}
-            whole = {i: split(row, self._engine.unified.numbers[i])[0] for i, row in logits.items()}
+            whole = {i: split(self._shaped(i, row), self._engine.unified.numbers[i])[0] for i, row in logits.items()}
             distributions = self._engine.union.distributions(distributions, whole, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
@@ -166,27 +195,43 @@ class Sampler:
     def _permitted(self, logits: LogitArray, numbers: IntArray, matcher: Matcher, sampling: Sampling) -> IntArray:
         """The numbers of the pieces that the constraint allows; no more of them than the alignment looks at."""
         wanted = sufficient(sampling) if self._engine.alignment is top_k else 0
-        candidates = partial(self._engine.beginnings.among, matcher.following, end=matcher.may_end())
+        candidates = partial(self._engine.beginnings.among, matcher.following, end=self._may_end(matcher))
         return permitted(logits, numbers, self._permits(matcher), wanted, candidates)
 
     def _permits(self, matcher: Matcher) -> Callable[[int], bool]:
         """Whether the piece of a number may come next."""
-        pieces, may_end = self._engine.unified.pieces, matcher.may_end()
+        pieces, may_end = self._engine.unified.pieces, self._may_end(matcher)
         return lambda number: may_end if number == END else number > END and matcher.allows(pieces[number])
+
+    def _may_end(self, matcher: Matcher) -> bool:
+        return self._written >= self._request.min_tokens and matcher.may_end()
+
+    def _shaped(self, member: int, row: Row) -> Row:
+        """A member's logits after its penalties and biases."""
+        shaper = self._shapers[member]
+        return row if shaper is None else shaper.shape(row, partial(self._context, member), self._written)
+
+    def _sampling(self, member: int) -> Sampling:
+        """A member's settings, once XTC's coin is thrown."""
+        sampling = self._request.sampling[member]
+        if not self._throws:
+            return sampling
+        return replace(sampling, xtc_probability=float(self._coin < sampling.xtc_probability))
 
     def _align(self, member: int, row: Row, numbers: IntArray, otherwise: Distribution | None = None) -> Distribution:
         """The distribution over the pieces of these numbers that a member's logits stand for.
 
-        Where a constraint allows none of them, `otherwise`, if there is one.
+        Where none of them may come, `otherwise`, if there is one.
         """
         self._engine.note_loss(member, row)
         try:
-            logits, numbers = split(row, numbers)
+            logits, numbers = split(self._shaped(member, row), numbers)
+            sampling = self._sampling(member)
             if self._matcher:
-                numbers = self._permitted(logits, numbers, self._matcher, self._request.sampling[member])
-                if otherwise and not (numbers >= 0).any():
-                    return otherwise
-            return self._engine.alignment(logits, numbers, self._request.sampling[member])
+                numbers = self._permitted(logits, numbers, self._matcher, sampling)
+            if otherwise and not ((numbers >= 0) & (logits > -np.inf)).any():
+                return otherwise
+            return self._engine.alignment(logits, numbers, sampling)
         except Exception as error:  # ValueError, and whatever the alignment of another package may raise
             log.debug("alignment failed", exc_info=True)
             name = self._engine.models[member].name

@@ -20,7 +20,7 @@ import llama_cpp
 import numpy as np
 
 from me_local.arrays import IntArray
-from me_local.config import CacheType, Config, MemberConfig, Overrides, Sampling, check, is_template_file, override
+from me_local.config import CacheType, Config, MemberConfig, Overrides, check, is_template_file, override
 from me_local.engines.loading import Loaded, prompt_writer, put_together
 from me_local.errors import ConfigError, RunError
 from me_local.llama.batch import Part
@@ -29,6 +29,7 @@ from me_local.llama.member import Member
 from me_local.llama.options import context_table
 from me_local.llama.weights import Weights
 from me_local.model import Evaluated, Row
+from me_local.sampling import Sampling
 from me_local.text.unified import UnifiedVocabulary
 
 Result = TypeVar("Result")

@@ -103,7 +103,8 @@ class RemoteModel:
         text = self.vocabulary.encode(_PROBE.encode(), at_start=True)[: _PROBED[-1]]
         self._probe = np.array(text if self.vocabulary.bos is None else [self.vocabulary.bos, *text], dtype=np.int32)
         self._most = self._find_most()
-        self.abilities = Abilities(self.config.engine or "llama-server", self._most - _SPARE, likelihoods=False)
+        engine = self.config.engine or "llama-server"
+        self.abilities = Abilities(engine, self._most - _SPARE, raw_logits=False, likelihoods=False)
         self._met = time.monotonic()  # what comes over connections that are there already is known from here on
         self._fingerprint, self._called = self._predict_probe()
 

@@ -11,7 +11,7 @@ what an arm takes also where several replies are made at once. Tables are made o
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from me_local.asking import Ask
@@ -24,6 +24,7 @@ from me_local.evaluation.tables import ACCURACY, COSTS, PER_CHARACTER, Record
 from me_local.evaluation.tasks import Question, Task
 from me_local.evaluation.voting import vote
 from me_local.records import route_record, stretch_of
+from me_local.sampling import Sampling as Shape
 
 ENSEMBLE = "ensemble"
 VOTE = "VOTE"
@@ -186,7 +187,8 @@ class Sampling:
         if task.own:
             return replace(shared, max_tokens=task.own.max_tokens, stop=task.own.stop)
         top_k = TOP_K if self._top_k is None else self._top_k
-        return replace(shared, temperature=1.0, top_k=top_k, top_p=1.0, min_p=0.0, max_tokens=MAX_TOKENS)
+        paper = asdict(Shape(top_k=top_k))
+        return replace(shared, **paper, max_tokens=MAX_TOKENS, min_tokens=0, ignore_eos=False)
 
     def _record(self, job: Job, reply: Reply, seconds: float) -> Record:
         found = job.task.extract(job.question, reply.answer)

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
+_MOST_PICKED = 1024
+"""Of more, all are handed over: to pick and to order them would take longer."""
 _DECODE_ERRORS = {
     1: "no room is left in its KV cache",
     2: "the evaluation was aborted",
@@ -204,12 +206,13 @@ class Member:
 
     @_using
     def shorten(self, count: int, numbers: IntArray) -> None:
-        """From the next evaluation on, pick the `count` largest logits on the GPU, or none (0), if there is a GPU.
+        """From the next evaluation on, pick the `count` largest logits on the GPU, if there is one; 0, or many: none.
 
         Those of ids whose number, in int32 (vocabulary,), is negative are not among them. Raises RunError.
         """
         if not self.on_gpu:
             return
+        count = count if count <= _MOST_PICKED else 0
         now = self._shortlister
         if count == (now.count if now else 0) and (now is None or now.numbers is numbers):
             return

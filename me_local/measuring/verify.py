@@ -190,8 +190,10 @@ class _Verification:
 
     def _request(self, text: bytes, seed: int) -> Request:
         config = self._ensemble.config
-        prompts = self._ensemble.prompter.raw_prompts(text.decode(), config)
-        return replace(make_request(config, prompts), strategy="me", unit="token", argmax=False, seed=seed)
+        request = make_request(config, self._ensemble.prompter.raw_prompts(text.decode(), config))
+        # The mixture is compared with draws of many seeds: XTC, whose coin follows from the seed, is left out.
+        sampling = tuple(replace(each, xtc_probability=0.0) for each in request.sampling)
+        return replace(request, sampling=sampling, strategy="me", unit="token", argmax=False, seed=seed)
 
     def _reply(self, number: int, prompt: str) -> bytes:
         """Write a reply, compare some of its steps, and return one of its prefixes."""

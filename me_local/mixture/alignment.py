@@ -1,8 +1,9 @@
 """From a member's logits to a distribution over pieces, from several distributions to one, and the draw.
 
 Pure functions on arrays. An alignment (A_i in the definition of an ensemble) sees one member's logits and nothing
-else, which is what makes ME and CE have the same distribution. The default follows the paper: temperature, then
-top-k, top-p and min-p, then renormalising, all inside the member; then ids become pieces and equal pieces add up.
+else, which is what makes ME and CE have the same distribution. The default follows the paper: top-n-sigma, temperature,
+top-k, typical-p, top-p, min-p and XTC, then renormalising, all inside the member; then ids become pieces and equal
+pieces add up.
 """
 
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Sampling
+from me_local.sampling import Sampling
 
 _PART = 8  # of the vocabulary, one such part of which is searched for a floor
 _COLUMNS = 32  # of it, for each token that is wanted: few of the largest share one
@@ -53,26 +54,32 @@ class Alignment(Protocol):
     def __call__(self, logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
         """Logits (n,) and, for each id, the number of its piece (n,), -1 for an id that is never sampled.
 
-        Raises ValueError when no distribution can be made of the logits.
+        Penalties and biases are in the logits already, and a ban is minus infinity. The coin of XTC has been thrown:
+        `sampling.xtc_probability` is 1 or 0. Raises ValueError when no distribution can be made of the logits.
         """
 
 
 def top_k(logits: LogitArray, numbers: IntArray, sampling: Sampling) -> Distribution:
     """The paper's alignment: temper, truncate, renormalise, and add up ids that stand for the same piece."""
     limit = _limit(sampling)
+    if sampling.top_n_sigma > 0 and sampling.temperature > 0:
+        numbers = _near_the_best(logits, numbers, sampling.top_n_sigma)
     if 0 < limit <= _FEW and (largest := _largest(logits, numbers, limit)):
         return _of_few(largest, sampling)
     ids = _ranked(logits, numbers, limit)
     scores = logits[ids].astype(np.float64)
     with np.errstate(over="ignore"):  # next to temperature 0, all others get nothing
         weights = np.exp((scores - scores[0]) / (sampling.temperature or 1.0))
-    keep = _kept(weights, sampling)
-    return _merged(numbers[ids[:keep]], weights[:keep] / weights[:keep].sum())
+    weights = _truncated(weights, sampling)
+    kept = np.flatnonzero(weights)
+    return _merged(numbers[ids[kept]], weights[kept] / weights[kept].sum())
 
 
 def sufficient(sampling: Sampling) -> int:
     """How many of the largest logits that may be sampled are enough for `top_k`; 0: none but all of them."""
     limit = _limit(sampling)
+    if sampling.top_n_sigma > 0 and sampling.temperature > 0:
+        return 0
     return limit + _SPARE if limit else 0
 
 
@@ -152,8 +159,8 @@ def _of_few(candidates: _Ranked, sampling: Sampling) -> Distribution:
     """The distribution over these: tempered, truncated, renormalised, and equal pieces added up."""
     best, temperature = candidates[0][0], sampling.temperature or 1.0
     weights = [math.exp((best - score) / temperature) for score, _, _ in candidates]
-    if sampling.top_p < 1 or sampling.min_p > 0:
-        weights = weights[: _kept(np.array(weights), sampling)]
+    if sampling.top_p < 1 or sampling.min_p > 0 or sampling.typical_p < 1 or sampling.xtc_probability >= 1:
+        weights = _truncated(np.array(weights), sampling).tolist()
     total = sum(weights)
     shares: dict[int, float] = {}
     for weight, (_, _, number) in zip(weights, candidates, strict=False):
@@ -181,15 +188,58 @@ def _check_finite(logits: LogitArray) -> None:
         raise ValueError("NaN or infinite logits")
 
 
-def _kept(weights: FloatArray, sampling: Sampling) -> int:
-    """How many of weights that descend top-p, then min-p, leave; none of these is zero."""
-    keep = int(np.count_nonzero(weights))
+def _truncated(weights: FloatArray, sampling: Sampling) -> FloatArray:
+    """Weights that descend, with 0 for those that typical-p, top-p, min-p and XTC take away one after the other."""
+    if sampling.typical_p < 1:
+        weights = _typical(weights, sampling.typical_p)
     if sampling.top_p < 1:
         cumulative = np.cumsum(weights)
-        keep = min(keep, int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1)
+        last = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1]))
+        weights = np.where(np.arange(len(weights)) <= last, weights, 0.0)
     if sampling.min_p > 0:
-        keep = min(keep, int(np.count_nonzero(weights >= sampling.min_p * weights[0])))
-    return keep
+        weights = np.where(weights >= sampling.min_p * weights.max(), weights, 0.0)
+    if sampling.xtc_probability >= 1:
+        weights = _without_top_choices(weights, sampling.xtc_threshold)
+    return weights
+
+
+def _typical(weights: FloatArray, share: float) -> FloatArray:
+    """The weights whose surprise is nearest to the expected one, until they have more than this share.
+
+    Source: Meister et al. 2023, "Locally Typical Sampling".
+    """
+    likely = np.flatnonzero(weights)
+    probabilities = weights[likely] / weights.sum()
+    surprise = -np.log(probabilities)
+    order = np.abs(surprise - (probabilities * surprise).sum()).argsort(kind="stable")
+    count = int(np.searchsorted(np.cumsum(probabilities[order]), share, side="right")) + 1
+    kept = likely[order[:count]]
+    left = np.zeros_like(weights)
+    left[kept] = weights[kept]
+    return left
+
+
+def _without_top_choices(weights: FloatArray, threshold: float) -> FloatArray:
+    """XTC: of the choices with at least this probability, the least likely alone is left.
+
+    Source: github.com/oobabooga/text-generation-webui/pull/6335.
+    """
+    top = np.flatnonzero((weights > 0) & (weights >= threshold * weights.sum()))
+    left = weights.copy()
+    left[top[:-1]] = 0.0
+    return left
+
+
+def _near_the_best(logits: LogitArray, numbers: IntArray, sigmas: float) -> IntArray:
+    """Numbers, with -1 for logits that are more standard deviations below the largest, of all that may be sampled.
+
+    Source: Tang et al. 2024, "Top-nσ: Not All Logits Are You Need".
+    """
+    usable = (numbers >= 0) & (logits > -np.inf)
+    if not usable.any():
+        return numbers
+    among = logits[usable].astype(np.float64)
+    return np.where(usable & (logits >= among.max() - sigmas * among.std()), numbers, np.int32(-1))
 
 
 def _merged(numbers: IntArray, probabilities: FloatArray) -> Distribution:

@@ -88,8 +88,6 @@ def _text_or_ids(raw: Any) -> Any:
 
 Ignored = Annotated[Any, Field(default=None)]
 Unsupported = Annotated[Any, Field(default=None), no_effect_but([], {}, "")]
-Penalty = Annotated[float | None, Field(default=None), no_effect_but(0)]
-Factor = Annotated[float | None, Field(default=None), no_effect_but(1)]
 Finite = Annotated[float, Field(allow_inf_nan=False, ge=0)]
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Limit = Annotated[Count | None, without(-1)]

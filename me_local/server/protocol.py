@@ -17,12 +17,9 @@ from me_local.errors import InputError
 from me_local.server import tools as toolbox
 from me_local.server.fields import (
     Count,
-    Factor,
-    Finite,
     Ignored,
     Limit,
     LimitOrNothing,
-    Penalty,
     Stops,
     Strict,
     TextOrIds,
@@ -34,6 +31,7 @@ from me_local.server.fields import (
     without,
 )
 from me_local.server.refusals import ApiError
+from me_local.server.shaping import Shaping
 from me_local.server.structure import Structure
 from me_local.server.thinking import Thinking
 from me_local.text import constraints
@@ -111,14 +109,10 @@ class StreamOptions(Strict):
     continuous_usage_stats: Ignored
 
 
-class _Request(Structure, Strict):
+class _Request(Structure, Shaping, Strict):
     """What conversations and completions have in common."""
 
     model: str = MODEL
-    temperature: Finite | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1), BeforeValidator(lambda raw: 0 if raw == -1 else raw)] = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Limit = None
     stop: Stops = None
     seed: Annotated[int | None, Field(ge=0, le=2**62), without(-1)] = None
@@ -128,11 +122,6 @@ class _Request(Structure, Strict):
     strategy: Strategy | None = None
     weights: Weights | None = None
     unit: Unit | None = None
-    presence_penalty: Penalty
-    frequency_penalty: Penalty
-    repeat_penalty: Factor
-    repetition_penalty: Factor
-    logit_bias: Unsupported
     user: Ignored
     metadata: Ignored
     store: Ignored
@@ -175,13 +164,10 @@ class _Request(Structure, Strict):
             seed=self.seed if self.seed is not None else ensemble.config.seed,
             max_tokens=self.limit(),
             stop=None if self.stop is None else tuple(self.stop),
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
             constraint=self._constraint(),
             weights=self._weights(ensemble, aliases),
             template_args=self.template_args(),
+            **self.shaping(),
         )
         ensemble.with_overrides(overrides)
         given, n = self.prompts(), self.n or 1

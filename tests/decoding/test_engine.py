@@ -11,7 +11,6 @@ from scipy import stats
 from selection import slow_but
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Sampling
 from me_local.decoding.engine import Draw, Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.errors import RunError
@@ -19,6 +18,7 @@ from me_local.llama.member import Member
 from me_local.measuring.bench import endless
 from me_local.mixture.alignment import top_k
 from me_local.mixture.routing import constant
+from me_local.sampling import Sampling
 from me_local.text.unified import END
 
 OpenMember = Callable[..., Member]

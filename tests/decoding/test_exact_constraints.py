@@ -41,7 +41,7 @@ from test_exact_words import WordTree, strays
 
 from me_local import Ensemble, Overrides, load
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Constraint, Sampling
+from me_local.config import Constraint
 from me_local.decoding import strategies
 from me_local.decoding.batching import Batching
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request
@@ -52,6 +52,7 @@ from me_local.jsonl import json_text
 from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.routing import SharedRoute
+from me_local.sampling import Sampling
 from me_local.text import constraints
 from me_local.text.constraints import Matcher
 from me_local.text.unified import END

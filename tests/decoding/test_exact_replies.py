@@ -32,7 +32,6 @@ from tiny_vocabularies import chatml_vocab
 
 from me_local import Ensemble, Overrides
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Sampling
 from me_local.decoding import generation, strategies
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
@@ -41,6 +40,7 @@ from me_local.mixture import alignment
 from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.routing import Router, constant
 from me_local.model import Evaluated, Model
+from me_local.sampling import Sampling
 from me_local.text.growing import SampledText
 from me_local.text.unified import END
 from me_local.text.vocabulary import Vocabulary

@@ -32,7 +32,6 @@ from test_exact_replies import (
 )
 
 from me_local.arrays import FloatArray, IntArray, LogitArray
-from me_local.config import Sampling
 from me_local.decoding import strategies
 from me_local.decoding.engine import Course, Draw, Engine
 from me_local.decoding.generation import Generation
@@ -40,6 +39,7 @@ from me_local.decoding.strategies import Sampler
 from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.words import Openings
+from me_local.sampling import Sampling
 
 __all__ = ["tiny"]
 

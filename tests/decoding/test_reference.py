@@ -27,11 +27,12 @@ from tiny_vocabularies import chatml_vocab
 from me_local import Ensemble, Overrides, _reference
 from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.asking import Ask
-from me_local.config import MemberConfig, Sampling, load_config
+from me_local.config import MemberConfig, load_config
 from me_local.decoding.reply import Reply, Step
 from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution, top_k
 from me_local.model import Evaluated
+from me_local.sampling import Sampling
 
 WriteModels = Callable[..., Path]
 LoadReference = Callable[[MemberConfig], _reference.Member]

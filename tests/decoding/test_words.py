@@ -9,7 +9,6 @@ from test_engine import generation, steps
 
 from me_local import Ensemble, Overrides
 from me_local.arrays import FloatArray
-from me_local.config import Sampling
 from me_local.decoding.engine import Draw, Engine
 from me_local.decoding.generation import Generation
 from me_local.errors import RunError
@@ -17,6 +16,7 @@ from me_local.llama.member import Member
 from me_local.mixture.alignment import Distribution, top_k
 from me_local.mixture.routing import constant
 from me_local.mixture.words import Openings, is_free, may_end
+from me_local.sampling import Sampling
 from me_local.text.unified import END
 
 OpenMember = Callable[..., Member]

@@ -9,7 +9,8 @@ import pytest
 
 import me_local
 from me_local import errors
-from me_local.config import Config, MemberConfig, Sampling, load_config
+from me_local.config import Config, MemberConfig, load_config
+from me_local.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models-toml.md").read_text()

@@ -168,7 +168,7 @@ def test_records_of_another_task_or_other_sampling_are_not_continued(run: Run, t
     output, models = tmp_path / "out.jsonl", tmp_path / "models.toml"
     options = ["--strategies", "members", "--limit", 1, "--output", output, "--resume"]
     assert run(*options).exit_code == 0
-    for path, old, new in ((task, "Say", "Tell"), (models, "temperature = 0.9", "temperature = 0.8")):
+    for path, old, new in ((task, "Say", "Tell"), (models, "temperature = 0.9", "repeat_penalty = 1.2")):
         before = path.read_text()
         path.write_text(before.replace(old, new))
         one_line(run(*options), 2, "out.jsonl, line 1: made with other settings")

@@ -14,7 +14,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from selection import slow_but
 
 from me_local.arrays import IntArray
-from me_local.config import Sampling
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.llama.checkpoints import Checkpoint, Checkpoints
@@ -23,6 +22,7 @@ from me_local.llama.states import State
 from me_local.mixture.alignment import top_k
 from me_local.mixture.routing import constant
 from me_local.model import Evaluated, EvaluationInterruptedError
+from me_local.sampling import Sampling
 from me_local.text.growing import TokenizedText
 from me_local.text.unified import END
 

@@ -18,6 +18,16 @@ from tests.conftest import OpenMember, WriteModels
 
 SETTINGS = {"type_k": "f32", "type_v": "f32"}
 PROMPT = "The lazy dog and the quick fox"
+PENALTIES = """top_k = 4
+repeat_penalty = 1.5
+presence_penalty = 0.5
+repeat_last_n = 20
+dry_multiplier = 2.0
+dry_allowed_length = 1
+dry_penalty_last_n = 20"""
+BIASES = "top_k = 4\nmin_tokens = 3\nlogit_bias = [[' the', false], ['e', -2.0]]"
+RAISED = "top_k = 4\nfrequency_penalty = -0.3"  # nothing is picked
+DEVIATIONS = "top_k = 4\ntop_n_sigma = 1.5"  # likewise
 
 
 @contextmanager
@@ -78,7 +88,12 @@ def test_without_a_gpu_nothing_is_picked(open_member: OpenMember) -> None:
     ],
 )
 @pytest.mark.parametrize(
-    "sampling", slow_but(["top_k = 4", "top_k = 10\ntop_p = 0.8", "top_k = 0", "temperature = 0"], "top_k = 4")
+    "sampling",
+    slow_but(
+        ["top_k = 4", "top_k = 10\ntop_p = 0.8", "top_k = 0", "temperature = 0", PENALTIES, BIASES, RAISED, DEVIATIONS],
+        "top_k = 4",
+        PENALTIES,
+    ),
 )
 def test_replies_are_the_same(write_models: WriteModels, top: str, sampling: str) -> None:
     path = write_models(

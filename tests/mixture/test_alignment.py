@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from me_local.config import Sampling
 from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample, top_k
+from me_local.sampling import Sampling
 from me_local.text.unified import END
 
 LOG = np.log

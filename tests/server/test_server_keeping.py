@@ -70,10 +70,9 @@ def test_a_reply_that_runs_keeps_its_models(two_models: Path) -> None:
     """Also between the choices of a request, and while a slow client reads."""
     with served(two_models) as server:
         tap = Tap(server.ensemble)
+        tap.let(1)
         body = {"model": "me-local", "messages": MESSAGES, "max_tokens": 3, "stream": True, "n": 2}
         with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
-            assert unload(server) == "loaded"
-            tap.let(1)
             lines = response.iter_lines()
             next(lines)
             assert unload(server) == "loaded"
