@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from me_local.checks import argument
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
 from me_local.cli.shaping import Lines, Option, each_option, take_shaping
-from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
+from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, LoadError
@@ -25,6 +25,7 @@ from me_local.llama.context import MOST_SEQUENCES
 from me_local.llama.weights import Shelf
 from me_local.measuring.cost import Way, choose_batch
 from me_local.mixture.routing import Stretch
+from me_local.settings import parse_weights
 from me_local.stores.catalogue import entries
 from me_local.stores.members import config_of
 
@@ -102,7 +103,21 @@ _TEMPLATE_ARG = named(
     help="A variable for chat templates, such as enable_thinking=false; may be given several times.",
 )
 
+
+class _PresetName(click.types.StringParamType):
+    """The name of a preset; a shell completes those of the file that the line names."""
+
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        with suppress(ConfigError):
+            names = load_config(Path(ctx.params.get("models") or "models.toml")).presets
+            return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return []
+
+
 _SAMPLING: list[Decorator] = [
+    named("--preset", type=_PresetName(), help="The settings [presets.NAME] of models.toml; options go before them."),
     named(
         "--strategy",
         type=click.Choice(["me", "ce", "union"]),

@@ -17,6 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from me_local.asking import Ask
+from me_local.config import Overrides, override
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, MeLocalError
 from me_local.server.answers import Answer
@@ -25,7 +26,7 @@ from me_local.server.keeping import Held, Keeper
 from me_local.server.making import Event
 from me_local.server.messages_answers import MessageAnswer
 from me_local.server.messages_protocol import CountRequest, MessagesRequest
-from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse
+from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse, preset_in
 from me_local.server.refusals import ApiError, api_error, unexpected
 from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
@@ -231,14 +232,15 @@ class Routes:
         return await self._respond(request, ResponsesRequest)
 
     def _names(self) -> list[str]:
-        return model_names(self._keeper.about.names, self._aliases)
+        return model_names(self._keeper.about.config, self._aliases)
 
     def _model(self, name: str) -> dict[str, Any]:
         about = self._keeper.about
-        config = about.config
+        preset = preset_in(name, about.config)
+        config = override(about.config, Overrides(preset=preset)) if preset else about.config
         described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": MODEL}
         described |= {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}  # for Anthropic's
-        if name in (MODEL, *self._aliases):
+        if preset or name in (MODEL, *self._aliases):
             described["strategy"], described["unit"] = config.strategy, config.unit
             described["max_tokens"] = config.max_tokens
             described["seed"] = config.seed

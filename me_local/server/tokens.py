@@ -14,7 +14,7 @@ from me_local.config import Overrides
 from me_local.ensemble import Ensemble
 from me_local.server.fields import Loose
 from me_local.server.keeping import About
-from me_local.server.protocol import MODEL, ChatMessage, as_messages, model_names
+from me_local.server.protocol import MODEL, ChatMessage, as_messages
 from me_local.server.refusals import ApiError
 
 _MOST_TOKENS = 1 << 20
@@ -102,7 +102,7 @@ def _member(ensemble: Ensemble, model: str) -> int:
         return ensemble.names.index(name)
     if model == MODEL and (len(ensemble.members) == 1 or ensemble.engine.unified.same):
         return 0
-    known = ", ".join(model_names(ensemble.names)[1:])
+    known = ", ".join(f"{MODEL}/{name}" for name in ensemble.names)
     raise ApiError(400, f"model: say which member's: {known}", param="model", code="model_not_found")
 
 

@@ -134,7 +134,7 @@ async function compare(turn) {
   const { signal } = running;
   const { names } = settings.members;
   for (const name of names) {
-    if (!signal.aborted) await ask(turn, turn.beside(names, `${model.id}/${name}`), {}, turn.main.kept.seed);
+    if (!signal.aborted) await ask(turn, turn.beside(names, `${model.id}/${name}`), settings.alone(name), turn.main.kept.seed);
   }
   end(turn, owner);
 }
@@ -162,7 +162,7 @@ async function ask(turn, answer, mixing, seed) {
 
 function request(turn, name, mixing, seed) {
   const messages = conversation.messages(turn, settings.system);
-  const body = { model: name, messages, stream: true, ...mixing, ...settings.tools() };
+  const body = { model: settings.preset ?? name, messages, stream: true, ...mixing, ...settings.tools() };
   return seed === null ? body : { ...body, seed };
 }
 
