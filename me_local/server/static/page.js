@@ -134,7 +134,9 @@ async function compare(turn) {
   const { signal } = running;
   const { names } = settings.members;
   for (const name of names) {
-    if (!signal.aborted) await ask(turn, turn.beside(names, `${model.id}/${name}`), settings.alone(name), turn.main.kept.seed);
+    if (signal.aborted) break;
+    const answer = turn.beside(names, `${model.id}/${name}`);
+    await ask(turn, answer, settings.alone(name), turn.main.kept.seed);
   }
   end(turn, owner);
 }
