@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import WriteModels
 from served import MESSAGES, Served, Tap, served
+from terminals import spawn
 
 from me_local.cli.program import main
 from me_local.errors import LoadError
@@ -224,3 +225,14 @@ def test_a_process_unloads_and_reloads_by_a_signal(write_models: WriteModels) ->
         process.process.send_signal(signal.SIGTERM)
         assert process.finish() == 0
     assert "Traceback" not in process.log
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_the_server(two_models: Path, tmp_path: Path) -> None:
+    """The signal is the one that asks for a reload; a server that nobody sees would keep its memory for ever."""
+    child = spawn(["serve", "--models", str(two_models), "--port", "0"], tmp_path)
+    child.expect(r"serving bpe_a \+ spm at ")
+    child.kill(signal.SIGHUP)
+    child.expect(r"reloaded: serving bpe_a \+ spm")
+    os.close(child.child_fd)
+    until(lambda: os.waitpid(child.pid, os.WNOHANG)[0])
