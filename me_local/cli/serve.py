@@ -112,8 +112,10 @@ def serve(
     limits = Limits(queue, cache_mb * 2**20, timeout, grace, keep_alive, idle)
     with bind(host, port, guarded=insecure or api_key is not None) as listener:
         with Loading(listener):
-            first = _noticed(load(config, batch=parallel))
-        keeper = Keeper(first, _source(models, given, parallel), limits)
+            ensemble = load(config, batch=parallel)
+        told = _once(partial(click.echo, err=True))
+        keeper = Keeper(_noticed(ensemble, told), _source(models, given, parallel, told), limits)
+        del ensemble  # it is the keeper's, and may be unloaded
 
         def ready() -> None:
             many = f"{parallel} replies at once; " if parallel > 1 else ""
@@ -123,7 +125,7 @@ def serve(
         Server(keeper, access, limits, ready).serve_on(listener)
 
 
-def _source(models: Path, given: dict[str, Any], parallel: int) -> "Source":
+def _source(models: Path, given: dict[str, Any], parallel: int, told: Callable[[str], None]) -> "Source":
     """Where the server has its models from when it loads them again, in threads."""
     from me_local.server.keeping import Source
 
@@ -134,13 +136,25 @@ def _source(models: Path, given: dict[str, Any], parallel: int) -> "Source":
             return configured(models, dict(given))
 
     def loaded(config: Config) -> tuple[Ensemble, Callable[[], None]]:
-        return _noticed(Ensemble(config, batch=parallel, check=checks(context)))
+        return _noticed(Ensemble(config, batch=parallel, check=checks(context)), told)
 
     return Source(read, loaded, partial(click.echo, err=True))
 
 
-def _noticed(ensemble: Ensemble) -> tuple[Ensemble, Callable[[], None]]:
+def _once(write: Callable[[str], None]) -> Callable[[str], None]:
+    """Writes each line the first time: models that are loaded again have no news."""
+    written: set[str] = set()
+
+    def tell(line: str) -> None:
+        if line not in written:
+            written.add(line)
+            write(line)
+
+    return tell
+
+
+def _noticed(ensemble: Ensemble, told: Callable[[str], None]) -> tuple[Ensemble, Callable[[], None]]:
     """An ensemble, after its notices, and what tells those that its replies add."""
-    notices = Notices(ensemble)
+    notices = Notices(ensemble, told)
     notices.tell()
     return ensemble, notices.tell

@@ -6,7 +6,6 @@ which take long and have threads, one after the other. Knows nothing of HTTP.
 """
 
 import asyncio
-import gc
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from me_local.server.making import Event
 from me_local.server.metrics import Metrics
 from me_local.server.refusals import shutting_down, unexpected
 from me_local.server.worker import Worker
+from me_local.system.machine import return_memory
 
 Loaded: TypeAlias = tuple[Ensemble, Callable[[], None]]
 """An ensemble, and what is to be called after each of its replies, in the thread that makes them."""
@@ -231,7 +231,7 @@ class Keeper:
         async with self._changing:
             idle = self._limits.idle or 0.0
             if held is self.held and not held.users and self._loop.time() - held.since >= idle:
-                self.held = None
+                self.held = self._timer = None
                 await self._free(held)
                 self._source.tell(f"unloaded after {idle:g} s without a request; the next one loads the models again")
 
@@ -253,6 +253,8 @@ class Keeper:
         if held in self._all:
             self._all.remove(held)
             await asyncio.to_thread(self._close, held.worker)
+            # Once whoever is at work here has let go of it.
+            self._loop.call_soon(lambda: self._loop.run_in_executor(None, return_memory))
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Something that goes on whoever waits for it, or nobody; what fails is told elsewhere, too."""
@@ -288,4 +290,3 @@ class Keeper:
         worker.close()
         worker.ensemble.close()
         self._open.remove(worker.ensemble)
-        gc.collect()  # vocabularies and the like refer to each other

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,8 +63,8 @@ def test_after_so_long_models_are_unloaded_and_loaded_by_the_next_request(two_mo
 def unload(server: Served) -> str:
     """Unload as if the time were over; how it is then."""
     keeper = server.keeper
-    assert keeper.held
-    asyncio.run_coroutine_threadsafe(keeper._unload(keeper.held), keeper._loop).result(30)
+    if keeper.held:
+        asyncio.run_coroutine_threadsafe(keeper._unload(keeper.held), keeper._loop).result(30)
     return keeper.state
 
 
@@ -82,6 +83,19 @@ def test_a_reply_that_runs_keeps_its_models(two_models: Path) -> None:
         assert rest[-1] == "data: [DONE]"
         assert sum('"finish_reason":"length"' in line for line in rest) == 2
         until(lambda: unload(server) == "unloaded")
+
+
+def test_nothing_of_what_was_unloaded_is_kept(two_models: Path) -> None:
+    """Vocabularies and kept states are in Python's memory, which nobody frees but by letting go of them."""
+    with served(two_models) as server:
+        assert unload(server) == "unloaded"
+        assert server.chat().status_code == 200
+        held = server.keeper.held
+        assert held
+        kept = [weakref.ref(each) for each in (held.ensemble, held.worker.states, held.ensemble.members[0])]
+        del held
+        until(lambda: unload(server) == "unloaded")
+        until(lambda: [ref() for ref in kept] == [None] * 3)
 
 
 def test_all_that_come_meanwhile_wait_for_one_loading(two_models: Path) -> None:
