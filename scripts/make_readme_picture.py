@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.text import Text
 
 import me_local
-from me_local.cli.commands import Session
 from me_local.cli.display import Painter
+from me_local.cli.session import Session
 
 ROOT = Path(__file__).parents[1]
 

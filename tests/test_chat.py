@@ -1,10 +1,13 @@
 """Conversations on tiny models: what a turn evaluates, what a full context drops, saving and restoring."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from me_local import Chat, ConfigError, Ensemble, InputError, Message, Overrides, RunError
+from me_local.chat import Aside
 
 OpenEnsemble = Callable[..., Ensemble]
 
@@ -35,7 +38,7 @@ def test_a_conversation_grows_by_message_and_reply(open_ensemble: OpenEnsemble) 
 def test_another_reply_takes_the_place_of_the_last(open_ensemble: OpenEnsemble) -> None:
     chat = Chat(open_ensemble("bpe_a", "spm"))
     chat.set(Overrides(max_tokens=12, seed=5))
-    with pytest.raises(InputError, match="no message to answer"):
+    with pytest.raises(InputError, match="no message yet"):
         chat.again()
     first = chat.say("Hello").finish()
     second = chat.again().finish()
@@ -85,7 +88,7 @@ def test_a_full_context_drops_the_oldest_turns_but_not_the_system_message(open_e
     assert dropped == sorted(dropped)
     assert all(count % 2 == 0 for count in dropped)
     assert len(chat.messages) == 24
-    _, prompts = chat._fitting([*chat.messages, Message("user", "x")])
+    _, prompts = chat._fitting([*chat.messages, Message("user", "x")], chat.config)
     for member, prompt in zip(chat.ensemble.members, prompts.ids, strict=True):
         seen = member.vocabulary.joined(prompt.tolist())
         assert b"Be brief." in seen
@@ -163,3 +166,140 @@ def test_a_restored_chat_leaves_the_members_own_system_messages(open_ensemble: O
     assert [member.system for member in chat.config.members] == ["own", "own"]
     with pytest.raises(InputError, match='it belongs into "system"'):
         chat.restore({"messages": [{"role": "system", "content": "x"}]})
+
+
+def started(ensemble: Ensemble) -> Chat:
+    chat = Chat(ensemble)
+    chat.set(Overrides(max_tokens=8, seed=5))
+    return chat
+
+
+def test_taking_back_what_was_said_last(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    with pytest.raises(InputError, match="no message yet"):
+        chat.undo()
+    first = chat.say("Hello").finish()
+    second = chat.say("Again").finish()
+    assert chat.undo() == "Again"
+    assert [m.content for m in chat.messages] == ["Hello", first.text]
+    assert chat.aside == [Aside(2, (Message("user", "Again"), Message("assistant", second.text)))]
+    third = chat.say("Other").finish()
+    assert [m.content for m in chat.messages] == ["Hello", first.text, "Other", third.text]
+    assert [turn.messages[1].content for turn in chat.replies()] == [third.text]
+
+
+def test_another_last_message(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.say("Hello").finish()
+    before = list(chat.messages)
+    with pytest.raises(InputError, match="empty"):
+        chat.edit(" ")
+    assert chat.messages == before
+    reply = chat.edit("Goodbye").finish()
+    assert [m.content for m in chat.messages] == ["Goodbye", reply.text]
+    assert chat.aside == [Aside(0, tuple(before))]
+    assert len(chat.replies()) == 1  # the other replied to something else
+
+
+def test_all_replies_to_a_message_can_be_gone_on_with(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    texts = [chat.say("Hello").finish().text, *(chat.again().finish().text for _ in range(2))]
+    assert [turn.messages[1].content for turn in chat.replies()] == texts
+    for number in (1, 3, 2):
+        assert chat.pick(number).content == texts[number - 1]
+        assert [m.content for m in chat.messages] == ["Hello", texts[number - 1]]
+        assert [turn.messages[1].content for turn in chat.replies()] == texts  # in the order of writing, still
+    for number in (0, 4):
+        with pytest.raises(InputError, match=f"no reply {number}: the last message has 3"):
+            chat.pick(number)
+    chat.say("Again").finish()
+    assert len(chat.replies()) == 1
+
+
+def test_a_member_alone_replies_as_it_does_by_itself(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(temperature=0, strategy="ce"))
+    own = chat.say("Hello").finish()
+    alone = [chat.alone(member).finish() for member in range(2)]
+    for reply, name in zip(alone, ("bpe_a", "spm"), strict=True):
+        lone = started(open_ensemble(name))
+        lone.set(Overrides(temperature=0))
+        assert reply.text == lone.say("Hello").finish().text
+        assert {step.member for step in reply.steps} == {name}
+    assert [m.content for m in chat.messages] == ["Hello", own.text]
+    assert [turn.by for turn in chat.replies()] == ["", "bpe_a", "spm"]
+    chat.pick(3)
+    assert chat.messages[-1].content == alone[1].text
+
+
+def test_nothing_is_lost_between_saving_and_restoring(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.say("Hello").finish()
+    chat.again().finish()
+    chat.alone(1).finish()
+    chat.say("Again").finish()
+    chat.undo()
+    other = Chat(chat.ensemble)
+    other.restore(json.loads(json.dumps(chat.all_as_dict())))
+    assert other.messages == chat.messages
+    assert other.aside == chat.aside
+    assert [turn.by for turn in other.replies()] == ["", "", "spm"]
+    texts = {m.content for m in chat.messages} | {m.content for turn in chat.aside for m in turn.messages}
+    chat.clear()
+    other.restore(chat.all_as_dict())
+    assert (other.messages, other.dropped) == ([], 0)
+    assert texts == {m.content for turn in other.aside for m in turn.messages}
+    said = other.say("Third").finish().text
+    other.restore({"messages": [{"role": "user", "content": "x"}]})
+    assert Aside(0, (Message("user", "Third"), Message("assistant", said))) in other.aside
+
+
+def test_a_turn_that_is_not_over_can_be_saved(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    turn = chat.say("Hello")
+    assert chat.all_as_dict(turn)["messages"] == []
+    written = next(turn).text + next(turn).text
+    part = chat.all_as_dict(turn)
+    assert [m["content"] for m in part["messages"]] == ["Hello", written]
+    assert chat.messages == []
+    first = turn.finish().text
+    turn = chat.again()
+    written = next(turn).text
+    part = chat.all_as_dict(turn)
+    assert [m["content"] for m in part["messages"]] == ["Hello", written]
+    assert [entry["messages"][1]["content"] for entry in part["aside"]] == [first, written]
+    assert [m.content for m in chat.messages] == ["Hello", first]
+    second = turn.finish().text
+    assert [entry.messages[1].content for entry in chat.aside] == [first, second]
+
+
+def test_a_full_context_and_messages_that_are_taken_back(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a"))
+    for turn in range(12):
+        chat.say(f"number {turn} " + "the cat sat on the mat " * 5).finish()
+    assert chat.dropped > 0
+    for _ in range(12):
+        chat.undo()
+    assert chat.messages == []
+    assert chat.say("Hello").finish().text
+    assert chat.dropped == 0
+
+
+def test_what_a_member_without_weight_can_see_changes_nothing_for_the_others(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.set(Overrides(weights={"bpe_a": 1.0, "spm": 0.0}))
+    for turn in range(2):
+        chat.say(f"turn {turn} " + "the cat sat on the mat " * 20).finish()
+    assert chat.dropped == 0
+    alone = chat.alone(1).finish()
+    assert alone.text
+    assert alone.usage[1].prompt_length < 300  # it does not see the first turn, which bpe_a has room for
+    assert chat.dropped == 0
+
+
+def test_no_member_alone_where_a_router_decides(open_ensemble: OpenEnsemble) -> None:
+    chat = started(open_ensemble("bpe_a", "spm"))
+    chat.say("Hello").finish()
+    chat.config = replace(chat.config, router="mine")
+    with pytest.raises(InputError, match='cannot be asked alone where router = "mine"'):
+        chat.alone(0)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from me_local.jsonl import json_text
-from me_local.server.app import _line
+from me_local.server.telling import _line
 
 
 @given(st.text())

@@ -1,93 +1,18 @@
-"""The commands inside a chat, /help and its kin, and the session that they work on."""
+"""The commands inside a chat, and those of them that show or change its settings."""
 
-import json
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from me_local.chat import Chat, Turn
-from me_local.cli.display import Notices, Painter, stats_line
-from me_local.cli.interrupt import cancels
-from me_local.cli.thoughts import ThoughtView
+from me_local.cli.comparing import compare
+from me_local.cli.display import stats_line
+from me_local.cli.saving import copy, export, load, save
+from me_local.cli.session import Session
+from me_local.cli.sessions import session_names
+from me_local.cli.turns import edit, pick, retry, undo
 from me_local.config import Overrides
-from me_local.decoding.reply import Reply
 from me_local.errors import InputError
-from me_local.jsonl import json_text
 from me_local.settings import parse_setting, parse_weights
-from me_local.system.files import replace_file
-
-_STRATEGIES = {
-    ("me", "token"): "ME draws one member for each piece",
-    ("me", "word"): "ME draws one member for each word",
-    ("ce", "token"): "CE averages all members for each piece",
-    ("union", "token"): "CE averages all members over the union of their candidates for each piece, as UniTE does",
-}
-
-
-@dataclass(slots=True)
-class Session:
-    """A chat on a terminal: replies go to the painter's console, everything else to `notes`.
-
-    `interrupted` is set by a Ctrl-C outside a reply, since the last line was typed.
-    """
-
-    chat: Chat
-    painter: Painter
-    notes: Console
-    last: Reply | None = None
-    interrupted: threading.Event = field(default_factory=threading.Event)
-    _notices: Notices = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Begin with nothing told."""
-        self._notices = Notices(self.chat.ensemble, lambda text: self.note(f"Note: {text}"))
-
-    def greet(self) -> None:
-        """Show the members and what their user should know about them."""
-        self.notes.print(self.painter.legend(self._weights()))
-        config = self.chat.config
-        self.note(f"{_STRATEGIES[config.strategy, config.unit]}. /help lists the commands.")
-        self._notices.tell()
-
-    def note(self, text: str) -> None:
-        """Write a line that is not part of a reply."""
-        self.notes.print(text, style="dim", soft_wrap=not self.notes.is_terminal)
-
-    def show(self, turn: Turn) -> None:
-        """Stream a reply, then its line of figures; Ctrl-C ends it early."""
-        if self.chat.dropped:
-            self.note(f"Note: the context is full: this reply does not see the oldest {self.chat.dropped} messages")
-        try:
-            with cancels(turn.cancel):
-                if self.interrupted.is_set():  # while the prompt was being made
-                    turn.cancel()
-                self._stream(turn)
-        finally:
-            self.painter.end()
-            self.last = turn.reply
-            self.note(stats_line(self.last))
-            self._notices.tell()
-
-    def _stream(self, turn: Turn) -> None:
-        view = ThoughtView(self.painter.console)
-        try:
-            for pieces, step in enumerate(turn):
-                view.write(step.thought)
-                if step.answer:
-                    view.fold(pieces)
-                    self.painter.write(step.answer, step.member)
-        finally:
-            reply = turn.reply
-            view.write(reply.rest.thought)
-            view.fold(reply.thought_pieces)
-            self.painter.write(reply.rest.answer, "")
-
-    def _weights(self) -> list[float]:
-        return [member.weight for member in self.chat.config.members]
 
 
 def run_command(session: Session, line: str) -> bool:
@@ -104,16 +29,13 @@ def run_command(session: Session, line: str) -> bool:
 def _help(session: Session, _: str) -> None:
     session.note("\n".join(f"/{name:<9} {text}" for name, (text, _) in COMMANDS.items()))
     session.note("A message that begins with a slash is written with two: //etc/hosts.")
-    session.note("Alt-Enter starts a new line, Ctrl-C stops a reply, Ctrl-Z suspends, Ctrl-D leaves.")
+    session.note('The text of a file is put in by its name, @notes.txt or @"my notes.txt"; for an @ itself write @@.')
+    session.note("Tab completes, Alt-Enter starts a new line, Ctrl-C stops a reply, Ctrl-Z suspends, Ctrl-D leaves.")
 
 
 def _clear(session: Session, _: str) -> None:
     session.chat.clear()
     session.note("The conversation is empty.")
-
-
-def _regen(session: Session, _: str) -> None:
-    session.show(session.chat.again())
 
 
 def _system(session: Session, text: str) -> None:
@@ -180,49 +102,24 @@ def _thought(session: Session, _: str) -> None:
     session.note(replies[-1].thought if replies and replies[-1].thought else "The last reply has no thought.")
 
 
-def _save(session: Session, name: str) -> None:
-    path = _file(name, "/save")
-    try:
-        replace_file(path, f"{json_text(session.chat.as_dict(), indent=1)}\n".encode())
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"/save: {path}: {_reason(error)}") from None
-    session.note(f"Saved {len(session.chat.messages)} messages to {path}.")
-
-
-def _load(session: Session, name: str) -> None:
-    path = _file(name, "/load")
-    try:
-        session.chat.restore(json.loads(path.read_text("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        raise InputError(f"/load: {path}: not UTF-8 at byte {error.start + 1}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"/load: {path}: not JSON: {error}") from None
-    except (OSError, ValueError, InputError) as error:
-        raise InputError(f"/load: {path}: {_reason(error)}") from None
-    session.note(f"Loaded {len(session.chat.messages)} messages from {path}.")
-
-
-def _file(name: str, command: str) -> Path:
-    if not name:
-        raise InputError(f"{command}: the name of a file is missing")
-    try:
-        path = Path(name).expanduser()
-        special = path.exists() and not path.is_file() and not path.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{command}: {name}: {_reason(error)}") from None
-    if special:  # a device may have no end, and must not be replaced by a file
-        raise InputError(f"{command}: {name}: not a regular file")
-    return path
-
-
-def _reason(error: Exception) -> str:
-    return str(error.strerror) if isinstance(error, OSError) else str(error)
+def _session(session: Session, name: str) -> None:
+    if session.file is None:
+        raise InputError("/session: this conversation is not kept; /save FILE writes it to a file")
+    if name:
+        session.file.rename(name)
+        session.note(f"This is session {name}.")
+        return
+    here = session.file.name
+    session.note("\n".join([f"* {here}", *(f"  {other}" for other in session_names() if other != here)]))
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "help": ("list the commands", _help),
     "clear": ("forget the conversation", _clear),
-    "regen": ("another reply to the last message", _regen),
+    "edit": ("[TEXT]: another last message, in $EDITOR or here, and a reply to it", edit),
+    "undo": ("take back the last message and its reply", undo),
+    "retry": ("[N]: another reply to the last message, or N more", retry),
+    "pick": ("[N]: go on with the N-th reply to the last message, or list them", pick),
     "system": ("TEXT: set the system message; without a text, remove it", _system),
     "set": (
         "KEY VALUE: temperature, top_k, stop, seed, any other key of [sampling] in models.toml; decode; "
@@ -236,7 +133,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
     "members": ("show the members", _members),
     "thought": ("show the thought of the last reply", _thought),
     "stats": ("show the figures of the last reply", _stats),
-    "save": ("FILE: write the conversation to a file", _save),
-    "load": ("FILE: read a conversation from a file", _load),
+    "compare": ("each member's own reply to the last message, beside the ensemble's", compare),
+    "copy": ("copy the last reply to the clipboard", copy),
+    "export": ("md [FILE]: the conversation as Markdown, here or in a file", export),
+    "save": ("FILE: write the conversation to a file", save),
+    "load": ("FILE: read a conversation from a file", load),
+    "session": ("[NAME]: list the sessions, or name this one", _session),
     "exit": ("leave", lambda _session, _: None),
 }

@@ -224,7 +224,7 @@ def test_an_output_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
 
 def test_a_scripted_chat(run: Run, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    script = f"Hello\n\nAgain\n/stats\n/save {saved}\n/set max_tokens 2\n/regen\n/weights 1,0\n/strategy ce\n"
+    script = f"Hello\n\nAgain\n/stats\n/save {saved}\n/set max_tokens 2\n/retry\n/weights 1,0\n/strategy ce\n"
     script += f"/system Be brief.\nThird\n/clear\n/load {saved}\n/members\n/help\n/exit\nnot said\n"
     result = run("chat", "--seed", 1, "--max-tokens", 6, stdin=script)
     assert result.exit_code == 0
@@ -233,7 +233,7 @@ def test_a_scripted_chat(run: Run, tmp_path: Path) -> None:
     assert [m["content"] for m in content["messages"][::2]] == ["Hello", "Again"]
     assert result.stdout.startswith(content["messages"][1]["content"] + "\n" + content["messages"][3]["content"] + "\n")
     assert "\x1b" not in result.stdout + result.stderr
-    for part in ("■ bpe_a 1.00  ■ spm 0.00", "ce: ", "Loaded 4 messages", "strategy = ce", "/regen", "prompt new"):
+    for part in ("■ bpe_a 1.00  ■ spm 0.00", "ce: ", "Loaded 4 messages", "strategy = ce", "/retry", "prompt new"):
         assert part in result.stderr
     assert "seed 4" in result.stderr  # the fourth reply
 

@@ -13,8 +13,8 @@ import pytest
 from terminals import PROMPT, ask, spawn
 
 from me_local import Chat, Ensemble
-from me_local.cli.commands import Session
 from me_local.cli.display import Painter, make_console
+from me_local.cli.session import Session
 
 WriteModels = Callable[..., Path]
 OpenEnsemble = Callable[..., Ensemble]
@@ -73,7 +73,7 @@ def three_replies(child: pexpect.spawn, history: Path) -> list[str]:
     ask(child, f"/load {history}")
     ask(child, "/set max_tokens 40")
     replies = []
-    for line in ("Who are you?", "/regen", "/regen"):
+    for line in ("Who are you?", "/retry", "/retry"):
         ask(child, line)
         child.expect(r"pieces/s[^\n]*, seed \d+")
         ask(child, f"/save {history}.after")
