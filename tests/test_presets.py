@@ -6,6 +6,7 @@ import pytest
 from conftest import WriteModels
 
 from me_local import ConfigError, Overrides, load
+from me_local.asking import Ask
 from me_local.chat import Chat
 from me_local.config import Config, load_config, override
 
@@ -129,6 +130,16 @@ def test_an_ensemble_takes_them_with_each_request(write_models: WriteModels) -> 
         assert [step.member for step in reply.steps] == ["bpe_a"] * 7
         alone = Overrides(weights={"spm": 0}, max_tokens=7, seed=1, ignore_eos=True)
         assert ensemble.generate("the cat", alone).text == reply.text
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_many_prompts_with_presets_have_seeds_of_their_own(write_models: WriteModels, batch: int) -> None:
+    asks = [Ask("the cat", Overrides(preset="long"))] * 3
+    models = write_models("bpe_a", top="[sampling]\nignore_eos = true\n[presets.long]\nmax_tokens = 7")
+    with load(models, batch=batch) as ensemble:
+        replies = [one.reply for one in ensemble.generate_many(asks, Overrides(seed=5), raw=True)]
+    found = {reply.seed: len(reply.steps) for reply in replies if reply}
+    assert found == {5: 7, 6: 7, 7: 7}
 
 
 def test_a_chat_changes_them_and_keeps_what_was_set(write_models: WriteModels) -> None:
