@@ -146,7 +146,7 @@ _PARALLEL = named(
 
 _NO_MODELS = (
     "name them with -m MODEL (me-local models lists those on this machine), name a file that describes them with "
-    "--models FILE, or write a models.toml here"
+    "--models FILE, or let me-local init write a models.toml here"
 )
 _MEMBERS = "me_local.members"
 
@@ -164,9 +164,14 @@ class _MemberText(Lines):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Models of the stores on this machine; else files, which would take away what else there is in bash."""
-        found = [entry for entry in entries() if not entry.problem] if incomplete else []
-        names = [entry.name for entry in found if entry.name.startswith(incomplete)]
-        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+        return model_names(incomplete)
+
+
+def model_names(incomplete: str) -> list[CompletionItem]:
+    """What a shell offers as the name of a model that begins so."""
+    found = [entry for entry in entries() if not entry.problem] if incomplete else []
+    names = [entry.name for entry in found if entry.name.startswith(incomplete)]
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 def _note_members(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
@@ -200,6 +205,11 @@ _CHECK = named(
     callback=_note_no_check,
     help="Do not try files that are used for the first time in a process of their own.",
 )
+
+
+def no_check_option(command: Command) -> Command:
+    """Add --no-check."""
+    return _CHECK(command)
 
 
 def models_option(command: Command) -> Command:
