@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,9 @@ class Ensemble:
         seed = seeds[0] if seeds else secrets.randbits(32) if config.seed is None else config.seed
         batching = self.batching(config, seed=seed)
         if self.shares_route(config):
-            config = replace(config, seed=seed)  # so that an earlier run without a seed can be gone on with, too
+            config = override(
+                config, Overrides(seed=seed)
+            )  # so that an earlier run without a seed can be gone on with, too
         return self._finish_many(config, enumerate(asks), batching, earlier, raw=raw)
 
     def batching(self, config: Config, *, seed: int | None = None) -> Batching:
@@ -374,7 +376,7 @@ class Ensemble:
 
 
 def _seeded(config: Config, index: int) -> Config:
-    return config if config.seed is None else replace(config, seed=config.seed + index)
+    return config if config.seed is None else override(config, Overrides(seed=config.seed + index))
 
 
 def load(

@@ -1,4 +1,7 @@
-"""Which tests run: the quick ones, and with --all the slow ones, too; in CI none may be skipped."""
+"""Which tests run: the quick ones, and with --all the slow ones, too; in CI none may be skipped.
+
+Those of a real vLLM run by themselves, where they are asked for.
+"""
 
 import os
 import shutil
@@ -28,10 +31,15 @@ def slow_but(values: Iterable[object], *quick: object) -> list[Any]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the slow tests, too")
+    parser.addoption("--vllm", action="store_true", help="run the tests of a real vLLM (scripts/try_vllm.py), alone")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out slow tests, or give them time; skip tests of what is not there."""
+    alone = config.getoption("--vllm")
+    others = [item for item in items if bool(item.get_closest_marker("vllm")) != alone]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
     slow = [item for item in items if item.get_closest_marker("slow")]
     if not config.getoption("--all"):
         config.stash[_LEFT_OUT] = len(slow)

@@ -44,6 +44,17 @@ def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) ->
     assert sum(word.lower() in COMMON for word in words) >= 0.25 * len(words)
 
 
+@pytest.mark.slow
+def test_a_seed_gives_the_same_reply_again_with_guesses(ensemble: Ensemble) -> None:
+    """Bit by bit, also in quantised models, whatever the caches held in between."""
+    prompt = "One, two, three, four, five, six. " * 6
+    settings = Overrides(seed=5, max_tokens=60, repeat_penalty=1.0, draft="ngram")
+    first = ensemble.generate(prompt, settings, raw=True)
+    ensemble.generate("Something else", Overrides(seed=1, max_tokens=5))
+    assert ensemble.generate(prompt, settings, raw=True).steps == first.steps
+    assert first.guessed > 10
+
+
 def test_the_right_continuation_is_the_likeliest(ensemble: Ensemble) -> None:
     texts = [" Paris", " Rome", " the cat", "Paris"]
     scores = {text: ensemble.score("The capital of France is", text, raw=True) for text in texts}

@@ -53,6 +53,16 @@ def test_all_runs_them_with_more_time(run_pytest: Pytest) -> None:
 
 
 @pytest.mark.slow
+def test_those_of_a_real_vllm_run_alone(run_pytest: Pytest) -> None:
+    text = "@pytest.mark.vllm\n@pytest.mark.slow\ndef test_there():\n    pass\n"
+    assert "1 passed, 1 deselected" in run_pytest(text + QUICK).stdout
+    assert "1 passed, 1 deselected" in run_pytest(text + QUICK, "--all").stdout
+    done = run_pytest(text.replace("@pytest.mark.slow\n", "") + QUICK, "--vllm", "-v")
+    assert "test_there PASSED" in done.stdout
+    assert "1 passed, 1 deselected" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [SKIPPED, "pytest.skip('nothing there', allow_module_level=True)\n"])
 def test_nothing_is_skipped_in_ci(run_pytest: Pytest, text: str) -> None:
     assert run_pytest(QUICK + SKIPPED).returncode == 0

@@ -21,7 +21,6 @@ _NOTHING = f"""\
 No GGUF models are on this machine where Ollama, LM Studio, Hugging Face and llama.cpp keep theirs.
 {VARIABLE} names further folders, parted by {os.pathsep!r}; -m takes the path of a file anywhere."""
 _UNFOLDED = 10_000  # columns
-_THOUSANDS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
 @click.command()
@@ -48,7 +47,8 @@ def models(as_json: bool) -> None:
 def _record(model: Found) -> dict[str, Any]:
     entry = model.entry
     facts = {} if model.facts is None else asdict(model.facts)
-    facts.pop("unfit", None)
+    for key in ("unfit", "shape"):
+        facts.pop(key, None)
     return {
         "name": entry.name,
         "store": entry.store,
@@ -69,7 +69,7 @@ def _print_models(console: Console, models: Sequence[Found]) -> None:
         console.print(table)
         return
     for model in models:
-        console.print(Text(_shown(model.entry.name), style="bold"))
+        console.print(Text(shown_name(model.entry.name), style="bold"))
         architecture, count, quantisation, file, context, vocabulary, template = _cells(model)
         trained = f"context {context}" if context else ""
         parts = (f"{architecture} {count}", quantisation, file, trained, vocabulary, f"template: {template}")
@@ -82,7 +82,7 @@ def _table(models: Sequence[Found]) -> Table:
     for title in titles:
         table.add_column(title, no_wrap=True, justify="right" if title in ("size", "file", "context") else "left")
     for model in models:
-        table.add_row(Text(_shown(model.entry.name), style="bold"), *_cells(model))
+        table.add_row(Text(shown_name(model.entry.name), style="bold"), *_cells(model))
     return table
 
 
@@ -92,7 +92,7 @@ def _cells(model: Found) -> tuple[str, ...]:
     template = "none" if facts.template is None else "thinks" if facts.thinks else "chat"
     return (
         facts.architecture,
-        _count(facts.parameters),
+        facts.count,
         facts.quantisation,
         decimal(model.size),
         f"{facts.context:,}" if facts.context else "",
@@ -105,17 +105,10 @@ def _print_others(console: Console, models: Sequence[Found]) -> None:
     if models:
         console.print(Text("\nNo members of an ensemble:"))
     for model in models:
-        console.print(Text.assemble((f"  {_shown(model.entry.name)}", "bold"), f": {model.problem}"))
+        console.print(Text.assemble((f"  {shown_name(model.entry.name)}", "bold"), f": {model.problem}"))
 
 
-def _shown(name: str) -> str:
+def shown_name(name: str) -> str:
     """The name as it is typed in a shell."""
     home = os.path.expanduser("~/")
     return f"~/{shlex.quote(name.removeprefix(home))}" if name.startswith(home) else shlex.quote(name)
-
-
-def _count(parameters: int) -> str:
-    for size, letter in _THOUSANDS:
-        if parameters >= size:
-            return f"{parameters / size:.3g} {letter}"
-    return str(parameters)

@@ -17,6 +17,7 @@ from me_local.cli.chat import chat
 from me_local.cli.eval import evaluate
 from me_local.cli.fit import fit
 from me_local.cli.generate import generate
+from me_local.cli.init import init
 from me_local.cli.inspect import inspect
 from me_local.cli.interrupt import raises_once
 from me_local.cli.models import models
@@ -94,6 +95,7 @@ main.add_command(chat)
 main.add_command(evaluate)
 main.add_command(fit)
 main.add_command(generate)
+main.add_command(init)
 main.add_command(inspect)
 main.add_command(models)
 main.add_command(score)

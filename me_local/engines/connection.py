@@ -175,7 +175,8 @@ class Connection:
                 f"{self.where}: {path} answers with a redirect, which is not followed: give the final address"
             )
         if code == 404:
-            raise RunError(f"{self.where}: has no {path}{said}: is the engine what `engine` says it is?")
+            hint = "" if "model" in words else ": is the engine what `engine` says it is?"
+            raise RunError(f"{self.where}: has no {path}{said}{hint}")
         if code in _BUSY:
             raise _AwayError(f"is busy (status {code}{said})", _seconds(dict(response.headers).get(b"retry-after")))
         raise RunError(f"{self.where}: {path} answers with status {code}{said}")

@@ -28,9 +28,10 @@ from me_local.text.vocabulary import Vocabulary
 
 _PART = 1024
 """Tokens of a prompt in a request, between which the user may stop it."""
-_COUNTS = (512, 128, 64, 20, 5)
+_MOST = 512
 """How many log-probabilities an engine is asked for at first, to see how many it gives."""
-_SPARE = 4  # so many more than are wanted: some may never be sampled
+_SPARE = 4
+"""Of those that are wanted so many may be of ids that are never sampled (`mixture.alignment.sufficient`)."""
 _LOOK = 0.1  # seconds
 _SAME = 0.15
 """Total-variation distance of two predictions of one model after the same ids; batches make it some 0.05."""
@@ -68,7 +69,7 @@ class RemoteModel:
         self._forgets = forgets
         self._checks_text = config.tokenizer is None
         self._count, self._numbers = 1, np.zeros(self.vocabulary.size, dtype=np.int32)
-        self._spare = _SPARE
+        self._more = 0
         self._abandoned = 0
         self._lock = threading.Lock()  # several replies at once count in several threads
         self._meeting = threading.Lock()
@@ -105,7 +106,7 @@ class RemoteModel:
         self._probe = np.array(text if self.vocabulary.bos is None else [self.vocabulary.bos, *text], dtype=np.int32)
         self._most = self._find_most()
         engine = self.config.engine or "llama-server"
-        self.abilities = Abilities(engine, self._most - _SPARE, raw_logits=False, likelihoods=False)
+        self.abilities = Abilities(engine, self._most, raw_logits=False, likelihoods=False)
         self._met = time.monotonic()  # what comes over connections that are there already is known from here on
         self._fingerprint, self._called = self._predict_probe()
 
@@ -121,16 +122,20 @@ class RemoteModel:
             )
 
     def _find_most(self) -> int:
-        """How many log-probabilities the engine gives at once."""
-        for count in _COUNTS:
-            count = min(count, self.vocabulary.size)
+        """How many log-probabilities the engine gives at once, up to `_MOST`."""
+        taken, refused = 0, min(_MOST, self.vocabulary.size) + 1
+        count = refused - 1
+        while True:
             try:
                 self.server.predict(self._probe.tolist(), count, self._aside, None)
-                return count
+                taken = count
             except RunError:
-                if count <= _COUNTS[-1]:
+                if count == 1:
                     raise
-        raise AssertionError
+                refused = count
+            if refused - taken == 1:
+                return taken
+            count = (taken + refused) // 2
 
     def _predict_probe(self, interrupted: Interrupted | None = None) -> tuple[list[dict[int, float]], str]:
         """The probabilities of the likeliest ids after parts of the probe, and what the engine calls its model."""
@@ -230,9 +235,10 @@ class RemoteModel:
 
     def predict(self, ids: IntArray, place: int, interrupted: Interrupted) -> tuple[Shortlist, Evaluated]:
         """So many of the largest log-probabilities that enough of them may be sampled."""
-        tokens, before, spare = 0, time.perf_counter(), self._spare
+        tokens, before, more = 0, time.perf_counter(), self._more
+        needed = max(1, self._count - _SPARE)
         while True:
-            asked = min(self._count + spare, self._most)
+            asked = min(self._count + more, self._most)
             prediction = self._ask(ids, asked, place, interrupted)
             tokens += prediction.tokens
             found = prediction.shortlist
@@ -241,20 +247,20 @@ class RemoteModel:
                 found = Shortlist(found.ids[known], found.logits[known])
             usable = int(np.count_nonzero(self._numbers[found.ids] >= 0))
             others = len(prediction.shortlist.ids) < asked  # there are no others: they have no probability
-            if usable >= self._count or (others and usable) or asked >= self.vocabulary.size:
+            if usable >= needed or (others and usable) or asked >= self.vocabulary.size:
                 evaluated = Evaluated(tokens, time.perf_counter() - before)
-                self._note(evaluated, prediction, spare)
+                self._note(evaluated, prediction, more)
                 return found, evaluated
             if asked == self._most:
                 raise RunError(
                     f"{self._connection.where}: gives the {asked} likeliest tokens at most, of which {usable} can be "
-                    f"sampled, and {self._count} are wanted: lower top_k"
+                    f"sampled, and {needed} are wanted: lower top_k"
                 )
-            spare *= 2
+            more = max(2 * more, _SPARE)
 
-    def _note(self, evaluated: Evaluated, prediction: Prediction, spare: int) -> None:
+    def _note(self, evaluated: Evaluated, prediction: Prediction, more: int) -> None:
         with self._lock:
-            self._spare = max(self._spare, spare)
+            self._more = max(self._more, more)
             self.seconds += evaluated.seconds
             if prediction.seconds is not None:
                 self.wire_seconds += evaluated.seconds - prediction.seconds

@@ -25,6 +25,8 @@ Vocabularies of language models have 0.65 (GPT-2 and Qwen2) to 1 with each other
 most 0.47 with any of them.
 """
 
+_PRE_TOKENIZER = "tokenizer.ggml.pre"
+
 SAMPLE = '''\
 When the ferry finally left the harbour, most of the passengers had already fallen asleep on the wooden benches. \
 Nobody noticed that the old lighthouse, which hadn't worked since the autumn of 1987, was flashing again: twice, then \
@@ -103,6 +105,8 @@ class MemberReport:
     lost: Loss | None  # of its first prediction
     thinks: tuple[tuple[str, str], ...]  # the marks around thoughts that it may write
     writes: tuple[str, ...]  # control tokens that are part of its text
+    base: bool  # there is no chat template in its file
+    pre_tokenizer: str | None  # which rules part a text before its tokens are looked for, as its file names them
     slots: int | None = None
     step_seconds: float | None = None
     prefix_cache: bool | None = None
@@ -157,6 +161,8 @@ def inspect_member(member: LoadedModel, lost: Loss | None = None, kinds: Sequenc
         lost=lost,
         thinks=_marks(kinds),
         writes=_written(vocabulary),
+        base=weights.chat_template is None,
+        pre_tokenizer=weights.metadata.get(_PRE_TOKENIZER),
     )
 
 
@@ -185,10 +191,21 @@ def _inspect_remote(member: RemoteModel, kinds: Sequence[Kind]) -> MemberReport:
         lost=None,
         thinks=_marks(kinds),
         writes=_written(vocabulary),
+        base=file.chat_template is None,
+        pre_tokenizer=file.metadata.get(_PRE_TOKENIZER),
         slots=member.description.places,
         step_seconds=seconds,
         prefix_cache=cached,
     )
+
+
+def longest_that_fits(member: MemberReport, free: int) -> int | None:
+    """How many tokens of context it could have with so many bytes more, alone; None where that cannot be reckoned."""
+    if not member.kv_cache_bytes or not member.trained_context:
+        return None
+    cells = allocated_context(member.context, member.trained_context)
+    most = int(cells * (member.kv_cache_bytes + free) / member.kv_cache_bytes)
+    return min(most, member.trained_context)
 
 
 def _marks(kinds: Sequence[Kind]) -> tuple[tuple[str, str], ...]:

@@ -1,7 +1,7 @@
 """What the header of a GGUF file says of its model, for those who choose one. The weights are not read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from me_local.text.thoughts import KINDS
 _MOST = 1 << 28  # bytes of a header
 _DIMENSIONS = 4
 _ALIGNMENT = 32  # bytes
+_THOUSANDS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 _TOKENS = "tokenizer.ggml.tokens"
 _VOCABULARIES = {"llama": "SPM", "gpt2": "BPE", "bert": "WPM", "t5": "UGM", "rwkv": "RWKV", "plamo2": "PLaMo2"}
 _FILES = {
@@ -42,7 +43,8 @@ class Facts:
 
     `title` is the model's own name. `vocabulary` is "BPE", "SPM" and so on; files with the same tokens have the same
     `vocabulary_id`. `template` is the chat template, `thinks` whether it has marks of thoughts. `unfit` says why it can
-    be no member, if it cannot.
+    be no member, if it cannot. `shape` has the numbers of the network, as text under their keys, and the architecture,
+    as llama.cpp tells them of a model that is loaded.
     """
 
     title: str
@@ -56,6 +58,15 @@ class Facts:
     template: str | None
     thinks: bool
     unfit: str
+    shape: dict[str, str] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def count(self) -> str:
+        """The number of parameters in three digits: "4.02 B"."""
+        for size, letter in _THOUSANDS:
+            if self.parameters >= size:
+                return f"{self.parameters / size:.3g} {letter}"
+        return str(self.parameters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +175,13 @@ def _said(values: Mapping[str, Scalar], tokens: int, vocabulary_id: str, tensors
         template=template,
         thinks=any(kind.stands_in(template or "", ()) for kind in KINDS),
         unfit=_unfit(values, architecture, tokens, tensors),
+        shape={"general.architecture": architecture, **_shape(values, architecture)},
     )
+
+
+def _shape(values: Mapping[str, Scalar], architecture: str) -> dict[str, str]:
+    numbers = ((key, value) for key, value in values.items() if key.startswith(f"{architecture}."))
+    return {key: str(value) for key, value in numbers if isinstance(value, int) and not isinstance(value, bool)}
 
 
 def _quantisation(values: Mapping[str, Scalar], tensors: _Tensors) -> str:

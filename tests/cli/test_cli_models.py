@@ -123,7 +123,7 @@ def test_members_and_a_file(stocked: Path, elsewhere: Path, two_models: Path) ->
 
 def test_without_either_three_ways_are_named(elsewhere: Path) -> None:
     for arguments in (["chat"], ["generate", "Hi"], ["inspect"], ["bench"], ["verify"]):
-        ways = ("no models: ", "-m MODEL", "me-local models", "--models FILE", "write a models.toml here")
+        ways = ("no models: ", "-m MODEL", "me-local models", "--models FILE", "me-local init write a models.toml here")
         one_line(invoke(*arguments), 2, *ways)
     one_line(invoke("inspect", "--models", "models.toml"), 2, "models.toml: cannot be read: no such file")
 

@@ -102,13 +102,18 @@ CASES = {
 BROKEN = case("bpe_c", "spm", temperature=0.5, weights=(0.9, 0.1))
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models, and one that lacks every other byte from 0x80, so that it cannot write all cut characters."""
+def write_lacking(path: Path) -> Path:
+    """Write a model that lacks every other byte from 0x80, so that it cannot write all cut characters."""
     whole = chatml_vocab()
     vocab = replace(whole, tokens=[t for t in whole.tokens if len(t.piece) != 1 or t.piece[0] < 0x80 or t.piece[0] % 2])
-    path = tmp_path_factory.mktemp("lacking") / "lacking.gguf"
     make_tiny_models.write_model(path, vocab=vocab, model=llama_model(vocab, 8))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny models, and one that lacks bytes."""
+    path = write_lacking(tmp_path_factory.mktemp("lacking") / "lacking.gguf")
     return tiny | {"lacking": path}
 
 

@@ -16,13 +16,10 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-import make_tiny_models
 import numpy as np
 import pytest
 from selection import slow_but
-from test_exact_replies import one_number_for_route_and_piece, pieces_tokenised_one_by_one
-from tiny_architectures import llama_model
-from tiny_vocabularies import chatml_vocab
+from test_exact_replies import one_number_for_route_and_piece, pieces_tokenised_one_by_one, write_lacking
 
 from me_local import Ensemble, Overrides, _reference
 from me_local.arrays import FloatArray, IntArray, LogitArray
@@ -90,11 +87,8 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tiny(tiny: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny models, and one that lacks every other byte from 0x80, so that it cannot write all cut characters."""
-    whole = chatml_vocab()
-    vocab = replace(whole, tokens=[t for t in whole.tokens if len(t.piece) != 1 or t.piece[0] < 0x80 or t.piece[0] % 2])
-    path = tmp_path_factory.mktemp("lacking") / "lacking.gguf"
-    make_tiny_models.write_model(path, vocab=vocab, model=llama_model(vocab, 8))
+    """The tiny models, and one that lacks bytes."""
+    path = write_lacking(tmp_path_factory.mktemp("lacking") / "lacking.gguf")
     return tiny | {"lacking": path}
 
 

@@ -7,7 +7,7 @@ are those of test_exact_replies.py, and have the same odds of a false alarm, 1e-
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,16 +21,18 @@ from commands import Run, jsonl, one_line, records
 from remote import llama_server
 from selection import MODELS, slow_but
 from served import served
-from test_exact_replies import COUNT, OpenAll, Remembered, Tree, check, draw, open_all, remembered_top_k
+from test_exact_replies import OpenAll, Remembered, Tree, check, draw, open_all, remembered_top_k
 from test_reference import Calls, Comparison, LoadReference, calls, compare_replies, load_reference, replies, tiny
 
-from me_local import Chat, ConfigError, Ensemble, InputError, LoadError, Overrides, _reference, ensemble, load
+from me_local import Chat, ConfigError, Ensemble, InputError, LoadError, Overrides, RunError, _reference, ensemble, load
 from me_local.arrays import IntArray
 from me_local.asking import Ask
 from me_local.decoding.engine import Engine
+from me_local.engines.llama_server import LlamaServer
 from me_local.engines.remote import RemoteModel
 from me_local.errors import MeLocalError
 from me_local.measuring.verify import verify
+from me_local.mixture.alignment import sufficient
 from me_local.mixture.routing import constant
 from me_local.model import Evaluated, Row
 from me_local.sampling import Sampling
@@ -66,7 +68,13 @@ def serve(tiny: dict[str, Path]) -> Iterator[Serve]:
 
 
 @pytest.fixture
-def write_mixed(tiny: dict[str, Path], serve: Serve, tmp_path: Path) -> WriteMixed:
+def elsewhere(serve: Serve) -> Callable[[str], str]:
+    """What stands in models.toml of a tiny model that runs behind a server."""
+    return lambda name: f'url = "{serve(name)}"'
+
+
+@pytest.fixture
+def write_mixed(tiny: dict[str, Path], elsewhere: Callable[[str], str], tmp_path: Path) -> WriteMixed:
     """Writes a models.toml of tiny models, those whose name begins with "@" behind a server."""
 
     def write(*names: str, weights: tuple[float, ...] = (), top: str = "") -> Path:
@@ -75,7 +83,7 @@ def write_mixed(tiny: dict[str, Path], serve: Serve, tmp_path: Path) -> WriteMix
             bare = name.removeprefix("@")
             lines.append(f'[[members]]\nname = "{bare}"\npath = "{tiny[bare]}"')
             lines.append(f"weight = {weights[i] if weights else 1.0}")
-            lines.append(f'url = "{serve(bare)}"' if name != bare else HERE)
+            lines.append(elsewhere(bare) if name != bare else HERE)
         path = tmp_path / "mixed.toml"
         path.write_text("\n".join(lines))
         return path
@@ -177,6 +185,15 @@ class RememberedRemote(Remembered):
         self._remote.shorten(self._most, numbers)  # the alignment that remembers is none that is known
 
 
+def remembering_mixed(members: Sequence[Any], this: test_exact_replies.Case) -> Engine:
+    """The members of a case, here and elsewhere, each asked once for each context."""
+    models = [
+        Remembered(member) if member.local else RememberedRemote(member, sufficient(sampling))
+        for member, sampling in zip(members, this.sampling, strict=True)
+    ]
+    return Engine(models, this.router, remembered_top_k())
+
+
 EXACT_CASES = {
     "one vocabulary": ("bpe_a", "bpe_b"),
     "BPE and SPM, temperature 1.3": ("bpe_c", "spm"),
@@ -193,12 +210,8 @@ def test_replies_have_the_probabilities_of_the_definition(
 ) -> None:
     this = test_exact_replies.CASES[name]
     first, second = EXACT_CASES[name]
-    here, there = open_mixed(first, f"@{second}").members
-    models = [Remembered(here), RememberedRemote(there, this.sampling[1].top_k)]  # type: ignore[arg-type]
-    engine = Engine(models, this.router, remembered_top_k())  # type: ignore[arg-type]
-    drawn = draw(engine, this, strategy)
-    assert drawn.total() == COUNT
-    check(drawn, Tree(open_all(this), this))
+    engine = remembering_mixed(open_mixed(first, f"@{second}").members, this)
+    check(draw(engine, this, strategy), Tree(open_all(this), this))
 
 
 @pytest.fixture
@@ -444,6 +457,38 @@ def test_whatever_a_server_samples_it_says_how_probable_all_was(open_mixed: Open
     for _ in range(60):
         member.sync(ids)
         assert len(member.logits().ids) >= 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("most", slow_but([5, 12, 20, 301], 12))
+def test_what_an_engine_gives_at_most_is_found_and_used(
+    open_mixed: OpenMixed, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    predict = LlamaServer.predict
+
+    def limited(self: LlamaServer, ids: Sequence[int], count: int, *args: Any) -> Any:
+        if count > most:
+            raise RunError(f"{count} are too many")
+        return predict(self, ids, count, *args)
+
+    monkeypatch.setattr(LlamaServer, "predict", limited)
+    with pytest.raises(ConfigError, match=rf"top_k = {most - 3} needs {most + 1} logits, .* gives the {most} largest"):
+        open_mixed("@bpe_c", top=f"[sampling]\ntop_k = {most - 3}")
+    assert open_mixed("@bpe_c", top=f"[sampling]\ntop_k = {most - 4}").generate("the cat", raw=True).steps
+
+
+def test_some_of_the_likeliest_may_never_be_sampled(open_mixed: OpenMixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 14 that are the most there are, ten have to be left."""
+    monkeypatch.setattr("me_local.engines.remote._MOST", 14)
+    (member,) = open_mixed("@bpe_c").members
+    ids, numbers = encoded(member, b"the cat"), np.arange(member.vocabulary.size, dtype=np.int32)
+    member.shorten(14, numbers)
+    member.sync(ids)
+    likeliest = member.logits().ids  # type: ignore[union-attr]
+    numbers[likeliest[:4]] = -1
+    member.sync(ids)
+    numbers[likeliest[4]] = -1
+    with pytest.raises(RunError, match="gives the 14 likeliest tokens at most, of which 9 can be sampled, and 10 are"):
+        member.sync(ids)
 
 
 def test_names_and_numbers_of_a_seed_with_top(open_mixed: OpenMixed) -> None:

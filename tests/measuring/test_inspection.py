@@ -15,6 +15,7 @@ from me_local.measuring.inspection import (
     boundaries,
     compare,
     inspect_member,
+    longest_that_fits,
     overlap,
     quantisation,
     sampleable,
@@ -125,6 +126,14 @@ def test_llama_cpp_allocates_the_kv_cache_that_is_reported(open_member, caplog: 
         report = inspect_member(open_member("bpe_a", n_ctx=2000, type_k="f32", type_v="f32"))
     assert report.kv_cache_bytes == 2 * 2048 * 32 * 4
     assert "KV buffer size =     0.50 MiB" in caplog.text
+
+
+def test_the_longest_context_that_fits(open_member) -> None:
+    report = inspect_member(open_member("bpe_a"))  # 128 bytes for a token
+    assert longest_that_fits(report, 0) == 512
+    assert longest_that_fits(report, 1000 * 128) == 1512
+    assert longest_that_fits(report, 10**9) == 2048
+    assert longest_that_fits(inspect_member(open_member("recurrent")), 10**9) is None
 
 
 def test_one_vocabulary(open_member) -> None:
