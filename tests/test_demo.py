@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pexpect
 import pytest
+from bench_drafts import KINDS
 from click.testing import CliRunner
 from conftest import logits_of
 from terminals import ask, spawn
@@ -47,11 +48,11 @@ def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) ->
 @pytest.mark.slow
 def test_a_seed_gives_the_same_reply_again_with_guesses(ensemble: Ensemble) -> None:
     """Bit by bit, also in quantised models, whatever the caches held in between."""
-    prompt = "One, two, three, four, five, six. " * 6
+    prompt, raw = KINDS["repeated passage"]
     settings = Overrides(seed=5, max_tokens=60, repeat_penalty=1.0, draft="ngram")
-    first = ensemble.generate(prompt, settings, raw=True)
+    first = ensemble.generate(prompt, settings, raw=raw)
     ensemble.generate("Something else", Overrides(seed=1, max_tokens=5))
-    assert ensemble.generate(prompt, settings, raw=True).steps == first.steps
+    assert ensemble.generate(prompt, settings, raw=raw).steps == first.steps
     assert first.guessed > 10
 
 
