@@ -28,6 +28,7 @@ Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
+Draft = Literal["none", "ngram"]
 Engine = Literal["llama-server", "vllm"]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -112,6 +113,7 @@ class Config:
     alignment: Text = "top_k"  # the same
     route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
+    draft: Draft = "none"  # what guesses how a reply goes on
     system: str | None = None
     template_args: _Arguments = field(default_factory=dict, hash=False)  # variables of all chat templates
     max_tokens: Annotated[Int, Field(ge=0)] = 512  # pieces per reply
@@ -139,6 +141,7 @@ class Overrides:
     decode: Decode | None = None
     route: Route | None = None
     parallel: bool | None = None
+    draft: Draft | None = None
     seed: int | None = None
     system: str | None = None
     template_args: Mapping[str, Any] | None = None  # variables of chat templates; those not named stay
@@ -172,7 +175,7 @@ SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop", "min_tokens", "ignore_eos")
 _ENSEMBLE_KEYS = (
     *("strategy", "unit", "decode", "seed", "router", "alignment"),
-    *("route", "parallel", "system", "template_args"),
+    *("route", "parallel", "draft", "system", "template_args"),
 )
 _MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *SAMPLING_KEYS)
 _PRESET_KEYS = ("strategy", "unit", "decode", "system", "template_args", *SAMPLING_KEYS, *_REPLY_KEYS)

@@ -350,7 +350,7 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         (
             "[ensemble]\nzzz = 1",
             "[ensemble].zzz: unknown key; allowed: strategy, unit, decode, seed, router, alignment, route, parallel, "
-            "system, template_args",
+            "draft, system, template_args",
         ),
         ("[sampling]\ntemperature = -1", "[sampling].temperature: must be at least 0, got -1"),
         ("[sampling]\nmax_tokens = -1", "[sampling].max_tokens: must be at least 0, got -1"),

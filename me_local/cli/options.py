@@ -132,6 +132,11 @@ _SAMPLING: list[Decorator] = [
     _WEIGHTS,
     named("--seed", type=int, help="Makes a reply repeatable."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
+    named(
+        "--draft",
+        type=click.Choice(["none", "ngram"]),
+        help="ngram: guess that texts repeat: one evaluation may give several pieces, none another by it.",
+    ),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),

@@ -127,6 +127,8 @@ def most_compared(model: LoadedModel) -> int:
 class _Witness:
     """A model that remembers the last ids it was synchronised with, and gives as many logits as are compared."""
 
+    foreseeing = None
+
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.name, self.n_ctx, self.vocabulary = model.name, model.n_ctx, model.vocabulary
