@@ -133,15 +133,11 @@ class Ensemble:
         return tuple(name for name, plain in zip(self.names, self.prompter.plain, strict=True) if plain)
 
     def with_overrides(self, overrides: Overrides | None, config: Config | None = None) -> Config:
-        """The configuration, its own unless another is given, with these before it.
-
-        Raises ConfigError, also where a member's engine cannot do it.
-        """
+        """`config`, else its own, with these before it. Raises ConfigError, also where an engine cannot do it."""
         config = config or self.config
-        if overrides is None:
-            return config
-        config = override(config, overrides)
-        require_able(self.engine, self.members, config)
+        if overrides is not None:
+            config = override(config, overrides)
+            require_able(self.engine, self.members, config)
         return config
 
     @property
