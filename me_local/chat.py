@@ -49,8 +49,8 @@ class Chat:
         self._replies = 0
 
     def set(self, overrides: Overrides) -> None:
-        """Change settings of this conversation. Raises ConfigError."""
-        self.config = override(self.config, overrides)
+        """Change settings of this conversation. Raises ConfigError, also where a member's engine cannot do it."""
+        self.config = self.ensemble.with_overrides(overrides, self.config)
         if overrides.system is not None:
             self.system = overrides.system
 

@@ -132,12 +132,12 @@ class Ensemble:
         """The names of the members that see a plain transcript."""
         return tuple(name for name, plain in zip(self.names, self.prompter.plain, strict=True) if plain)
 
-    def with_overrides(self, overrides: Overrides | None) -> Config:
-        """The configuration with these before it. Raises ConfigError, also where a member's engine cannot do it."""
-        if overrides is None:
-            return self.config
-        config = override(self.config, overrides)
-        require_able(self.engine, self.members, config)
+    def with_overrides(self, overrides: Overrides | None, config: Config | None = None) -> Config:
+        """`config`, else its own, with these before it. Raises ConfigError, also where an engine cannot do it."""
+        config = config or self.config
+        if overrides is not None:
+            config = override(config, overrides)
+            require_able(self.engine, self.members, config)
         return config
 
     @property

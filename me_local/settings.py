@@ -35,4 +35,6 @@ def parse_setting(key: str, value: str) -> Overrides:
     typed: object = number(value) if key in _NUMBER_SETTINGS else parsed(value) if key in _LISTED else value
     if key == "template_args":
         typed = dict([argument(value, "/set template_args")])
+    if key == "logit_bias" and isinstance(typed, str):
+        raise ConfigError(f'/set logit_bias: must look like {{" the": -1.5, " a": false}}, got {shown(value)}')
     return Overrides(**{key: check(key, typed, f"/set {key}")})

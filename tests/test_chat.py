@@ -141,7 +141,10 @@ def test_settings_that_cannot_be(open_ensemble: OpenEnsemble) -> None:
     chat = Chat(open_ensemble("bpe_a"))
     with pytest.raises(ConfigError, match="argmax"):
         chat.set(Overrides(decode="argmax"))
+    with pytest.raises(ConfigError, match='"no such piece" is a token of no member'):
+        chat.set(Overrides(logit_bias={"no such piece": -1.0}))
     assert chat.config.decode == "sample"
+    assert chat.config.members[0].sampling.logit_bias == ()
 
 
 def test_a_full_context_is_not_evaluated_again_in_each_turn(open_ensemble: OpenEnsemble) -> None:

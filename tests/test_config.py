@@ -579,7 +579,8 @@ def test_parse_setting(key, value, expected):
         ("temperature", "hot", '/set temperature: must be a number, got "hot"'),
         ("top_k", "2.5", "/set top_k: must be an integer, got 2.5"),
         ("ignore_eos", "yes", '/set ignore_eos: must be true or false, got "yes"'),
-        ("logit_bias", "the", '/set logit_bias: must be a table of texts and numbers, or a list of pairs, got "the"'),
+        ("logit_bias", "the", '/set logit_bias: must look like {" the": -1.5, " a": false}, got "the"'),
+        ("logit_bias", "5", "/set logit_bias: must be a table of texts and numbers, or a list of pairs, got 5"),
         ("decode", "greedy", '/set decode: must be "sample" or "argmax", got "greedy"'),
     ],
 )

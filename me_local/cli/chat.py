@@ -97,8 +97,11 @@ def _answer(session: Session, line: str) -> bool:
     if line.startswith("/") and not line.startswith("//"):
         return run_command(session, line)
     if line.strip():
+        session.draft = line if edits else ""  # where it cannot be sent, it can be edited further
         message = session.message(line)
-        session.show(session.chat.edit(message) if edits else session.chat.say(message))
+        turn = session.chat.edit(message) if edits else session.chat.say(message)
+        session.draft = ""
+        session.show(turn)
         if session.last and session.last.finish_reason == "cancelled" and not sys.stdin.isatty():
             click.get_current_context().exit(130)  # a script is stopped as a whole
     return True

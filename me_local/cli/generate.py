@@ -25,6 +25,7 @@ from me_local.cli.options import (
 )
 from me_local.cli.progress import progress
 from me_local.cli.shaping import Sectioned
+from me_local.cli.thoughts import ended_in_thought
 from me_local.config import Overrides
 from me_local.decoding.reply import Reply, ReplyStream
 from me_local.ensemble import Ensemble, Finished
@@ -153,7 +154,7 @@ def _print(stream: ReplyStream) -> None:
 
 
 def _tell_of_cut(reply: Reply) -> None:
-    if reply.thought and not reply.answer and reply.finish_reason == "length":
+    if ended_in_thought(reply):
         note = "the reply ended inside its thought: raise --max-tokens, or try --template-arg enable_thinking=false"
         click.echo(note, err=True)
 

@@ -202,9 +202,15 @@ def _try(config: Config) -> None:
 
 
 def _write(output: Path, text: str) -> None:
+    """Write the file as a whole, or none."""
     try:
         with output.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                output.unlink()
+                raise
     except OSError as error:
         raise RunError(f"{output}: {error.strerror}") from None
     named = "" if output == Path("models.toml") else f" --models {shlex.quote(str(output))}"

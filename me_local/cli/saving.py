@@ -29,6 +29,8 @@ _PROGRAMS = (
 def save(session: Session, name: str) -> None:
     """/save FILE."""
     path = _file(name, "/save")
+    if not session.chat.messages:
+        raise InputError("/save: the conversation is empty")
     _write(path, f"{json_text(session.chat.as_dict(), indent=1)}\n", "/save")
     session.note(f"Saved {len(session.chat.messages)} messages to {path}.")
 

@@ -13,7 +13,7 @@ from me_local.cli.attachments import as_typed, with_files
 from me_local.cli.display import Notices, Painter, stats_line
 from me_local.cli.interrupt import cancels
 from me_local.cli.sessions import SessionFile
-from me_local.cli.thoughts import ThoughtView
+from me_local.cli.thoughts import ThoughtView, ended_in_thought
 from me_local.decoding.reply import Reply, Step
 from me_local.errors import MeLocalError
 
@@ -109,6 +109,8 @@ class Session:
             self.painter.end()
             self.last = turn.reply
             self.note(stats_line(self.last))
+            if ended_in_thought(self.last):
+                self.note("Note: the reply ended inside its thought: /set max_tokens lets it be longer")
             self._notices.tell()
 
     def _stream(self, turn: Turn) -> None:

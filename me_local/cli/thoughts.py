@@ -5,8 +5,14 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from me_local.cli.streams import printable
+from me_local.decoding.reply import Reply
 
 _TAB = 8  # columns
+
+
+def ended_in_thought(reply: Reply) -> bool:
+    """Whether a reply has no answer because it reached the largest number of pieces before."""
+    return bool(reply.thought) and not reply.answer and reply.finish_reason == "length"
 
 
 class ThoughtView:

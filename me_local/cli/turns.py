@@ -29,7 +29,10 @@ def edit(session: Session, text: str) -> None:
     if edited is None or edited == line:
         session.note("The message is as it was.")
         return
-    session.show(session.chat.edit(session.message(edited)))
+    session.draft = edited  # what was written is not lost where it cannot be sent
+    turn = session.chat.edit(session.message(edited))
+    session.draft = ""
+    session.show(turn)
 
 
 def _edited(line: str, editor: str) -> str | None:
@@ -37,6 +40,8 @@ def _edited(line: str, editor: str) -> str | None:
         edited = click.edit(line, editor=editor, extension=".md", require_save=False)
     except click.ClickException as error:
         raise InputError(f"/edit: {error.message}") from None
+    except OSError as error:
+        raise InputError(f"/edit: {editor} left no text: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"/edit: the text is not UTF-8 at byte {error.start + 1}") from None
     return edited if edited is None else edited.rstrip("\n")

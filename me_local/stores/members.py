@@ -98,11 +98,10 @@ def _of_ollama(text: str) -> Entry:
 
 def _of_lm_studio(text: str) -> Entry:
     wanted = text.removesuffix(".gguf").casefold()
-    models = [entry for entry in lm_studio.entries() if not _is_projector(entry)]
+    models = list(lm_studio.entries())
     exact = [entry for entry in models if entry.name.casefold() == wanted]
-    return _only(
-        exact or [entry for entry in models if entry.name.casefold().startswith(f"{wanted}/")], "LM Studio", text
-    )
+    below = [entry for entry in models if entry.name.casefold().startswith(f"{wanted}/") and _may_be_meant(entry)]
+    return _only(exact or below, "LM Studio", text)
 
 
 def _of_hub(text: str) -> Entry:
@@ -119,7 +118,7 @@ def _of_hub(text: str) -> Entry:
         name = f"{hub.PREFIX}{named['repository']}:{wanted}"
         return Entry(hub.STORE, name, whole_name(wanted.rpartition("/")[2]), ())
     quantisation = re.compile(rf"(?<![A-Za-z0-9]){re.escape(wanted)}(?![A-Za-z0-9_])", re.IGNORECASE)
-    models = [entry for entry in models if not _is_projector(entry)]
+    models = [entry for entry in models if _may_be_meant(entry)]
     if models and wanted:
         here = ", ".join(entry.name[len(start) :] for entry in models[:_SHOWN])
         models = [entry for entry in models if quantisation.search(entry.name[len(start) :])]
@@ -155,8 +154,9 @@ def _only(models: Sequence[Entry], store: str, text: str) -> Entry:
     return models[0]
 
 
-def _is_projector(entry: Entry) -> bool:
-    return entry.files[0].name.startswith("mmproj")
+def _may_be_meant(entry: Entry) -> bool:
+    """Whether it can be what a name says that is not its whole one: no projector, and its file is here."""
+    return not entry.files[0].name.startswith("mmproj") and os.path.exists(entry.files[0])
 
 
 def _meant(text: str) -> str:

@@ -315,6 +315,12 @@ def test_a_saved_chat_that_cannot_be(run: Run, tmp_path: Path) -> None:
         one_line(run("chat", stdin=command + "\n"), 2, command.split()[0])
 
 
+def test_an_empty_conversation_takes_the_place_of_no_file(run: Run, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    one_line(run("chat", "--max-tokens", 2, stdin=f"Hi\n/save {saved}\n/clear\n/save {saved}\n"), 2, "/save: the conv")
+    assert [message["role"] for message in json.loads(saved.read_text())["messages"]] == ["user", "assistant"]
+
+
 def test_replies_reach_a_pipe_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     from me_local.cli.display import Painter, make_console
     from me_local.cli.streams import printable

@@ -1,6 +1,7 @@
 """`me-local init`: from a home with models to a file that chats."""
 
 import os
+import resource
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from click.testing import CliRunner, Result
 from commands import one_line
 from terminals import spawn
 
+from me_local.cli import init as init_module
 from me_local.cli.program import main
 from me_local.config import load_config
+from me_local.errors import RunError
 
 
 def invoke(*arguments: object, text: str | None = None, **env: str) -> Result:
@@ -112,6 +115,17 @@ def test_a_file_that_exists_is_left_as_it_is(here: Path) -> None:
     (here / "link.toml").symlink_to(here / "nowhere.toml")
     one_line(invoke("init", "--yes", "--output", "link.toml"), 2, "link.toml: it exists already")
     assert (here / "models.toml").read_text() == "mine"
+
+
+def test_a_full_disk_gets_no_part_of_a_file(tmp_path: Path) -> None:
+    output, limit = tmp_path / "models.toml", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        with pytest.raises(RunError, match="File too large"):
+            init_module._write(output, "x" * 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not output.exists()
 
 
 def test_what_cannot_be_loaded_is_not_written(here: Path, stocked: Path) -> None:

@@ -10,7 +10,7 @@ from click.shell_completion import ShellComplete
 from commands import Run, one_line
 from thinkers import write_thinkers
 
-from me_local import Chat, Ensemble, Message
+from me_local import Chat, Ensemble, Message, Overrides
 from me_local.cli import session as session_module
 from me_local.cli.display import Painter, make_console
 from me_local.cli.program import main
@@ -116,6 +116,7 @@ def test_a_reply_is_kept_while_it_is_written(
     ensemble = open_ensemble("bpe_a", "spm")
     console = make_console()
     session = Session(Chat(ensemble), Painter(console, ensemble.names), console, SessionFile("work"))
+    session.chat.set(Overrides(seed=1, ignore_eos=True))
     steps = session.steps(session.chat.say("Hello"))
     written = "".join(next(steps).text for _ in range(5))
     next(steps)  # before it, what is there is written

@@ -97,6 +97,34 @@ def test_the_last_message_is_edited_in_an_editor(terminal: Terminal, tmp_path: P
 
 
 @pytest.mark.slow
+def test_what_was_edited_and_cannot_be_sent_is_edited_further(terminal: Terminal, tmp_path: Path) -> None:
+    child = terminal("--session", "work", EDITOR="sed -i s/Hello/@none/")
+    ask(child, "Hello")
+    child.expect("8 pieces")
+    ask(child, "/edit")
+    child.expect("there is no such file")
+    child.expect("> @none")
+    child.send("2\r")
+    child.expect("@none2: there is no such file")
+    child.expect("> @none2")
+    child.send("\x15Goodbye\r")  # Ctrl-U: an empty line
+    child.expect("8 pieces")
+    leave(child)
+    assert questions(tmp_path, "work") == ["Goodbye"]
+
+
+@pytest.mark.slow
+def test_an_editor_that_leaves_no_text_does_not_end_the_chat(terminal: Terminal, tmp_path: Path) -> None:
+    child = terminal("--session", "work", EDITOR="rm")
+    ask(child, "Hello")
+    child.expect("8 pieces")
+    ask(child, "/edit")
+    child.expect("Error: /edit: rm left no text: No such file")
+    leave(child)
+    assert questions(tmp_path, "work") == ["Hello"]
+
+
+@pytest.mark.slow
 def test_replies_stand_side_by_side_where_there_is_room(terminal: Terminal, tmp_path: Path) -> None:
     child = terminal("--session", "work", "--seed", "2")
     ask(child, "Hello")

@@ -108,6 +108,7 @@ def test_a_chat_without_a_terminal(run: Run, thinker: Path, made: Reply, tmp_pat
 def test_a_chat_that_was_cut_in_its_thought(run: Run, thinker: Path) -> None:
     result = run("chat", "--seed", SEED, "--max-tokens", 2, models=thinker, stdin="Hi\n")
     assert re.fullmatch(r"\[thought\]\n.+\n\[answer\]\n\n", result.stdout, re.DOTALL)
+    assert "Note: the reply ended inside its thought: /set max_tokens lets it be longer" in result.stderr
 
 
 @pytest.mark.slow

@@ -145,6 +145,14 @@ def test_what_is_no_member_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_projector_is_meant_by_its_whole_name_alone_and_a_lost_file_by_none(stocked: Path) -> None:
+    assert file_of("lmstudio:me/tiny-GGUF/mmproj-tiny-f16").name == "mmproj-tiny-f16.gguf"  # llama.cpp says what it is
+    for part, absent in [("lmstudio:me/tiny-GGUF", "mmproj"), ("hf:me/hub-GGUF", "gone")]:
+        with pytest.raises(ConfigError, match="several models") as error:
+            member_of(part)
+        assert absent not in str(error.value)
+
+
 def test_an_ensemble_without_any_weight(stocked: Path) -> None:
     with pytest.raises(ConfigError, match="--member: every weight is 0"):
         config_of(["ollama:tiny:0"])
