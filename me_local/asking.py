@@ -207,6 +207,17 @@ def parted(messages: Sequence[Message]) -> tuple[list[Message], bytes]:
     return list(messages), b""
 
 
+def visible(prompt: Prompt, *, raw: bool) -> bytes:
+    """What all members see of a prompt in front of the reply, without what their templates put around it.
+
+    A text that is to be completed stands in the reply itself.
+    """
+    if raw or isinstance(prompt, Tokens):
+        return b""
+    messages = parted([Message("user", prompt)] if isinstance(prompt, str) else list(prompt))[0]
+    return "\n".join(message.content for message in messages).encode()
+
+
 def make_request(
     config: Config,
     prompts: Prompts,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from me_local.asking import Prompts, check_conversation
+from me_local.asking import Prompts, check_conversation, visible
 from me_local.config import Config, Overrides, override
 from me_local.decoding.reply import Reply, ReplyStream, Step
 from me_local.ensemble import Ensemble
@@ -169,7 +169,8 @@ class Chat:
         if config.seed is not None:
             config = override(config, Overrides(seed=config.seed + self._replies))
         self._replies += 1
-        return self.ensemble.start(config, prompts, prefill=True)
+        seen = visible(messages[dropped:], raw=False)
+        return self.ensemble.start(config, prompts, prefill=True, shown=seen)
 
     def _fitting(self, messages: list[Message], config: Config) -> tuple[int, Prompts]:
         """How many of the oldest messages to leave out, and the prompts of the rest.

@@ -38,8 +38,12 @@ Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda raw: (raw,) if isinst
 def require_known(key: str, allowed: Iterable[str], place: str, kind: str) -> None:
     """Raise ConfigError, which begins with the place, for a `kind` of thing that is not among those that there are."""
     if key not in allowed:
-        name = key if re.fullmatch(r"[\w-]+", key) else shown(key)
-        raise ConfigError(f"{place}{name}: unknown {kind}; {nearest(key, allowed)}")
+        raise ConfigError(f"{place}{as_key(key)}: unknown {kind}; {nearest(key, allowed)}")
+
+
+def as_key(name: str) -> str:
+    """A name as TOML writes it for a key."""
+    return name if re.fullmatch(r"[\w-]+", name) else shown(name)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -11,8 +11,7 @@ member's loader to say.
 import math
 import os
 import re
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -20,27 +19,16 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import Field, Strict, TypeAdapter
 
-from me_local.checks import (
-    AtLeast0,
-    Int,
-    Text,
-    Texts,
-    argument,
-    by_rule,
-    must,
-    nearest,
-    number,
-    parsed,
-    require_known,
-    shown,
-)
+from me_local.checks import AtLeast0, Int, Text, Texts, as_key, by_rule, must, nearest, require_known, shown
 from me_local.errors import ConfigError
 from me_local.sampling import Bias, Sampling
+from me_local.toml import read_toml
 
 Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
+Draft = Literal["none", "ngram"]
 Engine = Literal["llama-server", "vllm"]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -125,6 +113,7 @@ class Config:
     alignment: Text = "top_k"  # the same
     route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
+    draft: Draft = "none"  # what guesses how a reply goes on
     system: str | None = None
     template_args: _Arguments = field(default_factory=dict, hash=False)  # variables of all chat templates
     max_tokens: Annotated[Int, Field(ge=0)] = 512  # pieces per reply
@@ -132,6 +121,9 @@ class Config:
     min_tokens: Annotated[Int, Field(ge=0)] = 0  # pieces before the end of generation may come
     ignore_eos: Annotated[bool, Strict()] = False  # it never comes
     constraint: Constraint | None = None  # of this reply; not in the file
+    presets: dict[str, "Overrides"] = field(default_factory=dict, hash=False)  # by their names
+    preset: str | None = None  # the one in use
+    origin: "tuple[Config, Overrides] | None" = field(default=None, compare=False, repr=False)  # see `override`
 
     @property
     def place(self) -> str:
@@ -143,11 +135,13 @@ class Config:
 class Overrides:
     """Options that beat the file, for every member; None leaves the file's value. Checked by `override`."""
 
+    preset: str | None = None  # which of the file's goes before it, and behind all other options; "" = none
     strategy: Strategy | None = None
     unit: Unit | None = None
     decode: Decode | None = None
     route: Route | None = None
     parallel: bool | None = None
+    draft: Draft | None = None
     seed: int | None = None
     system: str | None = None
     template_args: Mapping[str, Any] | None = None  # variables of chat templates; those not named stay
@@ -177,22 +171,20 @@ class Overrides:
     weights: Mapping[str, float] | None = None  # member's name → weight; the members not named keep theirs
 
 
-_SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
+SAMPLING_KEYS = tuple(field.name for field in fields(Sampling))
 _REPLY_KEYS = ("max_tokens", "stop", "min_tokens", "ignore_eos")
 _ENSEMBLE_KEYS = (
     *("strategy", "unit", "decode", "seed", "router", "alignment"),
-    *("route", "parallel", "system", "template_args"),
+    *("route", "parallel", "draft", "system", "template_args"),
 )
-_MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *_SAMPLING_KEYS)
+_MEMBER_KEYS = (*(field.name for field in fields(MemberConfig) if field.name != "sampling"), *SAMPLING_KEYS)
+_PRESET_KEYS = ("strategy", "unit", "decode", "system", "template_args", *SAMPLING_KEYS, *_REPLY_KEYS)
 _ELSEWHERE = ("engine", "api_key_env", "model")
 _HERE = (
     *("n_ctx", "n_gpu_layers", "n_threads", "n_batch", "flash_attn", "swa_full", "type_k", "type_v"),
     *("main_gpu", "tensor_split", "lora", "llama"),
 )
 _PATH_KEYS = ("path", "lora", "tokenizer")
-_LISTED = ("logit_bias", "dry_sequence_breakers", "ignore_eos")  # JSON after /set
-_NUMBER_SETTINGS = (*(key for key in _SAMPLING_KEYS if key not in _LISTED), "min_tokens", "max_tokens", "seed")
-_SETTINGS = (*_NUMBER_SETTINGS, *_LISTED, "stop", "decode", "strategy", "unit", "template_args")
 
 
 def load_config(path: Path) -> Config:
@@ -200,30 +192,64 @@ def load_config(path: Path) -> Config:
     document = read_toml(path)
     for key, value in document.items():
         kind = "table" if isinstance(value, dict | list) else "key"
-        require_known(key, ("ensemble", "sampling", "members"), f"{path}: ", kind)
+        require_known(key, ("ensemble", "sampling", "members", "presets"), f"{path}: ", kind)
     ensemble = _table(document.get("ensemble", {}), _ENSEMBLE_KEYS, f"{path}: [ensemble]")
-    sampling = _table(document.get("sampling", {}), (*_SAMPLING_KEYS, *_REPLY_KEYS), f"{path}: [sampling]")
+    sampling = _table(document.get("sampling", {}), (*SAMPLING_KEYS, *_REPLY_KEYS), f"{path}: [sampling]")
     reply = {key: sampling.pop(key) for key in _REPLY_KEYS if key in sampling}
     members = _members(document.get("members", []), path, Sampling(**sampling))
     config = Config(path=path, members=members, **ensemble, **reply)
     _require_decodable(config, f"{path}: [ensemble].decode")
     _require_words_by_me(config, f"{path}: [ensemble].unit")
     _require_route(config, f"{path}: [ensemble].route")
-    return config
+    return replace(config, presets=_presets(document.get("presets", {}), config))
 
 
 def override(config: Config, overrides: Overrides) -> Config:
     """The config with the given options on top; raises ConfigError that names the option, such as --top-k.
 
-    A member's own sampling and system prompt give way to an option. Weights are normalised again.
+    A member's own sampling and system prompt give way to an option. Weights are normalised again. A preset goes behind
+    all options there are, also those of before: `origin` has the config without any, and all of them but the preset.
     """
+    given = replace(overrides, preset=None)
+    base, options = config.origin or (config, Overrides())
+    options = _merged(options, given)
+    if overrides.preset is None:
+        return replace(_changed(config, given), origin=(base, options))
+    preset = preset_of(base, overrides.preset, "--preset") if overrides.preset else Overrides()
+    changed = _changed(base, _merged(preset, options))
+    return replace(changed, preset=overrides.preset or None, origin=(base, options))
+
+
+def preset_of(config: Config, name: str, place: str) -> Overrides:
+    """The preset of that name. Raises ConfigError, which begins with the place, where there is none."""
+    if name not in config.presets:
+        known = nearest(name, config.presets) if config.presets else "models.toml has no [presets.NAME]"
+        raise ConfigError(f"{place}: unknown preset {shown(name)}; {known}")
+    return config.presets[name]
+
+
+def _given(overrides: Overrides) -> dict[str, Any]:
     options = {field.name: getattr(overrides, field.name) for field in fields(overrides)}
-    named = options.pop("weights") or {}
-    arguments = check("template_args", dict(options.pop("template_args") or {}), "--template-arg")
-    given = {key: value for key, value in options.items() if value is not None}
-    given = {key: check(key, value, "--" + key.replace("_", "-")) for key, value in given.items()}
-    shape = {key: given.pop(key) for key in _SAMPLING_KEYS if key in given}
-    weights = _checked_weights(named, [member.name for member in config.members])
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _merged(first: Overrides, later: Overrides) -> Overrides:
+    """Both; what is said later holds. Weights belong together, variables of templates do not."""
+    arguments = {**(first.template_args or {}), **(later.template_args or {})}
+    return replace(first, **_given(later) | {"template_args": arguments or None})
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-").removesuffix("s" if key == "template_args" else "")
+
+
+def _changed(config: Config, overrides: Overrides, named: Callable[[str], str] = _option) -> Config:
+    """The config with options on top, without a preset; `named` says what errors call a key."""
+    given = _given(overrides)
+    arguments = check("template_args", dict(given.pop("template_args", {})), named("template_args"))
+    weights = checked_weights(given.pop("weights", {}), [m.name for m in config.members], named("weights"))
+    given = {key: check(key, value, named(key)) for key, value in given.items()}
+    shape = {key: given.pop(key) for key in SAMPLING_KEYS if key in given}
     members = tuple(
         replace(
             member,
@@ -235,55 +261,11 @@ def override(config: Config, overrides: Overrides) -> Config:
         for member in config.members
     )
     given["template_args"] = {**config.template_args, **arguments}
-    changed = replace(config, members=normalised(members, "--weights") if weights else members, **given)
-    _require_decodable(changed, "--decode" if "decode" in given else "--strategy")
-    _require_words_by_me(changed, "--unit" if "unit" in given else "--strategy")
-    _require_route(changed, "--route" if "route" in given else "--unit")
+    changed = replace(config, members=normalised(members, named("weights")) if weights else members, **given)
+    _require_decodable(changed, named("decode" if "decode" in given else "strategy"))
+    _require_words_by_me(changed, named("unit" if "unit" in given else "strategy"))
+    _require_route(changed, named("route" if "route" in given else "unit"))
     return changed
-
-
-def parse_weights(text: str, names: Sequence[str]) -> dict[str, float]:
-    """The value of --weights, "a=0.7,b=0.3" or "0.7,0.3" in the members' order, as name → weight.
-
-    Raises ConfigError for a name that no member has or that comes twice, a wrong count and a bad weight.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if "=" not in text and len(parts) != len(names):
-        raise ConfigError(f"--weights: needs a weight for each of {', '.join(names)}, got {shown(text)}")
-    pairs = [part.partition("=")[::2] for part in parts] if "=" in text else zip(names, parts, strict=True)
-    weights: dict[str, object] = {}
-    for name, value in pairs:
-        if name.strip() in weights:
-            raise ConfigError(f"--weights: {shown(name.strip())} is named twice")
-        weights[name.strip()] = number(value)
-    return _checked_weights(weights, names)
-
-
-def parse_setting(key: str, value: str) -> Overrides:
-    """The chat's `/set KEY VALUE` as checked overrides; raises ConfigError that names the key."""
-    if key not in _SETTINGS:
-        raise ConfigError(f"/set: unknown key {shown(key)}; {nearest(key, _SETTINGS)}")
-    typed: object = number(value) if key in _NUMBER_SETTINGS else parsed(value) if key in _LISTED else value
-    if key == "template_args":
-        typed = dict([argument(value, "/set template_args")])
-    return Overrides(**{key: check(key, typed, f"/set {key}")})
-
-
-def read_toml(path: Path) -> dict[str, object]:
-    """What a TOML file holds. Raises ConfigError that names it."""
-    try:
-        data = path.read_bytes()
-        return tomllib.loads(data.decode("utf-8-sig"))  # some editors write a byte order mark
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}: not UTF-8 (byte 0x{error.object[error.start]:02x} in line {line})") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # tomllib lets the two through on absurd numbers and nesting
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
 def _table(raw: object, allowed: Sequence[str], place: str) -> dict[str, Any]:
@@ -293,6 +275,25 @@ def _table(raw: object, allowed: Sequence[str], place: str) -> dict[str, Any]:
     for key in raw:
         require_known(key, allowed, f"{place}.", "key")
     return {key: check(key, value, f"{place}.{key}") for key, value in raw.items()}
+
+
+def _presets(raw: object, config: Config) -> dict[str, Overrides]:
+    """The presets of a file, each tried on it."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{config.place}presets: must be tables, each headed [presets.NAME], got {shown(raw)}")
+    return {name: _preset(name, table, config) for name, table in raw.items()}
+
+
+def _preset(name: str, raw: object, config: Config) -> Overrides:
+    place = f"{config.place}[presets.{as_key(name)}]"
+    check("name", name, place)
+    table = raw.copy() if isinstance(raw, dict) else raw
+    weights = table.pop("weights", None) if isinstance(table, dict) else None
+    if not isinstance(weights, dict | None):
+        raise ConfigError(f"{place}.weights: must be a table, such as {{ {config.members[0].name} = 0.7 }}")
+    preset = Overrides(weights=weights, **_table(table, _PRESET_KEYS, place))
+    _changed(config, preset, lambda key: f"{place}.{key}")
+    return preset
 
 
 def _members(raw: object, path: Path, sampling: Sampling) -> tuple[MemberConfig, ...]:
@@ -320,7 +321,7 @@ def _member(raw: object, place: str, folder: Path, sampling: Sampling) -> Member
     if values.get("type_v", "f16") not in _UNQUANTISED and not values.get("flash_attn"):
         raise ConfigError(f'{place}.type_v: "{values["type_v"]}" needs flash_attn = true')
     _require_one_place(values, place)
-    own = {key: values.pop(key) for key in _SAMPLING_KEYS if key in values}
+    own = {key: values.pop(key) for key in SAMPLING_KEYS if key in values}
     if "logit_bias" in own:
         own["logit_bias"] = tuple(replace(bias, member=values["name"]) for bias in own["logit_bias"])
     paths = {key: _absolute(values[key], folder) for key in _PATH_KEYS if key in values}
@@ -348,11 +349,12 @@ def _absolute(path: str | Path, folder: Path) -> Path:
     return Path(os.path.abspath(folder / os.path.expanduser(path)))
 
 
-def _checked_weights(weights: Mapping[str, object], names: Sequence[str]) -> dict[str, float]:
+def checked_weights(weights: Mapping[str, object], names: Sequence[str], place: str = "--weights") -> dict[str, float]:
+    """The weights, by members' names. Raises ConfigError, which begins with the place, also for a name of none."""
     for name in weights:
         if name not in names:
-            raise ConfigError(f"--weights: unknown member {shown(name)}; {nearest(name, names)}")
-    return {name: check("weight", value, f"--weights: {shown(name)}") for name, value in weights.items()}
+            raise ConfigError(f"{place}: unknown member {shown(name)}; {nearest(name, names)}")
+    return {name: check("weight", value, f"{place}: {shown(name)}") for name, value in weights.items()}
 
 
 def normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberConfig, ...]:

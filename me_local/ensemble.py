@@ -8,17 +8,18 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able
+from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able, visible
 from me_local.config import Config, Overrides, load_config, override
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
+from me_local.decoding.guessing import Repeats
 from me_local.decoding.likelihoods import Passage, Score, Scorers, UnitScores, mixed, unit_weights
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
@@ -148,7 +149,17 @@ class Ensemble:
     def notices(self) -> list[str]:
         """One-line remarks for its user; the first replies may add some."""
         losses = [(self.names[i], loss) for i, loss in sorted(self.engine.losses.items())]
-        return self._notices + self.template_notices + [loss.notice(name) for name, loss in losses if loss.matters]
+        left_out = [
+            f"{name}: it evaluates no guesses (draft): it runs elsewhere, or its memory cannot be cut back"
+            for name, member in zip(self.names, self.members, strict=True)
+            if self.config.draft != "none" and member.foreseeing is None
+        ]
+        return (
+            self._notices
+            + left_out
+            + self.template_notices
+            + [loss.notice(name) for name, loss in losses if loss.matters]
+        )
 
     @property
     def unit(self) -> str:
@@ -177,7 +188,8 @@ class Ensemble:
         """
         config, cancelled = self.with_overrides(overrides), cancelled or threading.Event()
         prompts = self.prompter.asked(prompt, config, raw=raw, interrupted=cancelled.is_set)
-        return self.start(config, prompts, alone=alone, top=top, prefill=not raw, cancelled=cancelled)
+        seen = visible(prompt, raw=raw)
+        return self.start(config, prompts, alone=alone, top=top, prefill=not raw, cancelled=cancelled, shown=seen)
 
     def generate(self, prompt: Prompt, overrides: Overrides | None = None, *, raw: bool = False) -> Reply:
         """The whole reply to a prompt or a conversation; see `stream`."""
@@ -210,7 +222,9 @@ class Ensemble:
         seed = seeds[0] if seeds else secrets.randbits(32) if config.seed is None else config.seed
         batching = self.batching(config, seed=seed)
         if self.shares_route(config):
-            config = replace(config, seed=seed)  # so that an earlier run without a seed can be gone on with, too
+            config = override(
+                config, Overrides(seed=seed)
+            )  # so that an earlier run without a seed can be gone on with, too
         return self._finish_many(config, enumerate(asks), batching, earlier, raw=raw)
 
     def batching(self, config: Config, *, seed: int | None = None) -> Batching:
@@ -254,7 +268,9 @@ class Ensemble:
             config = override(_seeded(config, index), ask.overrides)
             prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
-                return Finished(index, self.start(config, prompts, alone=True, top=ask.top, prefill=not raw).finish())
+                seen = visible(ask.prompt, raw=raw)
+                stream = self.start(config, prompts, alone=True, top=ask.top, prefill=not raw, shown=seen)
+                return Finished(index, stream.finish())
         except MeLocalError as error:
             return Finished(index, error=error)
 
@@ -329,12 +345,14 @@ class Ensemble:
         top: int = 0,
         prefill: bool = False,
         cancelled: threading.Event | None = None,
+        shown: bytes = b"",
     ) -> ReplyStream:
-        """A reply after these prompts; the rest as in `Request`."""
+        """A reply after these prompts, which have `shown` in them; the rest as in `Request`."""
         cancelled = cancelled or threading.Event()
         kinds = self.prompter.kinds if prefill else ()
         request = make_request(config, prompts, kinds, alone=alone, top=top, prefill=prefill)
-        generation = Generation(self.engine, request, cancelled.is_set)
+        source = Repeats(shown) if config.draft == "ngram" else None
+        generation = Generation(self.engine, request, cancelled.is_set, source=source)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
     def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:
@@ -358,7 +376,7 @@ class Ensemble:
 
 
 def _seeded(config: Config, index: int) -> Config:
-    return config if config.seed is None else replace(config, seed=config.seed + index)
+    return config if config.seed is None else override(config, Overrides(seed=config.seed + index))
 
 
 def load(

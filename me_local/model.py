@@ -4,7 +4,7 @@ A `Model` brings its cache to hold exactly the ids that it is given, and gives t
 process runs one kind (`llama.member`), servers run others (`engines`). Knows nothing of how they do it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -79,6 +79,22 @@ class Abilities:
     likelihoods: bool = True
 
 
+class Foreseeing(Protocol):
+    """What can evaluate a guess of the next tokens, at most `ahead` of them, and go back cheaply where it is wrong."""
+
+    @property
+    def ahead(self) -> int:
+        """The most tokens of a guess."""
+
+    def foresee(
+        self, ids: IntArray, guess: IntArray, wanted: Sequence[int], interrupted: Callable[[], bool] = ...
+    ) -> tuple[Evaluated, list[Row]]:
+        """Bring the cache to `ids` and a guess of what follows; copies of the logits after both.
+
+        The first are those after `ids`, the others those after so many tokens of the guess as `wanted` has.
+        """
+
+
 class Model(Protocol):
     """What one reply needs of a member."""
 
@@ -99,6 +115,10 @@ class Model(Protocol):
 
     def shorten(self, count: int, numbers: IntArray) -> None:
         """From now on so many of the largest logits are enough, of ids whose number is not negative; 0: all of them."""
+
+    @property
+    def foreseeing(self) -> Foreseeing | None:
+        """The same as one that can evaluate guesses, if it can."""
 
     def logits(self) -> Row:
         """The logits after the last `sync`, once they are there; more of them than are enough may come."""

@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import llama_cpp
 import numpy as np
+from bench_drafts import gains
 from bench_step import WARM_UP, aligning, inside, outside
 
 import me_local
@@ -342,7 +343,16 @@ def batch(given: Given) -> Iterator[Check]:
         yield Check(f"{count} at once, shared route to own routes", ratio, 1.0, True)
 
 
-CHECKS = {check.__name__: check for check in (limit, step, single, flat, growth, start, batch)}
+def draft(given: Given) -> Iterator[Check]:
+    """Guesses gain where text is repeated, and cost next to nothing elsewhere."""
+    for gain in gains(given.models, seeds=2 if given.short else 4, pieces=given.steps):
+        floor = 1.2 if gain.kind == "repeated passage" else 0.97
+        yield Check(f"{gain.kind}: pieces/s with guesses to without", gain.speed, floor, True)
+        if most := {"repeated passage": 0.5, "edit of code": 0.75}.get(gain.kind):
+            yield Check(f"{gain.kind}: evaluations for a piece", gain.calls_per_piece, most, False)
+
+
+CHECKS = {check.__name__: check for check in (limit, step, single, flat, growth, start, batch, draft)}
 
 
 def main() -> int:

@@ -129,10 +129,10 @@ def streamed(page: Page, chunks: Sequence[Mapping[str, Any]]) -> None:
     page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
 
 
-def described(page: Page, **ensemble: Any) -> None:
-    """Have the browser take this for the server's description of its ensemble."""
+def described(page: Page, *presets: Mapping[str, Any], **ensemble: Any) -> None:
+    """Have the browser take this for the server's description of its ensemble, and of it with its presets."""
     whole = {"id": "me-local", "strategy": "me", "unit": "token", "seed": None} | ensemble
-    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [whole]}))
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [whole, *presets]}))
     page.reload()
 
 

@@ -11,18 +11,22 @@ import httpx
 import openai
 
 from me_local import Ensemble, load
+from me_local.config import load_config
 from me_local.mixture.alignment import Distribution
 from me_local.server.app import Access
-from me_local.server.serving import Limits, Server, address_of, bind
+from me_local.server.keeping import Keeper, Limits, Source
+from me_local.server.serving import Server, address_of, bind
 
 MESSAGES = [{"role": "user", "content": "the cat sat on the mat"}]
 
 
 class Served:
-    """A running server; `ensemble` is read while it makes no reply."""
+    """A running server; `ensemble` is read while it makes no reply. `told` are lines for whoever runs it."""
 
-    def __init__(self, ensemble: Ensemble, url: str, server: Server) -> None:
+    def __init__(self, ensemble: Ensemble, url: str, server: Server, keeper: Keeper, told: list[str]) -> None:
         self.ensemble = ensemble
+        self.keeper = keeper
+        self.told = told
         self.url = url
         self.server = server
         self.http = httpx.Client(base_url=url, timeout=60)
@@ -56,12 +60,17 @@ def served(
     ready = threading.Event()
     with load(models, batch=parallel) as ensemble, bind("127.0.0.1", 0, guarded=False) as listener:
         url = address_of(listener)
-        server = Server(ensemble, access or Access(), limits or Limits(), ready.set)
+        told: list[str] = []
+        source = Source(
+            lambda: load_config(models), lambda config: (Ensemble(config, batch=parallel), int), told.append
+        )
+        keeper = Keeper((ensemble, int), source, limits or Limits())
+        server = Server(keeper, access or Access(), limits or Limits(), ready.set)
         thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
         thread.start()
         try:
             assert ready.wait(60)
-            running = Served(ensemble, url, server)
+            running = Served(ensemble, url, server, keeper, told)
             with running.http, running.openai:
                 yield running
         finally:

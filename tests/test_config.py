@@ -10,11 +10,10 @@ from me_local.config import (
     Overrides,
     load_config,
     override,
-    parse_setting,
-    parse_weights,
 )
 from me_local.errors import ConfigError
 from me_local.sampling import Bias, Sampling
+from me_local.settings import parse_setting, parse_weights
 
 ONE = '[[members]]\nname = "smol"\npath = "smol.gguf"\n'
 TWO = ONE + '[[members]]\nname = "gemma"\nhf = "ggml-org/gemma-3-270m-GGUF:gemma-3-270m-Q8_0.gguf"\n'
@@ -335,7 +334,7 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         ('[[members]]\nname = "a\\u0085b"', f'members[0] "a\\u0085b".name: {NAME_RULE}, got "a\\u0085b"'),
         ("[sampler]\n" + ONE, 'sampler: unknown table; did you mean "sampling"?'),
         ("[[member]]", 'member: unknown table; did you mean "members"?'),
-        ('strategy = "ce"', "strategy: unknown key; allowed: ensemble, sampling, members"),
+        ('strategy = "ce"', "strategy: unknown key; allowed: ensemble, sampling, members, presets"),
         ("ensemble = 1", "[ensemble]: must be a table, got 1"),
         ('[ensemble]\nstrategy = "mee"', '[ensemble].strategy: must be "me", "ce" or "union", got "mee"'),
         ('[ensemble]\ndecode = "greedy"', '[ensemble].decode: must be "sample" or "argmax", got "greedy"'),
@@ -351,7 +350,7 @@ def test_a_bad_key_of_a_member(tmp_path, line, expected):
         (
             "[ensemble]\nzzz = 1",
             "[ensemble].zzz: unknown key; allowed: strategy, unit, decode, seed, router, alignment, route, parallel, "
-            "system, template_args",
+            "draft, system, template_args",
         ),
         ("[sampling]\ntemperature = -1", "[sampling].temperature: must be at least 0, got -1"),
         ("[sampling]\nmax_tokens = -1", "[sampling].max_tokens: must be at least 0, got -1"),

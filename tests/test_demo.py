@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pexpect
 import pytest
+from bench_drafts import KINDS
 from click.testing import CliRunner
 from conftest import logits_of
 from terminals import ask, spawn
@@ -42,6 +43,17 @@ def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) ->
     words = re.findall(r"[A-Za-z']+", texts[0])
     assert len(words) >= 25
     assert sum(word.lower() in COMMON for word in words) >= 0.25 * len(words)
+
+
+@pytest.mark.slow
+def test_a_seed_gives_the_same_reply_again_with_guesses(ensemble: Ensemble) -> None:
+    """Bit by bit, also in quantised models, whatever the caches held in between."""
+    prompt, raw = KINDS["repeated passage"]
+    settings = Overrides(seed=5, max_tokens=60, repeat_penalty=1.0, draft="ngram")
+    first = ensemble.generate(prompt, settings, raw=raw)
+    ensemble.generate("Something else", Overrides(seed=1, max_tokens=5))
+    assert ensemble.generate(prompt, settings, raw=raw).steps == first.steps
+    assert first.guessed > 10
 
 
 def test_the_right_continuation_is_the_likeliest(ensemble: Ensemble) -> None:

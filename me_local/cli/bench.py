@@ -13,13 +13,14 @@ from rich.table import Table
 
 from me_local.cli.display import make_console, print_json
 from me_local.cli.options import FilePath, described, load, models_option, weights_option
-from me_local.config import Config, Overrides, override, parse_weights
+from me_local.config import Config, Overrides, override
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, MeLocalError
 from me_local.llama.context import MOST_SEQUENCES
 from me_local.measuring.bench import BatchSpeed, Report, Speed, work
 from me_local.measuring.bench import bench as run_bench
 from me_local.measuring.bench_batch import batch_work, bench_batches
+from me_local.settings import parse_weights
 
 
 @click.command()

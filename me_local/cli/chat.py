@@ -106,7 +106,7 @@ def _answer(session: Session, line: str) -> bool:
 
 def _typed(session: Session) -> Iterator[str]:
     """Lines that the user types, until Ctrl-D; Ctrl-C gives up the one being typed."""
-    prompt = _prompt_session(session.chat.ensemble.names)
+    prompt = _prompt_session(session.chat.ensemble.names, list(session.chat.config.presets))
     while True:
         try:
             line = prompt(session.draft)
@@ -119,7 +119,7 @@ def _typed(session: Session) -> Iterator[str]:
             return
 
 
-def _prompt_session(names: Sequence[str]) -> Any:
+def _prompt_session(names: Sequence[str], presets: Sequence[str]) -> Any:
     # Imported here: scripted chats and the other commands do not pay for it.
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory
@@ -146,7 +146,7 @@ def _prompt_session(names: Sequence[str]) -> Any:
         key_bindings=keys,
         multiline=True,
         prompt_continuation="  ",
-        completer=ChatCompleter(names),
+        completer=ChatCompleter(names, presets),
         complete_while_typing=False,
     )
     # The terminal gives Ctrl-C as a key here. A signal that comes while it is changing its mode is left to the chat:

@@ -10,8 +10,9 @@ from me_local.cli.saving import copy, export, load, save
 from me_local.cli.session import Session
 from me_local.cli.sessions import session_names
 from me_local.cli.turns import edit, pick, retry, undo
-from me_local.config import Overrides, parse_setting, parse_weights
+from me_local.config import Overrides
 from me_local.errors import InputError
+from me_local.settings import parse_setting, parse_weights
 
 
 def run_command(session: Session, line: str) -> bool:
@@ -66,6 +67,14 @@ def _unit(session: Session, argument: str) -> None:
     session.note(f"unit = {session.chat.config.unit}")
 
 
+def _preset(session: Session, name: str) -> None:
+    if name:
+        session.chat.set(Overrides(preset="" if name == "-" else name))
+    config = session.chat.config
+    names = ", ".join(config.presets) or "none: models.toml has no [presets.NAME]"
+    session.note(f"preset = {config.preset or '-'}" if name else f"Presets: {names}; now: {config.preset or '-'}")
+
+
 def _members(session: Session, _: str) -> None:
     table = Table("member", "weight", "model", "context", "template", box=None, pad_edge=False)
     for member, settings in zip(session.chat.ensemble.members, session.chat.config.members, strict=True):
@@ -117,6 +126,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Session, str], None]]] = {
         "template_args NAME=VALUE",
         _set,
     ),
+    "preset": ("list the presets of models.toml, or take one: NAME; -: none", _preset),
     "weights": ("show the members' weights, or set them: 0.7,0.3 or a=0.7,b=0.3", _weights),
     "strategy": ("show the strategy, or set it: me, ce or union", _strategy),
     "unit": ("show what a member is drawn for, or set it: token or word (word needs me)", _unit),

@@ -1,4 +1,4 @@
-"""What Tab completes at the input line of a chat: commands, names of members, and names of files."""
+"""What Tab completes at the input line of a chat: commands, names of members, presets and files."""
 
 import os
 import re
@@ -12,14 +12,15 @@ from me_local.cli.commands import COMMANDS
 
 _MOST_FILES = 1000
 _AT = re.compile(r'(?<!\S)@("?)([^"\n]*)$')
-_CHOICES = {"strategy": ("me", "ce", "union"), "unit": ("token", "word")}
+_CHOICES: dict[str, Sequence[str]] = {"strategy": ("me", "ce", "union"), "unit": ("token", "word")}
 
 
 class ChatCompleter(Completer):
-    """Completes the line of a chat with these members."""
+    """Completes the line of a chat with these members and presets."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], presets: Sequence[str]) -> None:
         self._names = names
+        self._choices = _CHOICES | {"preset": presets}
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
         """What the text in front of the cursor may become."""
@@ -36,8 +37,8 @@ class ChatCompleter(Completer):
     def _argument(self, command: str, argument: str) -> Iterator[Completion]:
         if command == "weights":
             yield from _starting(argument.rpartition(",")[2], [f"{name}=" for name in self._names])
-        elif command in _CHOICES:
-            yield from _starting(argument, _CHOICES[command])
+        elif command in self._choices:
+            yield from _starting(argument, self._choices[command])
         elif command != "export":
             yield from _starting(argument, _paths(argument))
         elif argument.startswith("md "):
@@ -46,7 +47,7 @@ class ChatCompleter(Completer):
             yield from _starting(argument, ["md "])
 
 
-_ARGUMENTS = ("weights", *_CHOICES, "load", "save", "export")
+_ARGUMENTS = ("weights", "preset", *_CHOICES, "load", "save", "export")
 
 
 def _starting(typed: str, words: Sequence[str]) -> Iterator[Completion]:

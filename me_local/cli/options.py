@@ -1,9 +1,10 @@
 """Options that several commands have, and what they make of them."""
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from me_local.checks import argument
 from me_local.cli.display import make_console
 from me_local.cli.interrupt import leaves_at_once
 from me_local.cli.shaping import Lines, Option, each_option, take_shaping
-from me_local.config import Config, MemberConfig, Overrides, load_config, override, parse_weights
+from me_local.config import Config, MemberConfig, Overrides, load_config, override
 from me_local.engines.loading import Doing
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, InputError, LoadError
@@ -24,6 +25,7 @@ from me_local.llama.context import MOST_SEQUENCES
 from me_local.llama.weights import Shelf
 from me_local.measuring.cost import Way, choose_batch
 from me_local.mixture.routing import Stretch
+from me_local.settings import parse_weights
 from me_local.stores.catalogue import entries
 from me_local.stores.members import config_of
 
@@ -45,6 +47,20 @@ class FilePath(click.Path):
         if value == "-" and self.allow_dash:
             return STANDARD
         return super().convert(os.path.expanduser(value), parameter, context)
+
+
+class Duration(click.types.StringParamType):
+    """A time such as 90s, 10m or 1h, in seconds; a number alone is seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """The value in seconds."""
+        found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)([smhd]?)", str(value), re.ASCII)
+        seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2] or "s"] if found else 0.0
+        if not seconds:
+            self.fail(f"{value!r} is no time: it looks like 90s, 10m or 1h", parameter, context)
+        return seconds
 
 
 def named(*names: str, **attributes: Any) -> Decorator:
@@ -87,7 +103,21 @@ _TEMPLATE_ARG = named(
     help="A variable for chat templates, such as enable_thinking=false; may be given several times.",
 )
 
+
+class _PresetName(click.types.StringParamType):
+    """The name of a preset; a shell completes those of the file that the line names."""
+
+    name = "name"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        with suppress(ConfigError):
+            names = load_config(Path(ctx.params.get("models") or "models.toml")).presets
+            return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+        return []
+
+
 _SAMPLING: list[Decorator] = [
+    named("--preset", type=_PresetName(), help="The settings [presets.NAME] of models.toml; options go before them."),
     named(
         "--strategy",
         type=click.Choice(["me", "ce", "union"]),
@@ -102,6 +132,11 @@ _SAMPLING: list[Decorator] = [
     _WEIGHTS,
     named("--seed", type=int, help="Makes a reply repeatable."),
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
+    named(
+        "--draft",
+        type=click.Choice(["none", "ngram"]),
+        help="ngram: guess that texts repeat: one evaluation may give several pieces, none another by it.",
+    ),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),
     named("--system", help="The system message."),
@@ -326,5 +361,9 @@ def load(config: Config, *, no_color: bool = False, batch: int = 1, shelf: Shelf
             of_all = f"({number} of {len(config.members)})"
             tasks.append(progress.add_task(f"{doing} {member.name} {of_all}: {source}{first}"))
 
-        check = not click.get_current_context().meta.get(_NO_CHECK)
-        return Ensemble(config, announce, batch=batch, shelf=shelf, check=check)
+        return Ensemble(config, announce, batch=batch, shelf=shelf, check=checks(click.get_current_context()))
+
+
+def checks(context: click.Context) -> bool:
+    """Whether files that are used for the first time are tried before: not where --no-check was given."""
+    return not context.meta.get(_NO_CHECK)

@@ -1,16 +1,22 @@
 """`me-local serve`: the ensemble behind the OpenAI protocol, and a page to chat with it."""
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from me_local.cli.display import Notices
-from me_local.cli.options import configured, load, models_option, named, served_options
+from me_local.cli.options import Duration, checks, configured, load, models_option, named, served_options
 from me_local.cli.shaping import Sectioned
+from me_local.config import Config
+from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError
 from me_local.llama.context import MOST_SEQUENCES
+
+if TYPE_CHECKING:
+    from me_local.server.keeping import Source
 
 
 class _Port(click.Option):
@@ -61,6 +67,12 @@ class _Port(click.Option):
     metavar="SECONDS",
     help="So long a connection stays open without a request; longer than a proxy in front keeps it.",
 )
+@named(
+    "--idle",
+    type=Duration(),
+    metavar="TIME",
+    help="Unload the models after so long without a request, such as 10m; the next one loads them again.",
+)
 @served_options
 def serve(
     models: Path,
@@ -77,34 +89,72 @@ def serve(
     timeout: float,
     grace: float,
     keep_alive: int,
+    idle: float | None,
     **given: Any,
 ) -> None:
     """Serve the ensemble by the OpenAI protocol, and a page to chat with it at /.
 
     The sampling options are what holds for requests that do not say otherwise. SIGTERM and Ctrl-C let running replies
-    finish. With --parallel, numbers depend a little on what is evaluated together: a seed then says a reply only up to
-    llama.cpp's rounding, which with quantised models is enough to change most of them.
+    finish; SIGHUP, or POST /admin/reload with the key, takes a changed models.toml. With --parallel, numbers depend a
+    little on what is evaluated together: a seed then says a reply only up to llama.cpp's rounding, which with quantised
+    models is enough to change most of them.
     """
     try:
         from me_local.server.app import Access
-        from me_local.server.serving import Limits, Loading, Server, address_of, bind
+        from me_local.server.keeping import Keeper, Limits
+        from me_local.server.serving import Loading, Server, address_of, bind
     except ImportError as error:
         raise ConfigError(f'serve needs {error.name}: pip install "me-local[server]"') from None
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip()):
         raise ConfigError("--api-key: must be printable ASCII, and not empty")
-    config = configured(models, given)
+    config = configured(models, dict(given))
     access = Access(api_key, allow_host, cors, alias)
-    with ExitStack() as stack:
-        listener = stack.enter_context(bind(host, port, guarded=insecure or api_key is not None))
+    limits = Limits(queue, cache_mb * 2**20, timeout, grace, keep_alive, idle)
+    with bind(host, port, guarded=insecure or api_key is not None) as listener:
         with Loading(listener):
-            ensemble = stack.enter_context(load(config, batch=parallel))
-        notices = Notices(ensemble)
-        notices.tell()
+            ensemble = load(config, batch=parallel)
+        told = _once(partial(click.echo, err=True))
+        keeper = Keeper(_noticed(ensemble, told), _source(models, given, parallel, told), limits)
+        del ensemble  # it is the keeper's, and may be unloaded
 
         def ready() -> None:
             many = f"{parallel} replies at once; " if parallel > 1 else ""
-            names, address = " + ".join(ensemble.names), address_of(listener)
+            names, address = " + ".join(keeper.about.names), address_of(listener)
             click.echo(f"serving {names} at {address} ({many}Ctrl-C ends)", err=True)
 
-        limits = Limits(queue, cache_mb * 2**20, timeout, grace, keep_alive)
-        Server(ensemble, access, limits, ready, notices.tell).serve_on(listener)
+        Server(keeper, access, limits, ready).serve_on(listener)
+
+
+def _source(models: Path, given: dict[str, Any], parallel: int, told: Callable[[str], None]) -> "Source":
+    """Where the server has its models from when it loads them again, in threads."""
+    from me_local.server.keeping import Source
+
+    context = click.get_current_context()
+
+    def read() -> Config:
+        with context.scope(cleanup=False):
+            return configured(models, dict(given))
+
+    def loaded(config: Config) -> tuple[Ensemble, Callable[[], None]]:
+        return _noticed(Ensemble(config, batch=parallel, check=checks(context)), told)
+
+    return Source(read, loaded, partial(click.echo, err=True))
+
+
+def _once(write: Callable[[str], None]) -> Callable[[str], None]:
+    """Writes each line the first time: models that are loaded again have no news."""
+    written: set[str] = set()
+
+    def tell(line: str) -> None:
+        if line not in written:
+            written.add(line)
+            write(line)
+
+    return tell
+
+
+def _noticed(ensemble: Ensemble, told: Callable[[str], None]) -> tuple[Ensemble, Callable[[], None]]:
+    """An ensemble, after its notices, and what tells those that its replies add."""
+    notices = Notices(ensemble, told)
+    notices.tell()
+    return ensemble, notices.tell

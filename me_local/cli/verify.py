@@ -79,7 +79,7 @@ def _rows(report: Report) -> list[tuple[str, str, str, str, str]]:
         rows.append(
             (
                 "cache fidelity",
-                f"{f.member}: {f.compared} steps",
+                f"{f.member}: {f.compared} steps" + (f", {f.guessed} guessed" if f.guessed else ""),
                 f"mean {f.mean:.4f}, largest {f.largest:.4f}{where}",
                 "mean {:.4f}, largest {:.4f}".format(*allowed),
                 _verdict(f.passed),

@@ -91,12 +91,14 @@ class Draw(NamedTuple):
 
 @dataclass(slots=True)
 class Work:
-    """What a member did for one reply: predictions made, tokens evaluated, and seconds inside llama.cpp.
+    """What a member did for one reply: evaluations, tokens evaluated, and seconds inside llama.cpp.
 
+    `guessed` predictions came without one, out of guesses.
     By words there are more predictions than pieces: one that only shows that a word is over is dropped.
     """
 
     calls: int = 0
+    guessed: int = 0
     prompt_tokens: int = 0
     text_tokens: int = 0
     prompt_seconds: float = 0.0

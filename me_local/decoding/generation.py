@@ -6,13 +6,15 @@ this one reply; `batching` gets those of several replies at once. Knows nothing 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request, Result, Work, needed_logits
+from me_local.decoding.guessing import Source
+from me_local.decoding.planning import Beyond, Planner, Rows
 from me_local.decoding.strategies import Sampler
 from me_local.mixture.alignment import Distribution
 from me_local.mixture.routing import route
@@ -27,7 +29,8 @@ class Generation:
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
     counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
     all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
-    none they follow from the seed.
+    none they follow from the seed. `source` guesses what comes next, so that members evaluate several positions at
+    once; it has no effect on what is drawn.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class Generation:
         interrupted: Callable[[], bool] = lambda: False,
         *,
         route: Callable[[], float] | None = None,
+        source: Source | None = None,
     ) -> None:
         self._engine = engine
         self._request = request
@@ -63,6 +67,13 @@ class Generation:
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         self._sampler = Sampler(engine, request, self._text, route, shapers, self.ids)
+        self._source = source
+        if source:
+            source.append(request.head)
+            pairs = zip(engine.models, self.sufficient, strict=True)
+            self.sufficient = tuple(0 if model.foreseeing else count for model, count in pairs)
+        self._planner = Planner(engine, request, self._text, self._contexts, self._sampler)
+        self._rows = Rows(len(engine.models))
 
     @property
     def text(self) -> bytes:
@@ -147,18 +158,42 @@ class Generation:
         return self.ids(member), len(self._request.prompts[member]) + self._contexts[member].final
 
     def _bring(self, members: Sequence[int]) -> dict[int, Row]:
-        """Bring members up to date, and read their logits."""
-        models, schedule = self._engine.models, self._engine.schedule
+        """The logits of members after their contexts: those that a guess has brought already, or else new ones."""
         contexts = {i: self.context(i) for i in members}
-        for i in members:
+        known = {i: row for i in members if (row := self._rows.find(i, contexts[i][0])) is not None}
+        for i in known:
+            self.work[i].guessed += 1
+        lacking = {i: context for i, context in contexts.items() if i not in known}
+        return known | self._evaluate(lacking) if lacking else known
+
+    def _evaluate(self, contexts: Mapping[int, tuple[IntArray, int]]) -> dict[int, Row]:
+        """Bring members up to date, and beyond that as far as a guess reaches, and read their logits."""
+        models, schedule = self._engine.models, self._engine.schedule
+        for i in contexts:
             self._prepare(i)
             models[i].shorten(self.sufficient[i], self._engine.unified.numbers[i])
+        guess = self._source.guess() if self._source else b""
+        planned = self._planner.plan(list(contexts), guess) if guess else {}
         evaluate = {
-            i: partial(models[i].sync, ids, self._interrupted, final=final) for i, (ids, final) in contexts.items()
+            i: partial(self._evaluate_one, i, ids, final, planned.get(i)) for i, (ids, final) in contexts.items()
         }
-        for i, evaluated in schedule.run(evaluate, self._request.parallel).items():
-            self.count(i, evaluated, len(contexts[i][0]))
-        return {i: self._read(i) for i in members}
+        rows: dict[int, Row] = {}
+        for i, (evaluated, found) in schedule.run(evaluate, self._request.parallel).items():
+            beyond, ids = planned.get(i), contexts[i][0]
+            self.count(i, evaluated, len(ids) + (len(beyond.ids) if beyond else 0))
+            if beyond:
+                rows[i] = found[0]
+                self._rows.keep(i, ids, beyond.ids, beyond.wanted, found[1:])
+        return rows | {i: self._read(i) for i in contexts if i not in rows}
+
+    def _evaluate_one(
+        self, member: int, ids: IntArray, final: int, beyond: Beyond | None
+    ) -> tuple[Evaluated, list[Row]]:
+        """Evaluate a member, with the logits that a plan wants of it; without one, they are left where they are."""
+        model = self._engine.models[member]
+        if beyond and model.foreseeing:
+            return model.foreseeing.foresee(ids, beyond.ids, beyond.wanted, self._interrupted)
+        return model.sync(ids, self._interrupted, final=final), []
 
     def _read(self, member: int) -> Row:
         started = time.perf_counter()
@@ -193,6 +228,8 @@ class Generation:
 
     def _append(self, draw: Draw) -> None:
         self._text.append(draw.piece)
+        if self._source:
+            self._source.append(draw.piece)
         if self._engine.unified.same:
             sampled = self._contexts[0]
             assert isinstance(sampled, SampledText)

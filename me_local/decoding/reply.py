@@ -47,8 +47,9 @@ class MemberUsage:
     """What one member did for a reply. Counts are in tokens, times in seconds inside llama.cpp.
 
     `prompt_length` is its whole prompt, `prompt_evaluated` the part that its cache did not hold already;
-    `text_evaluated` the tokens of the reply that went through it; `calls` counts the predictions that it was asked for,
-    `pieces` the pieces that it wrote: a share of each piece under CE, none of what was forced. `prompt_seconds` leaves
+    `text_evaluated` the tokens of the reply that went through it, those of wrong guesses too; `calls` counts its
+    evaluations for predictions, `guessed` the predictions that a guess had brought before; `pieces` the pieces that it
+    wrote: a share of each piece under CE, none of what was forced. `prompt_seconds` leaves
     out the prompt's last token, whose evaluation gives the first piece; `weight` is the configured one.
     """
 
@@ -61,6 +62,7 @@ class MemberUsage:
     prompt_seconds: float
     text_seconds: float
     weight: float = 1.0
+    guessed: int = 0
 
     @property
     def prompt_cached(self) -> int:
@@ -124,8 +126,13 @@ class Reply:
 
     @property
     def calls_per_piece(self) -> float:
-        """Predictions that were made, of all members, for each piece; 0 for a reply without pieces."""
+        """Evaluations that were made, of all members, for each piece; 0 for a reply without pieces."""
         return sum(usage.calls for usage in self.usage) / len(self.steps) if self.steps else 0.0
+
+    @property
+    def guessed(self) -> int:
+        """Predictions, of all members, that came out of guesses."""
+        return sum(usage.guessed for usage in self.usage)
 
     def as_dict(self) -> dict[str, Any]:
         """The reply as JSON can hold it; pieces appear as `text` and, in full, as `bytes`."""
@@ -148,7 +155,11 @@ class Reply:
                 }
                 for step in self.steps
             ],
-            "usage": {"pieces": len(self.steps), "members": [asdict(usage) for usage in self.usage]},
+            "usage": {
+                "pieces": len(self.steps),
+                "calls_per_piece": self.calls_per_piece,
+                "members": [asdict(usage) for usage in self.usage],
+            },
             "timings": {
                 "seconds": self.seconds,
                 "prompt_seconds": self.prompt_seconds,
@@ -311,6 +322,7 @@ class Draft:
             prompt_seconds=work.prompt_seconds,
             text_seconds=work.text_seconds,
             weight=float(self._request.weights[member]),
+            guessed=work.guessed,
         )
 
 

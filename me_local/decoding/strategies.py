@@ -9,10 +9,10 @@ members come by them.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 import numpy as np
 
@@ -57,11 +57,12 @@ class Sampler:
         self._text = text
         self.writer: int | None = None
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
-        self._route_uniform = route or _uniforms(route_seed)
-        self._piece_uniform = _uniforms(piece_seed)
+        self._own_route = Uniforms(route_seed)
+        self._route_uniform = route or self._own_route
+        self._piece_uniform = Uniforms(piece_seed)
         self._throws = any(0 < each.xtc_probability < 1 for each in request.sampling)
         if self._throws:  # spawn_key=(2,) is that of shared routes: members must not be drawn by XTC's coins
-            self._coin_uniform = _uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
+            self._coin_uniform = Uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
         self._coin = 1.0  # of this position, the same for all members
         self._matcher = constraints.start(request.constraint, request.closing) if request.constraint else None
         self._shapers = [shaper if shaper.changes else None for shaper in shapers]
@@ -127,6 +128,14 @@ class Sampler:
             whole = {i: split(self._shaped(i, row), self._engine.unified.numbers[i])[0] for i, row in logits.items()}
             distributions = self._engine.union.distributions(distributions, whole, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
+
+    def upcoming(self, index: int) -> float:
+        """The number by which a member is drawn after so many other draws."""
+        return self._own_route.ahead(index)
+
+    def is_opening(self, member: int) -> bool:
+        """By words: whether a member that is asked now was drawn for what comes next, whatever that is."""
+        return self.writer is None or member != self.writer or self._is_free(self.writer)
 
     def _draw(self, weights: FloatArray) -> Course[Draw]:
         if self._request.strategy != "me":
@@ -238,8 +247,20 @@ class Sampler:
             raise RunError(f'member "{name}", after {len(self._text.whole)} bytes of text: {error}') from None
 
 
-def _uniforms(seed: np.random.SeedSequence) -> Callable[[], float]:
+class Uniforms:
     """Random numbers in [0, 1), one for each call; drawn by the block, which takes less time."""
-    random = np.random.default_rng(seed)
-    blocks = iter(lambda: random.random(_UNIFORMS).tolist(), None)
-    return chain.from_iterable(blocks).__next__
+
+    def __init__(self, seed: np.random.SeedSequence) -> None:
+        self._random = np.random.default_rng(seed)
+        self._drawn = deque[float]()
+
+    def __call__(self) -> float:
+        """The next number."""
+        self.ahead(0)
+        return self._drawn.popleft()
+
+    def ahead(self, index: int) -> float:
+        """The number that is next after so many others, which stays where it is."""
+        while len(self._drawn) <= index:
+            self._drawn.extend(self._random.random(_UNIFORMS).tolist())
+        return self._drawn[index]

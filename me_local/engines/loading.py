@@ -9,6 +9,7 @@ from typing import Literal
 from me_local.config import Config, MemberConfig
 from me_local.engines.remote import RemoteModel
 from me_local.errors import ConfigError
+from me_local.llama.foresight import GUESS
 from me_local.llama.member import Member
 from me_local.llama.options import require_options
 from me_local.llama.trial import is_wanted, try_members
@@ -51,7 +52,7 @@ def load_members(
 
     def make(member: MemberConfig, file: VocabularyFile) -> LoadedModel:
         made = (
-            Member(member, file, sequences=batch)
+            Member(member, file, outputs=GUESS + 1, sequences=batch)
             if isinstance(file, Weights)
             else RemoteModel(member, file, places=batch)
         )

@@ -54,6 +54,7 @@ class RemoteModel:
     """
 
     local = False
+    foreseeing = None
     divisible = True
 
     def __init__(self, config: MemberConfig, file: VocabularyFile, *, places: int = 1, forgets: bool = False) -> None:

@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import llama_cpp
 import numpy as np
@@ -11,8 +11,8 @@ import numpy as np
 from me_local.arrays import IntArray
 from me_local.llama.cache import Cache
 
-Outputs = Literal["none", "last", "every"]
-"""After which tokens of a part logits are wanted."""
+Outputs: TypeAlias = Literal["none", "last", "every"] | tuple[int, ...]
+"""After which tokens of a part logits are wanted; these may be named by their indices in it."""
 
 _RUN_TOKENS = 4
 """A run of a model takes at least as long as the arithmetic of so many tokens."""
@@ -54,8 +54,12 @@ class Batch:
             self._tokens[start:end] = ids
             self._positions[start:end] = self._all_positions[cache.length : cache.length + len(ids)]
             self._sequences[start:end] = self._addresses[cache.sequence]
-            self._wanted[start:end] = outputs == "every"
-            self._wanted[end - 1] = outputs != "none"
+            if isinstance(outputs, tuple):
+                self._wanted[start:end] = 0
+                self._wanted[[start + index for index in outputs]] = 1
+            else:
+                self._wanted[start:end] = outputs == "every"
+                self._wanted[end - 1] = outputs != "none"
             start = end
         self.native.n_tokens = start
 

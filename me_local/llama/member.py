@@ -2,8 +2,7 @@
 
 The contract: `sync(ids)` makes the cache hold exactly `ids`, whatever was there before, so that `logits` are those
 after them; and the cache is right again even when an evaluation fails or is interrupted in the middle. Knows nothing
-of other members, of text, or of sampling. A context can have several sequences, for several replies at once
-(`sequences`); one reply by itself uses the first.
+of other members, of text, or of sampling. Of several sequences (`sequences`) one reply by itself uses the first.
 """
 
 import ctypes
@@ -26,6 +25,7 @@ from me_local.llama.batch import Batch, Outputs, Part
 from me_local.llama.cache import Cache
 from me_local.llama.checkpoints import Checkpoints
 from me_local.llama.context import MOST_SEQUENCES, make_context, require_memory, working_bytes
+from me_local.llama.foresight import Foresight
 from me_local.llama.memory import allocated_context
 from me_local.llama.native_log import native_log
 from me_local.llama.options import longest_context
@@ -73,10 +73,9 @@ class Member:
     model was trained with; `caches` has the sequences, of which the methods here use the first alone; `seconds` is the
     time inside `llama_decode` so far; `working_bytes` the size of the buffers for a batch, None where llama.cpp does
     not tell; `on_gpu` says whether logits come from a GPU that can pick the largest. Where `states` is set, a prompt
-    that begins like an earlier one gets that one's cache back. `outputs` is the number of tokens after which one
-    evaluation gives logits; each takes the room of the whole vocabulary.
-    Raises LoadError when there can be no such context. Use as a context manager, or call `close`; either waits for an
-    evaluation that another thread is in the middle of, and so do the weights.
+    that begins like an earlier one gets that one's cache back. One evaluation gives logits after `outputs` tokens; each
+    takes the room of the whole vocabulary. Raises LoadError when there can be no such context. Use as a context
+    manager, or call `close`; either waits for an evaluation that another thread is in, and so do the weights.
     """
 
     def __init__(self, config: MemberConfig, weights: Weights, *, outputs: int = 1, sequences: int = 1) -> None:
@@ -203,6 +202,11 @@ class Member:
         due = cache.checkpoints.due_in_text(keep, common, final, len(ids)) if cache.checkpoints else None
         self._extend(ids, self._in_batches(due, len(ids)), interrupted, prompt=False)
         return Evaluated(len(ids) - keep, self.seconds - before)
+
+    @property
+    def foreseeing(self) -> Foresight | None:
+        """What evaluates guesses with it; a memory that cannot be cut back is left out."""
+        return Foresight(self, self._outputs - 1) if self._outputs > 1 and not self.caches[0].checkpoints else None
 
     @_using
     def shorten(self, count: int, numbers: IntArray) -> None:

@@ -20,6 +20,7 @@ from me_local.arrays import FloatArray, IntArray
 from me_local.asking import make_request
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
+from me_local.decoding.guessing import Repeats, Source
 from me_local.ensemble import Ensemble
 from me_local.errors import RunError
 from me_local.mixture.alignment import Distribution
@@ -57,13 +58,14 @@ _SMALLEST_CELL = 10  # expected draws; below it the chi-square approximation get
 class Fidelity:
     """Cache fidelity of one member: total-variation distances of its predictions from fresh ones.
 
-    `mean` and `largest` are over `compared` steps of ME, the largest at step `step` of the reply to prompt `prompt`
-    (both from 1; 0 where the member was never drawn); `stepping_mean` and `stepping_largest` are those of `stepped`
-    one-by-one evaluations.
+    `mean` and `largest` are over `compared` steps of ME, of which `guessed` had their logits by a guess; the largest is
+    that at step `step` of the reply to prompt `prompt` (both from 1; 0 where the member was never drawn).
+    `stepping_mean` and `stepping_largest` are those of `stepped` one-by-one evaluations.
     """
 
     member: str
     compared: int
+    guessed: int
     mean: float
     largest: float
     prompt: int
@@ -125,13 +127,12 @@ def most_compared(model: LoadedModel) -> int:
 
 
 class _Witness:
-    """A model that remembers the last ids it was synchronised with, and gives as many logits as are compared."""
+    """A model that gives as many logits as are compared."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.name, self.n_ctx, self.vocabulary = model.name, model.n_ctx, model.vocabulary
-        self.divisible, self.local = model.divisible, model.local
-        self.ids: IntArray = np.empty(0, dtype=np.int32)
+        self.divisible, self.local, self.foreseeing = model.divisible, model.local, model.foreseeing
 
     def prepare(
         self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0, alone: bool = False
@@ -139,7 +140,6 @@ class _Witness:
         return self.model.prepare(ids, interrupted, final=final, alone=alone)
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = lambda: False, *, final: int = 0) -> Evaluated:
-        self.ids = ids
         return self.model.sync(ids, interrupted, final=final)
 
     def shorten(self, count: int, numbers: IntArray) -> None:
@@ -150,6 +150,18 @@ class _Witness:
 
     def share_cores(self, parts: int) -> None:
         self.model.share_cores(parts)
+
+
+class _Watched(Generation):
+    """A reply that remembers what it was given last: by member, the ids, the logits, and whether by a guess."""
+
+    seen: dict[int, tuple[IntArray, Row, bool]]
+
+    def _bring(self, members: Sequence[int]) -> dict[int, Row]:
+        before = [work.guessed for work in self.work]
+        rows = super()._bring(members)
+        self.seen = {i: (self.ids(i), row, self.work[i].guessed > before[i]) for i, row in rows.items()}
+        return rows
 
 
 def work(ensemble: Ensemble) -> int:
@@ -178,6 +190,7 @@ class _Verification:
         self._random = np.random.default_rng(seed)
         self._distances: list[list[tuple[float, int, int]]] = [[] for _ in references]
         self._stepping: list[list[float]] = [[] for _ in references]
+        self._guessed = [0] * len(references)
         self._steps = 0
         self._different: tuple[str, int, int] | None = None
 
@@ -198,7 +211,7 @@ class _Verification:
     def _reply(self, number: int, prompt: str) -> bytes:
         """Write a reply, compare some of its steps, and return one of its prefixes."""
         request = self._request(prompt.encode(), self._seed + number)
-        generation = Generation(self._engine, request, lambda: False)
+        generation = _Watched(self._engine, request, source=self._source(request))
         compared = set(self._random.choice(STEPS, COMPARED, replace=False).tolist())
         prefixes = [generation.text]
         for step in range(STEPS):
@@ -207,7 +220,7 @@ class _Verification:
             if draw is None:
                 break
             if step in compared:
-                self._compare(draw.member, number, step + 1)
+                self._compare(generation, draw.member, number, step + 1)
             self._check_contexts(generation, request, number, step + 1)
             if draw.number != END and _whole(generation.text):
                 prefixes.append(generation.text)
@@ -216,11 +229,21 @@ class _Verification:
                 self._step_by_step(member, generation.ids(member), generation.given[member])
         return prefixes[int(self._random.integers(len(prefixes)))]
 
-    def _compare(self, member: int, number: int, step: int) -> None:
-        witness = self._witnesses[member]
-        cached = self._prediction(member, witness.logits())
-        distance = _distance(cached, self._fresh(member, witness.ids))
+    def _source(self, request: Request) -> Source | None:
+        """With guesses, those of one who has seen this reply before."""
+        if self._ensemble.config.draft == "none":
+            return None
+        earlier = Generation(self._engine, request)
+        for _ in range(STEPS):
+            if earlier.step() is None:
+                break
+        return Repeats(earlier.text)
+
+    def _compare(self, generation: _Watched, member: int, number: int, step: int) -> None:
+        ids, row, guessed = generation.seen[member]
+        distance = _distance(self._prediction(member, row), self._fresh(member, ids))
         self._distances[member].append((distance, number, step))
+        self._guessed[member] += guessed
 
     def _fresh(self, member: int, ids: IntArray) -> FloatArray:
         reference = self._references[member]
@@ -289,6 +312,7 @@ class _Verification:
         return Fidelity(
             member=self._engine.models[member].name,
             compared=len(found),
+            guessed=self._guessed[member],
             mean=mean,
             largest=largest,
             prompt=prompt,

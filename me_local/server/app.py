@@ -17,16 +17,16 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from me_local.asking import Ask
+from me_local.config import Overrides, override
 from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, MeLocalError
 from me_local.server.answers import Answer
-from me_local.server.fingerprint import fingerprint
 from me_local.server.guard import Gate, KeyCheck, host_of, origin_of, read_body, refusal
+from me_local.server.keeping import Held, Keeper
 from me_local.server.making import Event
 from me_local.server.messages_answers import MessageAnswer
 from me_local.server.messages_protocol import CountRequest, MessagesRequest
-from me_local.server.metrics import Metrics
-from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse
+from me_local.server.protocol import MODEL, ChatRequest, CompletionRequest, model_names, parse, preset_in
 from me_local.server.refusals import ApiError, api_error, unexpected
 from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
@@ -43,11 +43,10 @@ from me_local.server.tokens import (
     tokenize,
 )
 from me_local.server.translation import prompt_tokens
-from me_local.server.worker import Worker
 
 _CLOSED = (
     *("/v1", "/metrics", "/models", "/chat/", "/completions", "/messages", "/responses"),
-    *("/tokenize", "/detokenize", "/apply-template", "/props", "/slots"),
+    *("/tokenize", "/detokenize", "/apply-template", "/props", "/slots", "/admin"),
 )
 """Behind these paths something of the ensemble is given away."""
 
@@ -81,10 +80,10 @@ class Access:
                 raise ConfigError(f"--alias: {alias!r:.80} is no further name of the ensemble")
 
 
-def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -> Starlette:
+def make_app(keeper: Keeper, access: Access, timeout: float) -> Starlette:
     """The application; a request is given up after `timeout` seconds."""
-    routes = Routes(worker, metrics, timeout, access.aliases)
-    middleware = [Middleware(Gate, metrics, access.hosts, access.origins)]
+    routes = Routes(keeper, access, timeout)
+    middleware = [Middleware(Gate, keeper.metrics, access.hosts, access.origins)]
     if access.origins:
         middleware.append(
             Middleware(
@@ -103,6 +102,7 @@ def make_app(worker: Worker, metrics: Metrics, access: Access, timeout: float) -
             Route("/v1/{path:path}", routes.unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
             Route("/health", routes.health),
             Route("/metrics", routes.metrics),
+            Route("/admin/reload", routes.reload, methods=["POST"]),
             Mount("/", StaticFiles(directory=STATIC, html=True)),
         ],
         middleware=middleware,
@@ -131,23 +131,21 @@ def _api(routes: "Routes", prefix: str) -> list[Route]:
 class Routes:
     """What each path answers."""
 
-    def __init__(self, worker: Worker, metrics: Metrics, timeout: float, aliases: Sequence[str]) -> None:
-        self._worker = worker
-        self._aliases = aliases
-        self._ensemble = worker.ensemble
-        self._fingerprint = fingerprint(worker.ensemble)
-        self._metrics = metrics
+    def __init__(self, keeper: Keeper, access: Access, timeout: float) -> None:
+        self._keeper = keeper
+        self._aliases = access.aliases
+        self._keyed = access.key is not None
         self._timeout = timeout
 
     async def models(self, _: Request) -> Response:
         """GET /v1/models: the ensemble, and each of its members."""
-        listed = [self._model(name) for name in model_names(self._ensemble, self._aliases)]
+        listed = [self._model(name) for name in self._names()]
         return JSONResponse({"object": "list", "data": listed, "has_more": False})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/NAME."""
         name = request.path_params["model"]
-        if name not in model_names(self._ensemble, self._aliases):
+        if name not in self._names():
             raise ApiError(404, "there is no such model", param="model", code="model_not_found")
         return JSONResponse(self._model(name))
 
@@ -157,8 +155,9 @@ class Routes:
         async def respond(request: Request) -> Response:
             try:
                 asked = parse(kind, await read_body(request))
-                # A long text takes long, and other requests are not to wait for it.
-                return JSONResponse(await asyncio.to_thread(answer, self._ensemble, asked))
+                with (await self._held(request)).used() as held:
+                    # A long text takes long, and other requests are not to wait for it.
+                    return JSONResponse(await asyncio.to_thread(answer, held.ensemble, asked))
             except MeLocalError as error:
                 return refusal(api_error(error))
             except ApiError as error:
@@ -170,14 +169,14 @@ class Routes:
 
     async def props(self, _: Request) -> Response:
         """GET /props."""
-        return JSONResponse(props(self._ensemble))
+        return JSONResponse(props(self._keeper.about))
 
     async def slots(self, request: Request) -> Response:
         """GET /slots: 503 where none is free, and the client wants to know it so."""
-        places = self._worker.places
+        places = self._keeper.places
         if "fail_on_no_slot" in request.query_params and None not in places:
             raise ApiError(503, "no slot is free", code="no_slot")
-        return JSONResponse(slots(self._ensemble, places))
+        return JSONResponse(slots(self._keeper.about, places))
 
     async def unknown(self, request: Request) -> Response:
         """All else below /v1."""
@@ -189,13 +188,28 @@ class Routes:
         raise ApiError(404, f"there is no {request.method} of this path", code="unknown_path")
 
     async def health(self, _: Request) -> Response:
-        """GET /health: 503 once the server is shutting down."""
-        draining = self._worker.draining
-        return JSONResponse({"status": "shutting down" if draining else "ok"}, 503 if draining else 200)
+        """GET /health: 503 once the server is shutting down; where models are not loaded just now, it says so."""
+        if self._keeper.draining:
+            return JSONResponse({"status": "shutting down"}, 503)
+        state = self._keeper.state
+        return JSONResponse({"status": "ok"} | ({} if state == "loaded" else {"models": state}))
 
     async def metrics(self, _: Request) -> Response:
         """GET /metrics."""
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._keeper.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def reload(self, _: Request) -> Response:
+        """POST /admin/reload: it is answered once the new models serve, or with what is wrong with them."""
+        if not self._keyed:
+            message = "without --api-key anybody could ask for this; send the process SIGHUP"
+            raise ApiError(403, message, code="no_key")
+        try:
+            await self._keeper.reload()
+        except MeLocalError as error:
+            raise ApiError(400, str(error), code="not_reloaded") from None
+        except Exception as error:
+            raise unexpected(error) from None
+        return JSONResponse({"status": "reloaded", "members": self._keeper.about.names})
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -217,22 +231,27 @@ class Routes:
         """POST /v1/responses."""
         return await self._respond(request, ResponsesRequest)
 
+    def _names(self) -> list[str]:
+        return model_names(self._keeper.about.config, self._aliases)
+
     def _model(self, name: str) -> dict[str, Any]:
-        config = self._ensemble.config
+        about = self._keeper.about
+        preset = preset_in(name, about.config)
+        config = override(about.config, Overrides(preset=preset)) if preset else about.config
         described: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": MODEL}
         described |= {"type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}  # for Anthropic's
-        if name in (MODEL, *self._aliases):
+        if preset or name in (MODEL, *self._aliases):
             described["strategy"], described["unit"] = config.strategy, config.unit
             described["max_tokens"] = config.max_tokens
             described["seed"] = config.seed
             described["members"] = [
                 {
                     "name": member.name,
-                    "weight": settings.weight,
-                    "n_ctx": member.n_ctx,
-                    "sampling": asdict(settings.sampling),
+                    "weight": member.weight,
+                    "n_ctx": n_ctx,
+                    "sampling": asdict(member.sampling),
                 }
-                for member, settings in zip(self._ensemble.members, config.members, strict=True)
+                for member, n_ctx in zip(config.members, about.contexts, strict=True)
             ]
         return described
 
@@ -240,9 +259,10 @@ class Routes:
         path = request.url.path
         try:
             asked = parse(kind, await read_body(request))
-            if isinstance(asked, Translated):
-                return await self._translate(request, asked)
-            return await self._answer(request, asked)
+            with (await self._held(request)).used() as held:
+                if isinstance(asked, Translated):
+                    return await self._translate(request, held, asked)
+                return await self._answer(request, held, asked)
         except MeLocalError as error:
             return refusal(api_error(error), path)
         except ApiError as error:
@@ -250,8 +270,19 @@ class Routes:
         except Exception as error:
             return refusal(unexpected(error), path)
 
-    async def _answer(self, request: Request, asked: Asked) -> Response:
-        asks = asked.asks(self._ensemble, self._aliases)
+    async def _held(self, request: Request) -> Held:
+        """The ensemble, once it is loaded. Raises MeLocalError, and ApiError."""
+        deadline = asyncio.get_running_loop().time() + self._timeout
+        while self._keeper.held is None:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await while_there(request, self._keeper.loaded())
+            except TimeoutError:
+                raise self._too_late() from None
+        return self._keeper.held
+
+    async def _answer(self, request: Request, held: Held, asked: Asked) -> Response:
+        asks = asked.asks(held.ensemble, self._aliases)
         logprobs = asked.logprobs is not None and asked.logprobs is not False
         chat = isinstance(asked, ChatRequest)
         calls, apart = (asked.may_call, asked.tells_thoughts) if isinstance(asked, ChatRequest) else (False, False)
@@ -262,9 +293,9 @@ class Routes:
             n=asked.n or 1,
             tools=calls,
             apart=apart,
-            fingerprint=self._fingerprint,
+            fingerprint=held.about.fingerprint,
         )
-        events = self._events(asks)
+        events = self._events(held, asks)
         if not asked.stream:
             echoes, replies = await while_there(request, heard_of(events))
             return JSONResponse(answer.whole(replies, echoes))
@@ -272,35 +303,35 @@ class Routes:
         usage = asked.stream_options is not None and asked.stream_options.include_usage
         return EventStream(lines(answer, first, beating, chat=isinstance(asked, ChatRequest), usage=usage))
 
-    async def _translate(self, request: Request, asked: Translated) -> Response:
+    async def _translate(self, request: Request, held: Held, asked: Translated) -> Response:
         """The answer to a request of another protocol."""
-        chat, ask = asked.asked(self._ensemble, self._aliases)
+        chat, ask = asked.asked(held.ensemble, self._aliases)
         if isinstance(asked, CountRequest):
-            return JSONResponse({"input_tokens": await self._prompt_tokens(request, ask)})
+            return JSONResponse({"input_tokens": await self._prompt_tokens(request, held, ask)})
         answer: MessageAnswer | ResponseAnswer
         if isinstance(asked, ResponsesRequest):
             answer = ResponseAnswer(asked, chat)
         else:
-            answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, ask) if asked.stream else 0)
-        events = self._events([ask])
+            answer = MessageAnswer(asked, chat, await self._prompt_tokens(request, held, ask) if asked.stream else 0)
+        events = self._events(held, [ask])
         if not asked.stream:
             _, [reply] = await while_there(request, heard_of(events))
             return JSONResponse(answer.whole(reply))
         return EventStream(told(answer, *await self._begin(request, events)))
 
-    async def _prompt_tokens(self, request: Request, ask: Ask) -> int:
+    async def _prompt_tokens(self, request: Request, held: Held, ask: Ask) -> int:
         # A long text takes long, and other requests are not to wait for it.
-        return await while_there(request, asyncio.to_thread(prompt_tokens, self._ensemble, ask))
+        return await while_there(request, asyncio.to_thread(prompt_tokens, held.ensemble, ask))
 
     async def _begin(self, request: Request, events: Events) -> tuple[tuple[int, Event] | None, Beating]:
         """The first event and the others; what is refused has a status of its own, unless it waits for long."""
         beating = with_beats(events)
         return await while_there(request, anext(beating)), beating
 
-    async def _events(self, asks: Sequence[Ask]) -> Events:
+    async def _events(self, held: Held, asks: Sequence[Ask]) -> Events:
         """What happens to all choices, each with its index. Raises ApiError."""
         deadline = asyncio.get_running_loop().time() + self._timeout
-        made = self._worker.replies(asks)
+        made = held.replies(asks)
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
@@ -309,9 +340,12 @@ class Routes:
                     return
                 yield event
         except TimeoutError:
-            raise ApiError(504, f"not finished within {self._timeout:g} s (--timeout)", code="timeout") from None
+            raise self._too_late() from None
         finally:
             await made.aclose()
+
+    def _too_late(self) -> ApiError:
+        return ApiError(504, f"not finished within {self._timeout:g} s (--timeout)", code="timeout")
 
 
 async def _on_api_error(request: Request, error: ApiError) -> Response:

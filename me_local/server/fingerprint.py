@@ -20,7 +20,7 @@ _ENDS = 1 << 16  # bytes of a file, at its beginning and at its end: header and 
 def fingerprint(ensemble: Ensemble) -> str:
     """The fingerprint of an ensemble as it is served. Of files it sees the size, the beginning and the end."""
     settings = _CONFIG.dump_python(ensemble.config, mode="json")
-    del settings["path"]
+    del settings["path"], settings["origin"]
     for told, member in zip(settings["members"], ensemble.members, strict=True):
         told |= _files(member)
     all_of_it = [version("me-local"), version("llama-cpp-python"), ensemble.batch, settings]

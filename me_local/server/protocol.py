@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from me_local.asking import Ask, Prompt, Tokens, check_conversation, parted
-from me_local.config import Constraint, Overrides, Strategy, Unit
+from me_local.config import Config, Constraint, Overrides, Strategy, Unit
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.server import tools as toolbox
@@ -165,6 +165,7 @@ class _Request(Structure, Shaping, Strict):
             max_tokens=self.limit(),
             stop=None if self.stop is None else tuple(self.stop),
             constraint=self._constraint(),
+            preset=preset_in(self.model, ensemble.config),
             weights=self._weights(ensemble, aliases),
             template_args=self.template_args(),
             **self.shaping(),
@@ -187,11 +188,11 @@ class _Request(Structure, Shaping, Strict):
             raise ApiError(400, str(error), param=str(error).partition(":")[0]) from None
 
     def _weights(self, ensemble: Ensemble, aliases: Sequence[str]) -> dict[str, float] | None:
-        if self.model in (MODEL, *aliases):
+        if self.model in (MODEL, *aliases) or preset_in(self.model, ensemble.config):
             return self.weights
         name = self.model.removeprefix(f"{MODEL}/")
         if name == self.model or name not in ensemble.names:
-            known = ", ".join(model_names(ensemble, aliases))
+            known = ", ".join(model_names(ensemble.config, aliases))
             message = f"model: there is no {_shown(self.model)}; there are {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         if self.weights is not None:
@@ -319,9 +320,16 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _refusal(error.errors(include_url=False, include_input=False)[0]) from None
 
 
-def model_names(ensemble: Ensemble, aliases: Sequence[str] = ()) -> list[str]:
-    """The models that a client can name: the ensemble, by all its names, and each of its members."""
-    return [MODEL, *aliases, *(f"{MODEL}/{name}" for name in ensemble.names)]
+def model_names(config: Config, aliases: Sequence[str] = ()) -> list[str]:
+    """The models that a client can name: the ensemble, by all its names and with its presets, and each member."""
+    members = [f"{MODEL}/{member.name}" for member in config.members]
+    return [MODEL, *aliases, *(f"{MODEL}:{name}" for name in config.presets), *members]
+
+
+def preset_in(model: str, config: Config) -> str | None:
+    """The preset that the name of a model says, if it says one that there is."""
+    name = model.removeprefix(f"{MODEL}:")
+    return name if name != model and name in config.presets else None
 
 
 def _refusal(problem: ErrorDetails) -> ApiError:

@@ -53,3 +53,8 @@ def unexpected(error: Exception) -> ApiError:
     log.error("%s while answering", type(error).__name__)
     log.debug("in full", exc_info=error)
     return ApiError(500, f"an error of the server ({type(error).__name__}); its log at -vv has more")
+
+
+def shutting_down() -> ApiError:
+    """What is told to whoever asks too late."""
+    return ApiError(503, "the server is shutting down", code="shutting_down")

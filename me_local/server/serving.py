@@ -1,61 +1,40 @@
-"""A server around a loaded ensemble: binding, running, and ending within a grace time."""
+"""A server around an ensemble: binding, running, signals, and ending within a grace time."""
 
 import asyncio
 import http.server
 import ipaddress
+import os
 import signal
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import uvicorn
 
-from me_local.ensemble import Ensemble
 from me_local.errors import ConfigError, RunError
 from me_local.jsonl import json_text
 from me_local.server.app import Access, make_app
 from me_local.server.connections import MOST_CONNECTIONS, Connection
-from me_local.server.metrics import Metrics
+from me_local.server.keeping import Keeper, Limits
 from me_local.server.refusals import ApiError
-from me_local.server.worker import Worker
 
 _LARGEST_HEAD = 32 * 2**10  # bytes
 _RETRY = 5  # seconds, about, until models are loaded
 _CLEANUP = 2  # seconds after the grace time, in which clients are told
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Replies that may wait; bytes of kept states; seconds for a request, and for running ones at the end.
-
-    `keep_alive` is how many seconds a connection stays open without a request; proxies often keep theirs for 60.
-    """
-
-    queue: int = 64
-    cache: int = 512 * 2**20
-    timeout: float = 600.0
-    grace: float = 30.0
-    keep_alive: int = 75
-
-
 class Server(uvicorn.Server):
-    """A server for one ensemble. `ready` is called once it listens, `replied` after each reply, in another thread."""
+    """A server for the ensemble that `keeper` has, which it closes at the end. `ready` is called once it listens."""
 
     def __init__(
-        self,
-        ensemble: Ensemble,
-        access: Access,
-        limits: Limits,
-        ready: Callable[[], None] = lambda: None,
-        replied: Callable[[], None] = lambda: None,
+        self, keeper: Keeper, access: Access, limits: Limits, ready: Callable[[], None] = lambda: None
     ) -> None:
-        metrics = Metrics()
-        self._worker = Worker(ensemble, metrics, queue=limits.queue, cache=limits.cache, replied=replied)
+        self._keeper = keeper
         self._grace = limits.grace
         self._ready = ready
+        self._in_terminal = _has_terminal()
         config = uvicorn.Config(
-            make_app(self._worker, metrics, access, limits.timeout),
+            make_app(keeper, access, limits.timeout),
             http=Connection,
             ws="none",
             lifespan="off",
@@ -78,19 +57,29 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[listener])
         finally:
-            self._worker.close()
+            self._keeper.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
+        self._keeper.begin()
+        if hasattr(signal, "SIGHUP") and threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hang_up)
         await super().startup(sockets)
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin nothing new, and let what is running finish within the grace time."""
-        self._worker.drain()
-        ending = asyncio.get_running_loop().call_later(self._grace, self._worker.cancel)
+        self._keeper.drain()
+        ending = asyncio.get_running_loop().call_later(self._grace, self._keeper.cancel)
         await super().shutdown(sockets)
         ending.cancel()
+
+    def _hang_up(self) -> None:
+        """Reload; or end, where the signal says that the terminal was closed in which the server was started."""
+        if self._in_terminal and not _has_terminal():
+            self.handle_exit(signal.SIGTERM, None)
+        else:
+            self._keeper.reload_soon()
 
 
 class Loading:
@@ -169,3 +158,12 @@ def address_of(listener: socket.socket) -> str:
     """The URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _has_terminal() -> bool:
+    """Whether this process belongs to a terminal that is there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

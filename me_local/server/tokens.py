@@ -13,7 +13,8 @@ from me_local.asking import check_conversation, parted
 from me_local.config import Overrides, check
 from me_local.ensemble import Ensemble
 from me_local.server.fields import Loose, bounded_texts
-from me_local.server.protocol import MODEL, ChatMessage, as_messages, model_names
+from me_local.server.keeping import About
+from me_local.server.protocol import MODEL, ChatMessage, as_messages
 from me_local.server.refusals import ApiError
 
 _MOST_TOKENS = 1 << 20
@@ -72,23 +73,22 @@ def apply_template(ensemble: Ensemble, asked: ApplyTemplate) -> dict[str, Any]:
     return {"prompt": text + head.decode()}
 
 
-def props(ensemble: Ensemble) -> dict[str, Any]:
+def props(about: About) -> dict[str, Any]:
     """The ensemble as llama-server describes its model."""
     return {
         "model_alias": MODEL,
-        "total_slots": ensemble.batch,
-        "default_generation_settings": {"n_ctx": min(member.n_ctx for member in ensemble.members)},
-        "members": [{"name": member.name, "n_ctx": member.n_ctx} for member in ensemble.members],
+        "total_slots": about.places,
+        "default_generation_settings": {"n_ctx": min(about.contexts)},
+        "members": [{"name": name, "n_ctx": n_ctx} for name, n_ctx in zip(about.names, about.contexts, strict=True)],
     }
 
 
-def slots(ensemble: Ensemble, places: Sequence[int | None]) -> list[dict[str, Any]]:
+def slots(about: About, places: Sequence[int | None]) -> list[dict[str, Any]]:
     """The places for replies as llama-server describes its slots, by how many pieces each has so far."""
-    n_ctx = min(member.n_ctx for member in ensemble.members)
     return [
         {
             "id": number,
-            "n_ctx": n_ctx,
+            "n_ctx": min(about.contexts),
             "speculative": False,
             "is_processing": pieces is not None,
             "next_token": {"has_next_token": pieces is not None, "n_decoded": pieces or 0},
@@ -103,7 +103,7 @@ def _member(ensemble: Ensemble, model: str) -> int:
         return ensemble.names.index(name)
     if model == MODEL and (len(ensemble.members) == 1 or ensemble.engine.unified.same):
         return 0
-    known = ", ".join(model_names(ensemble)[1:])
+    known = ", ".join(f"{MODEL}/{name}" for name in ensemble.names)
     raise ApiError(400, f"model: say which member's: {known}", param="model", code="model_not_found")
 
 

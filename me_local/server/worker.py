@@ -24,7 +24,7 @@ from me_local.errors import MeLocalError
 from me_local.llama.states import States
 from me_local.server.making import Event, Job, Making, OneByOne, Together, Written
 from me_local.server.metrics import Metrics
-from me_local.server.refusals import ApiError, api_error
+from me_local.server.refusals import ApiError, api_error, shutting_down
 
 _LONGEST_RETRY = 60  # seconds
 
@@ -58,17 +58,18 @@ class Worker:
         self._draining = False
         self._going = False  # the thread has a step before it
         self._made, self._seconds = 0, 0.0
-        states = States(cache)
-        self._making: Making = Together(ensemble) if ensemble.batch > 1 else OneByOne(ensemble, states)
-        metrics.gauge("queue_length", "Replies that wait for their turn", lambda: len(self._waiting))
-        metrics.gauge("running", "Replies that are being made", lambda: len(self._running))
-        metrics.gauge("cache_bytes", "Kept states of members", lambda: states.size)
-        metrics.gauge("cache_states", "Kept states of members", lambda: len(states))
+        self.states = States(cache)
+        self._making: Making = Together(ensemble) if ensemble.batch > 1 else OneByOne(ensemble, self.states)
 
     @property
-    def draining(self) -> bool:
-        """Whether no more replies are begun."""
-        return self._draining
+    def waiting(self) -> int:
+        """How many replies wait for their turn."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many replies are being made."""
+        return len(self._running)
 
     @property
     def places(self) -> list[int | None]:
@@ -111,13 +112,13 @@ class Worker:
         self._draining = True
         for job in [job for job in self._waiting if not job.admitted]:
             self._waiting.remove(job)
-            job.hear(_shutting_down())
+            job.hear(shutting_down())
 
     def cancel(self) -> None:
         """End the replies that are being made, and do not wait for their pieces."""
         for job in [*self._waiting, *self._running]:
             self._leave(job)
-            job.hear(_shutting_down())
+            job.hear(shutting_down())
 
     def close(self) -> None:
         """End what is being made, and the thread."""
@@ -129,7 +130,7 @@ class Worker:
     def _require_room(self) -> None:
         """Raise ApiError where nothing new can be asked for."""
         if self._draining:
-            raise _shutting_down()
+            raise shutting_down()
         if len(self._running) >= self._making.places and len(self._waiting) >= self._queue:
             message = f"{len(self._waiting)} replies are waiting already"
             raise ApiError(429, message, code="queue_full", retry=self._retry())
@@ -223,7 +224,3 @@ class Worker:
 
 def _put(events: Events, index: int, event: Event | Exception) -> None:
     events.put_nowait((index, event))
-
-
-def _shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down")

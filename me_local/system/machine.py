@@ -5,6 +5,8 @@ nothing. Knows nothing of models. Sizes are in bytes.
 """
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import os
 import platform
@@ -124,3 +126,10 @@ def _processor_field(name: str) -> str:
     """What /proc/cpuinfo says of the first processor under a name."""
     found = re.search(rf"^{name}\s*:\s*(.*)$", _text(_ROOT / "proc/cpuinfo"), re.MULTILINE)
     return found[1].strip() if found else ""
+
+
+def return_memory() -> None:
+    """Give the system what was freed; glibc keeps hundreds of MB of an ensemble otherwise, and more each time."""
+    gc.collect()  # vocabularies and the like refer to each other
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # other C libraries have no such function
+        ctypes.CDLL(None).malloc_trim(0)

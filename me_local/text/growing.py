@@ -87,6 +87,20 @@ class TokenizedText:
             self._advance(text)
         return self._ids[: self._length]
 
+    def beyond(self, text: bytes, guess: bytes) -> tuple[list[int], int]:
+        """The ids of `text` and `guess` from the last seam of the text on, and how many of them are the text's.
+
+        -1 where its ids do not stay as they are when the guess follows.
+        """
+        own = self.ids(text)[self._final :].tolist()
+        ids = self._encode(text[self._seam :] + guess)
+        return ids, len(own) if ids[: len(own)] == own else -1
+
+    def are(self, text: bytes, guess: bytes, ids: Sequence[int]) -> bool:
+        """Whether these are the ids of `text` and `guess` from the last seam of the text on."""
+        self.ids(text)
+        return self._encode(text[self._seam :] + guess) == ids
+
     def _advance(self, text: bytes) -> None:
         seams = self._vocabulary.seams.find(text, self._seen)
         if len(text) - self._seen > _LINE:

@@ -28,6 +28,7 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("/weights ", ["/weights small=", "/weights big="]),
         ("/weights small=1,b", ["/weights small=1,big="]),
         ("/strategy c", ["/strategy ce"]),
+        ("/preset co", ["/preset code", "/preset cold"]),
         ("/unit ", ["/unit token", "/unit word"]),
         ("/load n", ["/load notes.txt"]),
         ("/save sub/", ["/save sub/deep.md"]),
@@ -48,5 +49,5 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_lines_that_tab_makes(typed: str, lines: list[str]) -> None:
-    found = ChatCompleter(["small", "big"]).get_completions(Document(typed), CompleteEvent())
+    found = ChatCompleter(["small", "big"], ["code", "cold"]).get_completions(Document(typed), CompleteEvent())
     assert [typed[: len(typed) + one.start_position] + one.text for one in found] == lines

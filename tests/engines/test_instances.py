@@ -392,14 +392,15 @@ def test_an_adapter_with_a_scale_is_in_the_likelihoods_too(
 def test_the_demo_models(strategy: str) -> None:
     """Of models.toml, with two prompts: one raw, one in each model's own chat template."""
     config = load_config(ROOT / "models.toml")
-    with load(ROOT / "models.toml", Overrides(temperature=1.0)) as ensemble:
+    overrides = Overrides(temperature=1.0, repeat_penalty=1.05)
+    with load(ROOT / "models.toml", overrides) as ensemble:
         expected = [said(replies(ensemble, strategy, raw=raw, seeds=range(6))) for raw in (True, False)]
     instances = {
         member.name: llama_cpp.Llama(str(member.path), n_ctx=member.n_ctx, n_gpu_layers=-1, verbose=False)
         for member in config.members
     }
     weights = {member.name: member.weight for member in config.members}
-    with Ensemble.of(instances, weights, Overrides(temperature=1.0)) as ensemble:
+    with Ensemble.of(instances, weights, overrides) as ensemble:
         assert [said(replies(ensemble, strategy, raw=raw, seeds=range(6))) for raw in (True, False)] == expected
     for llama in instances.values():
         llama.close()

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from me_local.arrays import FloatArray, IntArray
 from me_local.cli.program import main
 from me_local.decoding.engine import Course, Engine, Request
 from me_local.decoding.generation import Generation
+from me_local.decoding.planning import Rows
 from me_local.decoding.strategies import Sampler
 from me_local.llama.batch import Part
 from me_local.llama.cache import Cache
 from me_local.llama.member import Member
 from me_local.measuring.verify import Report, g_test, verify
 from me_local.mixture.alignment import Distribution
+from me_local.model import Row
 from me_local.text.growing import TokenizedText
 
 OpenEnsemble = Callable[..., Ensemble]
@@ -62,6 +65,28 @@ def test_tiny_ensembles_pass(
     assert sum(fidelity.compared for fidelity in report.fidelity) == 80
     assert report.equality.draws == 1500
     assert report.equality.freedom > (20 if len(names) > 1 else 10)
+
+
+GUESSING = '[ensemble]\ndraft = "ngram"\n[sampling]\ntemperature = 0.7'
+
+
+def test_logits_of_guesses_are_compared(
+    open_ensemble: OpenEnsemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of them come by guesses, and those of the place before are found out."""
+    report = check(open_ensemble("bpe_c", "spm", top=GUESSING))
+    assert report.passed, report
+    assert sum(fidelity.guessed for fidelity in report.fidelity) > 20
+    keep = Rows.keep
+
+    def late(
+        self: Rows, member: int, ids: IntArray, guess: IntArray, counts: Sequence[int], rows: Sequence[Row]
+    ) -> None:
+        keep(self, member, ids, guess, counts, [rows[0], *rows[:-1]])
+
+    monkeypatch.setattr(Rows, "keep", late)
+    report = check(open_ensemble("bpe_c", "spm", top=GUESSING))
+    assert not all(fidelity.passed for fidelity in report.fidelity)
 
 
 @pytest.fixture
@@ -123,8 +148,8 @@ def test_it_finds_one_random_number_for_route_and_piece(
 ) -> None:
     initialise = Generation.__init__
 
-    def one_stream(self: Generation, engine: Engine, request: Request, interrupted: Callable[[], bool]) -> None:
-        initialise(self, engine, request, interrupted)
+    def one_stream(self: Generation, engine: Engine, request: Request, *rest: Any, **given: Any) -> None:
+        initialise(self, engine, request, *rest, **given)
         self._sampler._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
 
     monkeypatch.setattr(Generation, "__init__", one_stream)

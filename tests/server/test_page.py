@@ -26,7 +26,7 @@ from served import Served, Tap, served
 from me_local import Ensemble, Message, Overrides, load
 from me_local.decoding.reply import Reply
 from me_local.server.app import Access
-from me_local.server.serving import Limits
+from me_local.server.keeping import Limits
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

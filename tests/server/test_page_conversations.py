@@ -314,6 +314,37 @@ def test_presets_of_weights_in_the_middle_of_a_conversation(chat: Page) -> None:
     assert send(chat)["weights"] == {"bpe_a": 0.4, "spm": 0.6}
 
 
+def test_a_preset_is_taken_with_its_weights(chat: Page) -> None:
+    """What it does not set is the server's affair; members are compared with its settings, too."""
+    members = [{"name": "bpe_a", "weight": 0.25}, {"name": "spm", "weight": 0.75}]
+    others = [{"name": "bpe_a", "weight": 0.5}, {"name": "spm", "weight": 0.5}]
+    code = {"id": "me-local:code", "strategy": "ce", "unit": "token", "seed": None, "members": others}
+    described(chat, code, {"id": "me-local/spm"}, members=members)
+    select = chat.get_by_label("Preset", exact=True)
+    expect(select.locator("option")).to_have_text(["As in models.toml", "code"])
+    stubbed(chat, ["one"])
+    assert send(chat)["model"] == "me-local"
+    finished(chat)
+    select.select_option("code")
+    expect(chat.get_by_label("System prompt")).to_have_attribute("placeholder", "As in code")
+    expect(chat.get_by_label("Weights", exact=True)).to_have_value("As in code")
+    body = send(chat)
+    assert (body["model"], body["strategy"], body["weights"]) == ("me-local:code", "ce", {"bpe_a": 0.5, "spm": 0.5})
+    finished(chat)
+    with chat.expect_request("**/v1/chat/completions") as asked:
+        last(chat).locator(".compare").click()
+    body = body_of(asked.value.post_data)
+    assert (body["model"], body["weights"]) == ("me-local:code", {"bpe_a": 1, "spm": 0})
+    select.select_option("As in models.toml")
+    expect(chat.get_by_label("Weights", exact=True)).to_have_value("As in models.toml")
+
+
+def test_without_presets_there_is_no_choice(chat: Page) -> None:
+    described(chat, members=[{"name": "bpe_a", "weight": 1}])
+    expect(chat.get_by_label("Weight of bpe_a")).to_be_visible()
+    expect(chat.locator("#presets")).to_be_hidden()
+
+
 def test_code_is_copied(context: BrowserContext, chat: Page) -> None:
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     ask(chat, "first", "```py\na = '<b>'\n", "\nb\n```\n")

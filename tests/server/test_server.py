@@ -24,7 +24,8 @@ from me_local import ConfigError, Message, Overrides, load
 from me_local.cli.program import main
 from me_local.server import connections
 from me_local.server.app import Access
-from me_local.server.serving import Limits, Loading, Server, address_of, bind
+from me_local.server.keeping import Keeper, Limits, Source
+from me_local.server.serving import Loading, Server, address_of, bind
 
 ASK = {"model": "me-local", "messages": MESSAGES, "max_tokens": 20, "seed": 1}
 
@@ -229,7 +230,7 @@ def test_a_failure_while_counting_hangs_nobody(server: Served, monkeypatch: pyte
     def failing(_: object) -> None:
         raise ValueError("secret")
 
-    monkeypatch.setattr(server.server._worker._metrics, "count", failing)
+    monkeypatch.setattr(server.keeper.metrics, "count", failing)
     assert server.chat().status_code == 500
     monkeypatch.undo()
     assert server.chat().status_code == 200
@@ -586,7 +587,8 @@ def test_while_models_are_loaded_it_says_when_to_come_again(two_models: Path) ->
             assert httpx.get(f"{url}/health", timeout=30).status_code == 503
         with load(two_models) as ensemble:
             ready = threading.Event()
-            server = Server(ensemble, Access(), Limits(), ready.set)
+            source = Source(lambda: ensemble.config, lambda _: (ensemble, int), print)
+            server = Server(Keeper((ensemble, int), source, Limits()), Access(), Limits(), ready.set)
             thread = threading.Thread(target=server.serve_on, args=(listener,), daemon=True)
             thread.start()
             assert ready.wait(60)

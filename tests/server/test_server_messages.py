@@ -15,10 +15,10 @@ from me_local.decoding.reply import MemberUsage, Reply
 from me_local.errors import ConfigError
 from me_local.server import tools
 from me_local.server.app import Access
+from me_local.server.keeping import Limits
 from me_local.server.messages_answers import MessageAnswer
 from me_local.server.messages_protocol import MessagesRequest
 from me_local.server.protocol import ChatRequest, parse
-from me_local.server.serving import Limits
 
 TOWN = {
     "type": "object",

@@ -20,7 +20,7 @@ from test_server import started
 
 from me_local import Ensemble, Message, Overrides, load
 from me_local.cli.program import main
-from me_local.server.serving import Limits
+from me_local.server.keeping import Limits
 
 PLENTY = 10**6  # pieces
 PROMPTS = ["the cat sat on the mat", "a dog and a cat " * 5, "the boats came home late " * 20, "Hello"]
@@ -176,7 +176,7 @@ def test_an_error_of_the_program_ends_what_runs_and_leaks_nothing(
     with served(two_models, parallel=2) as server:
         tap = Tap(server.ensemble)
         with asking(server, bodies) as answers:
-            monkeypatch.setattr(server.server._worker._making._batching, "step", failing)
+            monkeypatch.setattr(server.keeper.held.worker._making._batching, "step", failing)
             tap.let(PLENTY)
         assert [answer.result().status_code for answer in answers[:2]] == [500, 500]
         assert "secret" not in answers[0].result().text
@@ -237,7 +237,7 @@ def test_a_time_limit_ends_one_request(two_models: Path) -> None:
             tap.let(PLENTY)
         server.wait_for("running", 0)
         end = time.monotonic() + 30
-        while server.server._worker._making.busy:  # one that had not been begun is none, the other was cancelled
+        while server.keeper.held.worker._making.busy:  # one that had not been begun is none, the other was cancelled
             assert time.monotonic() < end
             threading.Event().wait(0.01)
 

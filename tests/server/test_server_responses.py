@@ -12,10 +12,10 @@ from served import Served, Tap, served
 
 from me_local import Message
 from me_local.decoding.reply import MemberUsage, Reply
+from me_local.server.keeping import Limits
 from me_local.server.protocol import ChatRequest, parse
 from me_local.server.responses_answers import ResponseAnswer
 from me_local.server.responses_protocol import ResponsesRequest
-from me_local.server.serving import Limits
 
 TOWN = {
     "type": "object",

@@ -26,12 +26,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
 from me_local.checks import by_rule, require_known
-from me_local.config import read_toml
 from me_local.errors import ConfigError, InputError
 from me_local.evaluation.tasks.judging import Rule, parse_rule
 from me_local.evaluation.tasks.rows import Row, Template, read_rows
 from me_local.evaluation.tasks.task import Own, Question, Task, letter_of, turns
 from me_local.text.messages import Message
+from me_local.toml import read_toml
 
 _Text = Annotated[str, Field(min_length=1)]
 _Texts = Annotated[tuple[_Text, ...], BeforeValidator(lambda raw: [raw] if isinstance(raw, str) else raw)]

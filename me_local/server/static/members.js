@@ -14,8 +14,10 @@ export function partsOf(shares, names) {
 }
 
 export class Members {
-  /** `members` as the server describes them: names and weights; `presets` is the select for weights that are ready. */
-  constructor(list, template, presets, members) {
+  /** `members` as the server describes them: names and weights; `presets` is the select for weights that are ready,
+   * those given of which are `from` somewhere. */
+  constructor(list, template, presets, members, from) {
+    this.from = from;
     this.names = members.map((member) => member.name);
     this.given = members.map((member) => member.weight);
     this.weights = this.given;
@@ -49,7 +51,7 @@ export class Members {
       this.names.map((_, index) => Number(index === only)),
     ]);
     const even = this.names.map(() => 1 / this.names.length);
-    return [["As in models.toml", this.given], ["Even", even], ...single, ["By hand", null]];
+    return [[`As in ${this.from}`, this.given], ["Even", even], ...single, ["By hand", null]];
   }
 
   #preset() {

@@ -134,7 +134,9 @@ async function compare(turn) {
   const { signal } = running;
   const { names } = settings.members;
   for (const name of names) {
-    if (!signal.aborted) await ask(turn, turn.beside(names, `${model.id}/${name}`), {}, turn.main.kept.seed);
+    if (signal.aborted) break;
+    const answer = turn.beside(names, `${model.id}/${name}`);
+    await ask(turn, answer, settings.alone(name), turn.main.kept.seed);
   }
   end(turn, owner);
 }
@@ -162,7 +164,7 @@ async function ask(turn, answer, mixing, seed) {
 
 function request(turn, name, mixing, seed) {
   const messages = conversation.messages(turn, settings.system);
-  const body = { model: name, messages, stream: true, ...mixing, ...settings.tools() };
+  const body = { model: settings.preset ?? name, messages, stream: true, ...mixing, ...settings.tools() };
   return seed === null ? body : { ...body, seed };
 }
 

@@ -12,11 +12,12 @@ export class Failure extends Error {
   }
 }
 
-/** The ensemble as GET /v1/models describes it. Throws Failure. */
+/** The ensemble as GET /v1/models describes it, and with each of its `presets`. Throws Failure. */
 export async function ensemble(key) {
   const response = await ask("v1/models", { headers: headers(key) });
   const { data } = await response.json();
-  return data[0];
+  const [first] = data;
+  return { ...first, presets: data.filter(({ id }) => id.startsWith(`${first.id}:`)) };
 }
 
 /** The chunks of a reply. Throws Failure, or an AbortError where `signal` says so. */

@@ -11,12 +11,35 @@ export class Settings {
   }
 
   /** Set what the server has, as it describes its ensemble. */
-  show({ members, strategy, unit, seed }) {
+  show(model) {
     const { $ } = this;
-    this.members = new Members($("members"), $("member"), $("preset"), members);
+    const named = model.presets.map(({ id }) => id.slice(model.id.length + 1));
+    $("named").replaceChildren(...["As in models.toml", ...named].map((name) => new Option(name)));
+    $("named").onchange = () => this.#take([model, ...model.presets][$("named").selectedIndex]);
+    $("presets").hidden = !named.length;
+    $("seed").value = model.seed ?? "";
+    this.#take(model);
+  }
+
+  /** The name of the model that has the preset, or null without one. */
+  get preset() {
+    return this.$("named").selectedIndex > 0 ? this.model : null;
+  }
+
+  /** How a member is asked alone; with a preset, that holds for it as well. */
+  alone(name) {
+    if (!this.preset) return {};
+    return { weights: Object.fromEntries(this.members.names.map((other) => [other, Number(other === name)])) };
+  }
+
+  #take({ id, members, strategy, unit }) {
+    const { $ } = this;
+    this.model = id;
+    const from = $("named").selectedIndex > 0 ? $("named").value : "models.toml";
+    this.members = new Members($("members"), $("member"), $("preset"), members, from);
+    $("system").placeholder = `As in ${from}`;
     choose("strategy", strategy);
     choose("unit", unit);
-    $("seed").value = seed ?? "";
     this.#onStrategy();
   }
 

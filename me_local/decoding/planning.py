@@ -1,0 +1,175 @@
+"""Which positions of a guess members evaluate at once, and the logits that they gave there.
+
+A plan follows the guess from the end of the text on, piece by piece, as if it held: each is the next token of the
+member that the route is going to draw there. A member can use a position where the ids of the text up to there are the
+first of those of text and guess. What is planned decides what is evaluated, and nothing else: logits are found again by
+all the ids that they came after (`Rows`), so a plan that is wrong costs time alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from me_local.arrays import FloatArray, IntArray
+from me_local.decoding.engine import Engine, Request
+from me_local.decoding.strategies import Sampler
+from me_local.errors import RunError
+from me_local.mixture.alignment import pick
+from me_local.mixture.routing import route
+from me_local.mixture.words import is_free, may_end
+from me_local.model import Row
+from me_local.text.growing import SampledText, Text, TokenizedText
+from me_local.text.utf8 import utf8_runs
+
+
+class Rows:
+    """Logits that members gave after ids that their contexts did not have yet.
+
+    They are those of exactly these ids, so it does not matter what they were evaluated for.
+    """
+
+    def __init__(self, members: int) -> None:
+        self._rows: list[dict[bytes, Row]] = [{} for _ in range(members)]
+
+    def find(self, member: int, ids: IntArray) -> Row | None:
+        """The logits after these ids, if they are there."""
+        rows = self._rows[member]
+        return rows.get(ids.tobytes()) if rows else None
+
+    def keep(self, member: int, ids: IntArray, guess: IntArray, counts: Sequence[int], rows: Sequence[Row]) -> None:
+        """Keep the logits after `ids` and so many tokens of the guess each, in the place of the member's others."""
+        self._rows[member] = {
+            np.concatenate([ids, guess[:count]]).tobytes(): row for count, row in zip(counts, rows, strict=True)
+        }
+
+
+class Beyond(NamedTuple):
+    """What a member evaluates behind its context: int32 (tokens,), and after how many of these logits are `wanted`."""
+
+    ids: IntArray
+    wanted: tuple[int, ...]
+
+
+class _Cut:
+    """Text and guess as a member's tokens: `ids` from the text's last seam on, of which `own` are the text's (or -1).
+
+    `ends` has the end of each token in the guess, in bytes; of those in the text, 0 or less.
+    """
+
+    def __init__(self, ids: list[int], own: int, pieces: Sequence[bytes], length: int) -> None:
+        sizes = np.array([len(pieces[id_]) for id_ in ids], dtype=np.int64)
+        self.ids, self.own = ids, own
+        self.ends: list[int] = (length - sizes[::-1].cumsum()[::-1] + sizes).tolist()
+
+    def next_end(self, offset: int) -> int | None:
+        """The end of the token behind `offset` bytes of the guess."""
+        return next((end for end in self.ends if end > offset), None)
+
+
+class Planner:
+    """Plans for one reply, whose text and contexts grow elsewhere."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        text: Text,
+        contexts: Sequence[TokenizedText | SampledText],
+        sampler: Sampler,
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._text = text
+        self._contexts = contexts
+        self._sampler = sampler
+        self._cuts: dict[int, _Cut] = {}
+        self._guess = b""
+
+    def plan(self, members: Sequence[int], guess: bytes) -> dict[int, Beyond]:
+        """What members that are asked now evaluate beside their contexts; those that are left out nothing."""
+        able = [member for member in members if self._engine.models[member].foreseeing]
+        run, valid = next(utf8_runs(guess), (b"", False))
+        if not able or not valid or self._text.in_character:
+            return {}
+        self._guess, self._cuts = run, {}
+        needed: dict[int, list[int]] = {member: [] for member in able}
+        walk = self._route(members[0]) if self._request.strategy == "me" else self._together(members)
+        for member, offset in walk:
+            if member in needed:
+                needed[member].append(offset)
+        found = {member: self._beyond(member, offsets) for member, offsets in needed.items()}
+        return {member: beyond for member, beyond in found.items() if beyond}
+
+    def _beyond(self, member: int, offsets: Sequence[int]) -> Beyond | None:
+        """What a member evaluates to have logits after so many bytes of the guess, as far as it can use them."""
+        cut, model = self._cut(member), self._engine.models[member]
+        assert model.foreseeing
+        held = len(self._request.prompts[member]) + len(self._contexts[member].ids(self._text.whole))
+        room = min(model.foreseeing.ahead, model.n_ctx - held)
+        counts = [cut.ends.index(offset) + 1 - cut.own for offset in offsets if offset in cut.ends]
+        if cut.own < 0:
+            return None
+        usable = [count for count in counts if 0 < count <= room and self._stands(member, cut, count)]
+        if not usable:
+            return None
+        return Beyond(np.array(cut.ids[cut.own : cut.own + usable[-1]], dtype=np.int32), tuple(usable))
+
+    def _stands(self, member: int, cut: _Cut, count: int) -> bool:
+        """Whether the ids of text and guess up to the end of a token are the first of all of them."""
+        context, end = self._contexts[member], cut.ends[cut.own + count - 1]
+        if isinstance(context, SampledText):
+            return True
+        whole = self._guess[end : end + 1] < b"\x80" or self._guess[end : end + 1] >= b"\xc0"
+        return whole and context.are(self._text.whole, self._guess[:end], cut.ids[: cut.own + count])
+
+    def _cut(self, member: int) -> _Cut:
+        key = self._engine.groups[member]
+        if key not in self._cuts:
+            context, vocabulary = self._contexts[member], self._engine.models[member].vocabulary
+            if isinstance(context, SampledText):
+                ids, own = vocabulary.canonical(self._guess), 0
+            else:
+                ids, own = context.beyond(self._text.whole, self._guess)
+            self._cuts[key] = _Cut(ids, own, vocabulary.pieces, len(self._guess))
+        return self._cuts[key]
+
+    def _together(self, members: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """CE: every member, wherever the one with the largest weight has a border."""
+        leading, offset = max(members, key=lambda member: self._request.weights[member]), 0
+        while (end := self._cut(leading).next_end(offset)) is not None:
+            offset = end
+            yield from ((member, offset) for member in members)
+
+    def _route(self, member: int) -> Iterator[tuple[int, int]]:
+        """ME: the members that are going to be asked, and after how many bytes of the guess."""
+        words, opening = self._request.unit == "word", self._sampler.is_opening(member)
+        offset, drawn = 0, 0
+        while (end := self._cut(member).next_end(offset)) is not None:
+            text = self._text.whole + self._guess[:offset]
+            if words and not opening and may_end(text) and self._guess[offset : offset + 1].isspace():
+                following, opening, drawn = self._drawn(offset, drawn), True, drawn + 1
+                if following is not None and following != member:
+                    member = following
+                    yield member, offset
+                    continue
+            offset, opening = end, not words or is_free(self._text.whole + self._guess[:end])
+            if opening:
+                following, drawn = self._drawn(offset, drawn), drawn + 1
+                if following is None:
+                    return
+                member = following
+            yield member, offset
+
+    def _drawn(self, offset: int, drawn: int) -> int | None:
+        """The member that is drawn after so many bytes of the guess and so many draws; None where the router fails."""
+        weights = self._weights(offset)
+        return None if weights is None else pick(weights, self._sampler.upcoming(drawn))
+
+    def _weights(self, offset: int) -> FloatArray | None:
+        engine, strays = self._engine, self._text.strays
+        able = [not strays or engine.can_write(member, strays) for member in range(len(engine.models))]
+        try:
+            return route(engine.router, self._text.whole + self._guess[:offset], self._request.weights, able)
+        except RunError:
+            return None
