@@ -142,9 +142,9 @@ class Prompter:
         writing = self.writing(config)
         vocabularies = [member.vocabulary for member, writes in zip(self._members, writing, strict=True) if writes]
         if any(other.identity != vocabularies[0].identity for other in vocabularies):
-            raise InputError("ids are those of one vocabulary, and the members have several: name one of them")
+            raise InputError("prompt: ids are those of one vocabulary, and the members have several: name one of them")
         if not all(0 <= id_ < vocabularies[0].size for id_ in prompt.ids):
-            raise InputError(f"there are ids from 0 to {vocabularies[0].size - 1}")
+            raise InputError(f"prompt: there are ids from 0 to {vocabularies[0].size - 1}")
         prompts: list[IntArray] = []
         for writer, writes in zip(self._writers, writing, strict=True):
             begins = writer.raw_prompt()
@@ -296,6 +296,10 @@ def _require_biases(engine: Engine, config: Config) -> None:
                 f"logit_bias: the members have different vocabularies, so nobody knows whose token {bias.of} is: "
                 "write its text, or ask one member alone"
             )
+        for model, settings in zip(engine.models, config.members, strict=True):
+            meant = bias.member == model.name or (bias.member is None and (settings.weight > 0 or not alone))
+            if isinstance(bias.of, int) and meant and bias.of >= (size := model.vocabulary.size):
+                raise ConfigError(f'logit_bias: member "{model.name}" has no token {bias.of}: it has {size} of them')
     unknown = {bias.of.encode(): bias.of for bias in biases if isinstance(bias.of, str)}
     for pieces in (model.vocabulary.pieces for model in engine.models) if unknown else ():
         for piece in unknown.keys() & set(pieces):

@@ -77,10 +77,10 @@ class Sampling:
     top_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     typical_p: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    top_n_sigma: Annotated[Number, Field(ge=-1)] = -1.0  # -1 and 0 = off
+    top_n_sigma: Annotated[Number, Field(ge=-1, le=1e6)] = -1.0  # -1 and 0 = off
     xtc_probability: Annotated[Number, Field(ge=0, le=1)] = 0.0
     xtc_threshold: Annotated[Number, Field(ge=0, le=1)] = 0.1
-    repeat_penalty: Annotated[Number, Field(gt=0, le=100)] = 1.0
+    repeat_penalty: Annotated[Number, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[Number, Field(ge=-100, le=100)] = 0.0
     frequency_penalty: Annotated[Number, Field(ge=-100, le=100)] = 0.0
     repeat_last_n: Annotated[Int, Field(ge=-1)] = 64  # tokens of context; -1 = all of them

@@ -66,8 +66,22 @@ def test_what_they_are_not_enough_for(ensemble: Ensemble, given: dict[str, Any],
     assert "\n" not in str(caught.value)
 
 
+def test_an_id_is_that_of_the_member_that_is_asked_alone(ensemble: Ensemble) -> None:
+    """Also where the others have no token of that number."""
+    pieces, small = ensemble.members[1].vocabulary.pieces, ensemble.members[0].vocabulary.size
+    large = next(i for i, piece in enumerate(pieces) if i >= small and piece.isalpha())
+    alone = Overrides(logit_bias=[(large, 1e6)], weights={"bpe_c": 0, "spm": 1}, max_tokens=3, seed=1)
+    assert ensemble.generate("the cat", alone, raw=True).text == pieces[large].decode() * 3
+
+
 def test_biases_that_say_nothing(ensemble: Ensemble) -> None:
     with pytest.raises(ConfigError, match="different vocabularies, so nobody knows whose token 5 is"):
         ask(ensemble, logit_bias=[(5, -1.0)])
+    large = ensemble.members[1].vocabulary.size - 1
+    assert large >= ensemble.members[0].vocabulary.size
+    with pytest.raises(ConfigError, match=f'member "bpe_c" has no token {large}'):
+        ensemble.with_overrides(Overrides(logit_bias=[(large, -1.0)], weights={"bpe_c": 1, "spm": 0}))
+    with pytest.raises(ConfigError, match=f'member "spm" has no token {large + 1}'):
+        ensemble.with_overrides(Overrides(logit_bias=[Bias(large + 1, -1.0, "spm")]))
     with pytest.raises(ConfigError, match='"no such piece" is a token of no member'):
         ask(ensemble, logit_bias={"no such piece": -1.0})

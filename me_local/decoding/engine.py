@@ -5,7 +5,7 @@ Knows nothing of files, of chat, or of how a piece is drawn; see `strategies` an
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -28,6 +28,9 @@ from me_local.text.unified import UnifiedVocabulary
 Result = TypeVar("Result")
 Course: TypeAlias = Generator[tuple[int, ...], Mapping[int, Row], Result]
 """Yields the members, by their indices, whose logits after their contexts it needs next, and is sent these logits."""
+
+_MOST_BREAKING = 32
+"""Texts that end repetitions are those of a request: what was found of the last ones is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +149,17 @@ class Engine:
         self.groups = tuple(identities.index(model.vocabulary.identity) for model in models)
         self.schedule = Schedule(self.models)
         self.losses: dict[int, Loss] = {}
-        self._breaking: dict[tuple[int, tuple[str, ...]], BoolArray] = {}
+        vocabularies = [self.models[self.groups.index(group)].vocabulary for group in range(len(identities))]
+        self._breaking = lru_cache(_MOST_BREAKING)(lambda group, texts: breaking(vocabularies[group], texts))
         self.turns, self.steps = InFlight(), InFlight()
         self.whole_shares = tuple(tuple(row) for row in np.eye(len(self.models)).tolist())
 
     def shaper(self, member: int, sampling: Sampling, min_tokens: int) -> Shaper:
-        """What shapes a member's logits in a reply. Raises ConfigError for a bias of an id that it has not."""
-        model, texts = self.models[member], sampling.dry_sequence_breakers
+        """What shapes a member's logits in a reply."""
+        model = self.models[member]
 
         def breaks() -> BoolArray:
-            key = (self.groups[member], texts)
-            if key not in self._breaking:
-                self._breaking[key] = breaking(model.vocabulary, texts)
-            return self._breaking[key]
+            return self._breaking(self.groups[member], sampling.dry_sequence_breakers)
 
         return Shaper(model.name, model.vocabulary, sampling, n_ctx=model.n_ctx, min_tokens=min_tokens, breaks=breaks)
 

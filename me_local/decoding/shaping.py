@@ -5,13 +5,11 @@ same distribution. A row that is to change is copied: the next evaluation needs 
 """
 
 import math
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from me_local.arrays import IntArray, LogitArray
-from me_local.errors import ConfigError
 from me_local.mixture.penalties import BoolArray, penalised, repeated, repetitions, window
 from me_local.model import Row, Shortlist
 from me_local.sampling import Bias, Sampling
@@ -118,7 +116,7 @@ class _Copy:
 def biases_of(name: str, vocabulary: Vocabulary, biases: Sequence[Bias]) -> tuple[IntArray, LogitArray]:
     """The ids that have a bias in the vocabulary of a member with this name, ascending, and these, float32 (ids,).
 
-    Several of one id add up. Raises ConfigError for an id that is not in the vocabulary.
+    Several of one id add up. An id that is not in the vocabulary is that of another member, who is asked alone.
     """
     found: dict[int, float] = {}
     texts = {bias.of.encode() for bias in biases if isinstance(bias.of, str)}
@@ -129,21 +127,21 @@ def biases_of(name: str, vocabulary: Vocabulary, biases: Sequence[Bias]) -> tupl
     for bias in biases:
         if bias.member not in (None, name):
             continue
-        if isinstance(bias.of, int) and bias.of >= vocabulary.size:
-            raise ConfigError(f'logit_bias: member "{name}" has no token {bias.of}: it has {vocabulary.size} of them')
         for id_ in ids_of[bias.of.encode()] if isinstance(bias.of, str) else [bias.of]:
             found[id_] = found.get(id_, 0.0) + bias.value
-    ids = sorted(found)
+    ids = sorted(id_ for id_ in found if id_ < vocabulary.size)
     return np.array(ids, dtype=np.int32), np.array([found[id_] for id_ in ids], dtype=np.float32)
 
 
 def breaking(vocabulary: Vocabulary, texts: Sequence[str]) -> BoolArray:
     """Which ids have one of the texts in their piece, bool (vocabulary,)."""
     ends = np.cumsum([len(piece) for piece in vocabulary.pieces])
-    joined = b"".join(vocabulary.pieces)
+    joined = np.frombuffer(b"".join(vocabulary.pieces), dtype=np.uint8)
     found = np.zeros(vocabulary.size, dtype=bool)
     for text in (text.encode() for text in texts):
-        begins = np.array([match.start() for match in re.finditer(b"(?=%b)" % re.escape(text), joined)], dtype=np.int64)
+        begins = np.flatnonzero(joined[: max(0, len(joined) - len(text) + 1)] == text[0])
+        for offset, byte in enumerate(text[1:], start=1):
+            begins = begins[joined[begins + offset] == byte]
         ids = np.searchsorted(ends, begins, side="right")
         found[ids[begins + len(text) <= ends[ids]]] = True
     return found

@@ -95,14 +95,17 @@ class Answer:
         return self._chunk([choice])
 
     def pieces(self, index: int, step: Step, offset: int) -> Iterator[Object]:
-        """The chunks of one piece, which stands at this character of the reply; none where a call may begin with it."""
+        """The chunks of one piece, which stands at this character of the reply.
+
+        Where a call may begin with it there are none, but for its logprobs.
+        """
         streamed = self._streamed.setdefault(index, _Streamed())
         content, calls = step.answer if self._apart else step.text, list[Object]()
         if self._tools:
             first = len(streamed.calls.calls)
             content, found = streamed.calls.push(step.answer)
             calls = [{"index": number, **call.as_dict()} for number, call in enumerate(found, start=first)]
-        if content or step.thought or not self._tools:
+        if content or step.thought or self._logprobs or not self._tools:
             yield self._piece(index, step, content, offset)
         for call in calls:
             yield self._chunk([{"index": index, "delta": {"tool_calls": [call]}, "finish_reason": None}])

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from me_local.sampling import Bias, read_biases
 
 _Any = Annotated[float, Field(ge=-100, le=100)]
-_Factor = Annotated[float, Field(gt=0, le=100)]
+_Factor = Annotated[float, Field(ge=0.01, le=100)]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Window = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 _Breaker = Annotated[str, Field(min_length=1, max_length=100)]
@@ -31,7 +31,7 @@ class Shaping(BaseModel):
     top_k: Annotated[int | None, Field(ge=0, le=2**31 - 1), BeforeValidator(lambda raw: 0 if raw == -1 else raw)] = None
     min_p: _Share | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_n_sigma: Annotated[float, Field(allow_inf_nan=False, ge=-1)] | None = None
+    top_n_sigma: Annotated[float, Field(ge=-1, le=1e6)] | None = None
     xtc_probability: _Share | None = None
     xtc_threshold: _Share | None = None
     presence_penalty: _Any | None = None

@@ -7,12 +7,12 @@ is one alone.
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from me_local.asking import check_conversation, parted
-from me_local.config import Overrides
+from me_local.config import Overrides, check
 from me_local.ensemble import Ensemble
-from me_local.server.fields import Loose
+from me_local.server.fields import Loose, bounded_texts
 from me_local.server.keeping import About
 from me_local.server.protocol import MODEL, ChatMessage, as_messages
 from me_local.server.refusals import ApiError
@@ -40,8 +40,8 @@ class Detokenize(_Body):
 class ApplyTemplate(_Body):
     """A body of POST /apply-template."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
-    chat_template_kwargs: dict[str, Any] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True), BeforeValidator(bounded_texts)]
+    chat_template_kwargs: Annotated[dict[str, Any] | None, Field(max_length=256)] = None
 
 
 def tokenize(ensemble: Ensemble, asked: Tokenize) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def apply_template(ensemble: Ensemble, asked: ApplyTemplate) -> dict[str, Any]:
     messages, head = parted(as_messages(asked.messages))
     check_conversation(messages)
     member = _member(ensemble, asked.model)
-    config = ensemble.with_overrides(Overrides(template_args=asked.chat_template_kwargs))
+    given = check("template_args", asked.chat_template_kwargs or {}, "chat_template_kwargs")
+    config = ensemble.with_overrides(Overrides(template_args=given))
     arguments = {**config.template_args, **config.members[member].template_args}
     text = ensemble.writers[member].text(messages, arguments)
     return {"prompt": text + head.decode()}

@@ -16,12 +16,13 @@ from me_local.errors import MeLocalError
 from me_local.server.fields import Strict
 from me_local.server.protocol import MODEL, ChatRequest, parse
 from me_local.server.refusals import ApiError, api_error
+from me_local.server.shaping import Shaping
 
 SentOn = Annotated[Any, Field(default=None)]
 """A field that the conversation has, too, and that is checked there."""
 
 
-class Translated(Strict):
+class Translated(Shaping, Strict):
     """A request that asks for one reply to a conversation."""
 
     names: ClassVar[Mapping[str, str]] = MappingProxyType({})
@@ -29,10 +30,6 @@ class Translated(Strict):
 
     model: str = MODEL
     stream: bool | None = None
-    temperature: SentOn
-    top_p: SentOn
-    top_k: SentOn
-    min_p: SentOn
     seed: SentOn
     strategy: SentOn
     unit: SentOn
@@ -44,10 +41,12 @@ class Translated(Strict):
 
     def chat(self) -> ChatRequest:
         """The request for a conversation. Raises ApiError that names the first field that is wrong."""
-        same = {name: getattr(self, name) for name in Translated.model_fields if name != "stream"}
+        shaping = {name: getattr(self, name) for name in Shaping.model_fields}  # checked already
+        sent = Translated.model_fields.keys() - shaping.keys() - {"stream"}
+        same = {name: getattr(self, name) for name in sorted(sent)}
         fields = {name: value for name, value in (same | self.as_chat()).items() if value is not None}
         try:
-            return parse(ChatRequest, json.dumps(fields).encode())
+            return parse(ChatRequest, json.dumps(fields).encode()).model_copy(update=shaping)
         except ApiError as error:
             raise self._renamed(error) from None
 

@@ -44,11 +44,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= {_COUNTED: self._counted, _JOINED: _joined, _BOUNDED: _bounded}
         self._left = _STEPS
 
-    def write(self, template: jinja2.Template, **given: Any) -> str:
+    def write(self, template: jinja2.Template, /, **given: Any) -> str:
         """What the template makes of these variables."""
         self._left = _STEPS
         pieces, length = [], 0
-        for piece in template.generate(**given):
+        for piece in template.generate(given):
             pieces.append(piece)
             length += len(piece)
             _require(length)

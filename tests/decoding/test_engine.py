@@ -311,3 +311,11 @@ def test_whether_a_long_text_fits_is_seldom_asked(open_member: OpenMember) -> No
         lengths.append(len(encode(running.text, at_start=True)))
     assert max(lengths[:-1]) <= room < lengths[-1]
     assert len(calls) - before < len(lengths) / 3
+
+
+def test_what_ends_repetitions_is_not_kept_for_ever(open_member: OpenMember) -> None:
+    """Requests bring texts of their own, and each would take a byte for each token."""
+    engine = Engine([open_member("spm")], constant, top_k)
+    for i in range(100):
+        engine.shaper(0, Sampling(dry_multiplier=1.0, dry_sequence_breakers=(f"a{i}",)), 0)
+    assert engine._breaking.cache_info().currsize < 50

@@ -114,6 +114,32 @@ def test_what_is_kept_and_broken_is_said_and_left(chat: Page) -> None:
     assert chat.evaluate("[localStorage['me-local:x'], localStorage.length]") == ["{", 4]
 
 
+def kept_turn(page: Page, **turn: Any) -> None:
+    """Have the browser keep one more conversation, "other", of this turn."""
+    page.evaluate(
+        "(turn) => localStorage['me-local:z'] = JSON.stringify({ id: 'z', title: 'other', changed: 1, turns: [turn] })",
+        {"text": "second", "answers": []} | turn,
+    )
+    page.reload()
+
+
+def test_calls_that_are_kept_and_broken(chat: Page) -> None:
+    for calls in ([None], [{"id": "a", "name": "b"}]):
+        kept_turn(chat, answers=[{"model": "me-local", "names": ["a", "b"], "pieces": [], "calls": calls}])
+        expect(chat.locator("#problem")).to_have_text("1 of the kept conversations cannot be read: left as they are.")
+
+
+def test_a_turn_whose_reply_was_lost(chat: Page) -> None:
+    """As that of a browser that was killed in the middle: it is answered once more, and there is nothing to compare."""
+    kept_turn(chat)
+    chat.get_by_role("button", name="other").click()
+    expect(chat.get_by_role("button", name="Compare")).to_be_hidden()
+    stubbed(chat, ["two"])
+    chat.get_by_role("button", name="Another reply").click()
+    assert finished(chat) == "two"
+    expect(chat.get_by_role("button", name="Compare")).to_be_visible()
+
+
 def test_a_browser_that_keeps_nothing(context: BrowserContext, page_server: Served) -> None:
     for storage in ("localStorage", "sessionStorage"):
         context.add_init_script(f"Object.defineProperty(window, '{storage}', {{ get() {{ throw new Error('no') }} }})")

@@ -30,6 +30,8 @@ CLOCK = {"name": "clock", "description": "Tells the time.", "input_schema": TOWN
 HALF = {"role": "assistant", "content": "the dog"}
 USAGE = MemberUsage("a", 1.0, 1, 3, 3, 0, 0.1, 0.1)
 ANY = {"type": "any", "disable_parallel_tool_use": True}
+SHAPED = {"top_k": 0, "repeat_penalty": 1.5, "frequency_penalty": 2, "dry_multiplier": 2.0, "xtc_probability": 0.5}
+SHAPED |= {"typical_p": 0.9, "top_n_sigma": 3, "logit_bias": {"a": 4, "e": False}, "min_tokens": 9}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,15 @@ def test_a_reply_is_that_of_the_same_conversation(server: Served) -> None:
     assert (message["stop_reason"], message["stop_sequence"]) == ("max_tokens", None)
     assert message["usage"]["input_tokens"] == told["usage"]["prompt_tokens"]
     assert message["usage"]["output_tokens"] == 6
+
+
+def test_all_that_shapes_a_reply_is_taken(server: Served) -> None:
+    shaped = ask(server, **SHAPED, seed=1, max_tokens=20).json()["content"][0]["text"]
+    assert shaped == server.chat(**SHAPED, seed=1, max_tokens=20).json()["choices"][0]["message"]["content"]
+    assert shaped != ask(server, seed=1, max_tokens=20).json()["content"][0]["text"]
+    refused = ask(server, repeat_penalty=0).json()["error"]["message"]
+    assert refused.startswith("repeat_penalty: Input should be greater")
+    assert "nobody knows whose token 5 is" in ask(server, logit_bias={"5": 1}).json()["error"]["message"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"tools": [CLOCK]}, {"tools": [CLOCK], "tool_choice": ANY, "max_tokens": 60}])

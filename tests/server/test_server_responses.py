@@ -25,6 +25,8 @@ TOWN = {
 }
 CLOCK = {"type": "function", "name": "clock", "description": "Tells the time.", "parameters": TOWN, "strict": True}
 REQUIRED = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "max_output_tokens": 60}
+SHAPED = {"top_k": 0, "repeat_penalty": 1.5, "frequency_penalty": 2, "dry_multiplier": 2.0, "xtc_probability": 0.5}
+SHAPED |= {"typical_p": 0.9, "top_n_sigma": 3, "logit_bias": {"a": 4, "e": False}, "min_tokens": 9}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,14 @@ def test_a_reply_is_that_of_the_same_conversation(server: Served) -> None:
     assert response.output[0].status == "incomplete"
     assert (response.usage.input_tokens, response.usage.output_tokens) == (told["usage"]["prompt_tokens"], 6)
     assert (response.instructions, response.temperature, response.top_p) == ("be kind", 0.7, 0.9)
+
+
+def test_all_that_shapes_a_reply_is_taken(server: Served) -> None:
+    body = {"input": "the cat", "max_output_tokens": 20, "seed": 1}
+    shaped = server.http.post("/v1/responses", json=body | SHAPED).json()["output"][0]["content"][0]["text"]
+    told = server.chat(messages=[{"role": "user", "content": "the cat"}], seed=1, max_tokens=20, **SHAPED).json()
+    assert shaped == told["choices"][0]["message"]["content"]
+    assert shaped != ask(server, seed=1, max_output_tokens=20).output_text
 
 
 def test_a_reply_that_ends_is_completed(server: Served) -> None:

@@ -10,6 +10,8 @@ from served import MESSAGES, Served, Tap, served
 from me_local import Message
 from me_local.server.app import Access
 
+TAKEN = {"messages": MESSAGES, "chat_template_kwargs": {"tools": 1}}
+PART = {"type": "text", "text": "x"}
 ASKED = {"prompt": "the cat", "max_tokens": 5, "seed": 1, "stream": True}
 
 
@@ -99,6 +101,8 @@ def test_the_place_of_a_reply_tells_its_pieces(server: Served) -> None:
         ("/detokenize", {"tokens": "a", "model": "me-local/spm"}, "tokens"),
         ("/apply-template", {"messages": [], "model": "me-local/spm"}, "messages"),
         ("/apply-template", {"messages": [{"role": "system", "content": "x"}], "model": "me-local/spm"}, "no user"),
+        ("/apply-template", TAKEN | {"model": "me-local/spm"}, "chat_template_kwargs: must leave out messages, tools"),
+        ("/apply-template", {"messages": [{"role": "user", "content": [PART] * 10_001}]}, "texts are too many"),
     ],
 )
 def test_what_cannot_be_told(server: Served, path: str, body: dict[str, object], message: str) -> None:

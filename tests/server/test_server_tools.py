@@ -87,6 +87,17 @@ def test_a_stream_tells_the_same_call(server: Served) -> None:
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["tool_calls"]
 
 
+def test_a_stream_tells_the_probabilities_of_a_call(server: Served) -> None:
+    fields = {"tools": [WEATHER], "tool_choice": "required", "seed": 7, "parallel_tool_calls": False}
+    fields |= {"messages": ASK, "max_tokens": 100, "logprobs": True}
+    whole = server.chat(**fields).json()["choices"][0]
+    told: list[Any] = []
+    for chunk in server.openai.chat.completions.create(model="me-local", stream=True, **fields):
+        told += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert [each.model_dump() for each in told] == whole["logprobs"]["content"]
+    assert "<tool_call>" in "".join(each.token for each in told)
+
+
 def test_without_a_call_the_answer_is_a_text(server: Served) -> None:
     plain = server.chat(seed=3, tools=[WEATHER], tool_choice="none").json()["choices"][0]["message"]
     assert plain == server.chat(seed=3).json()["choices"][0]["message"]

@@ -89,6 +89,12 @@ def test_what_templates_do_is_done(source: str, text: str) -> None:
         assert sandbox.write(template, **given) == text
 
 
+def test_variables_have_any_names() -> None:
+    sandbox = Sandbox()
+    names = ("template", "self", "given", "context")
+    assert sandbox.write(sandbox.from_string("{{ template }}{{ given }}"), **dict.fromkeys(names, "x")) == "xx"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", BOMBS)
 def test_a_template_says_so_in_a_line(source: str) -> None:

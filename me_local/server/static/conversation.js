@@ -52,8 +52,12 @@ function isTurn({ text, answers }) {
 }
 
 function isAnswer({ model, names, pieces, calls }) {
-  const lists = [names, pieces, calls].every(Array.isArray);
-  return lists && typeof model === "string" && names.every((name) => typeof name === "string") && pieces.every(isPiece);
+  const lists = [names, pieces, calls].every(Array.isArray) && pieces.every(isPiece) && calls.every(isCall);
+  return lists && typeof model === "string" && names.every((name) => typeof name === "string");
+}
+
+function isCall({ id, name, arguments: given }) {
+  return [id, name, given].every((text) => typeof text === "string");
 }
 
 function isPiece([text, member, probability, shares]) {

@@ -43,7 +43,7 @@ export class Turn {
     this.element.dataset.state = "done";
     this.copy.disabled = !this.main?.text;
     this.again.textContent = this.main?.kept.finish === "failed" ? "Try again" : "Another reply";
-    this.compare.hidden = this.main?.names.length === 1;
+    this.compare.hidden = (this.main?.names.length ?? 1) === 1;
   }
 
   /** Show the texts as `look` says. */
