@@ -8,12 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import fetch_vocabularies
 import make_tiny_models
 import pytest
 from gguf import TokenType
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from served import served
 from test_real_templates import tokenised
 from tiny_architectures import CONSTANT, llama_model
 from tiny_vocabularies import Token, chatml_vocab, control
@@ -128,6 +130,25 @@ def test_three_turns(model: Model, tmp_path: Path) -> None:
             assert reply.finish_reason == "stop", reply.text
             check_parted(reply.thought, reply.answer, opened=not model.writes)
             assert chat.messages[-1] == Message("assistant", reply.answer, reply.thought)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=[model.template for model in MODELS])
+def test_three_turns_over_http(model: Model, tmp_path: Path) -> None:
+    """The server is told the messages that it gave, and goes on as the chat does whose prompts are checked above."""
+    with served(models_toml(tmp_path, model)) as server:
+        chat = Chat(server.ensemble)
+        wanted = constraint(server.ensemble, model, chat)
+        chat.set(replace(wanted, max_tokens=200))
+        turns: list[Any] = []
+        for n in range(3):
+            turns.append({"role": "user", "content": f"question {n}, naïve"})
+            reply = chat.say(turns[-1]["content"]).finish()
+            fields: dict[str, Any] = {"guided_regex": model.writes or WORDS, "seed": reply.seed, "max_tokens": 200}
+            [choice] = server.chat(messages=turns, **fields).json()["choices"]
+            assert (choice["message"]["content"], choice["finish_reason"]) == (reply.answer, "stop")
+            assert choice["message"].get("reasoning_content") == (reply.thought or None)
+            turns.append(choice["message"])
+        assert any(turn.get("reasoning_content") for turn in turns)
 
 
 def check_parted(thought: str, answer: str, *, opened: bool) -> None:
