@@ -18,7 +18,9 @@ from me_local.cli.prompts_shown import print_prompts, print_templates
 from me_local.decoding.losses import Loss, first_loss
 from me_local.errors import InputError
 from me_local.llama.devices import free_gpu_memory
+from me_local.llama.member import Member
 from me_local.measuring.advice import advise
+from me_local.measuring.cost import SEVERAL, steps
 from me_local.measuring.inspection import MemberReport, PairReport, compare, inspect_member, longest_that_fits
 from me_local.system.machine import available_memory
 
@@ -54,7 +56,12 @@ def inspect(models: Path, as_json: bool, template: bool, prompt: str | None) -> 
 def _report(models: Path, *, as_json: bool) -> None:
     with load(described(models)) as ensemble:
         writers = zip(ensemble.members, ensemble.writers, strict=True)
-        members = [inspect_member(member, first_loss(member, writer), writer.kinds) for member, writer in writers]
+        members = [
+            inspect_member(
+                member, first_loss(member, writer), writer.kinds, steps(member) if isinstance(member, Member) else None
+            )
+            for member, writer in writers
+        ]
         pairs = [compare(a, b) for a, b in combinations(ensemble.members, 2)]
         room = {"free": available_memory(), "free_on_gpus": free_gpu_memory()}
     advice = advise(members, pairs, room["free"] if room["free_on_gpus"] is None else None)
@@ -136,7 +143,7 @@ def _rows_of_engine(member: MemberReport) -> list[tuple[str, str]]:
     return [
         ("engine", f"{member.engine} at {member.address}"),
         ("slots", f"{member.slots:,}"),
-        ("a step", f"{1e3 * (member.step_seconds or 0):.1f} ms, the way there and back included"),
+        ("a step", f"{_step(member)}, the way there and back included"),
         ("prefix cache", cache),
     ]
 
@@ -155,8 +162,18 @@ def _rows_of_memory(member: MemberReport, room: Room) -> list[tuple[str, str]]:
         ("KV cache", _size(member.kv_cache_bytes)),
         ("batch buffer", _size(member.working_bytes)),
         ("memory", _size(member.total_bytes)),
+        ("a step", _step(member)),
         ("room for", _room_for(member, room)),
     ]
+
+
+def _step(member: MemberReport) -> str:
+    """What a token takes and gives, and what several at once take."""
+    if not member.step_seconds:
+        return "-"
+    several = f", {SEVERAL} tokens at once {1e3 * member.several_seconds:.1f}" if member.several_seconds else ""
+    speed = f"{member.bytes_per_token:.1f} bytes of text, {member.bytes_per_token / member.step_seconds:,.0f} a second"
+    return f"{1e3 * member.step_seconds:.1f} ms{several}; {speed}"
 
 
 def _room_for(member: MemberReport, room: Room) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from rich.filesize import decimal
 
+from me_local.measuring.cost import SEVERAL
 from me_local.measuring.inspection import MemberReport, PairReport
 
 _SHORT = 2048  # tokens, which a conversation soon fills
+_SLOW = 0.8  # of what tokens take one by one
 
 
 def advise(members: Sequence[MemberReport], pairs: Sequence[PairReport], free: int | None) -> list[str]:
@@ -43,6 +45,16 @@ def _on_member(member: MemberReport) -> Iterator[str]:
         what = f"it was trained with {member.trained_context:,}" if longer <= member.context else f"n_ctx = {longer}"
         remedy = "no setting changes that" if longer <= member.context else "gives it more"
         yield f"{member.name}: {member.context:,} tokens of context are soon full: {what}, {remedy}"
+    if (
+        member.step_seconds
+        and member.several_seconds
+        and member.several_seconds > _SLOW * SEVERAL * member.step_seconds
+    ):
+        yield (
+            f"{member.name}: {SEVERAL} tokens at once take {member.several_seconds / member.step_seconds:.1f} times as "
+            f"long as one, so prompts, and what it missed while others wrote, are slow: {member.quantisation} seems to "
+            "have no fast path for several tokens on this processor; others, such as Q4_0 or Q4_K_M, may have one"
+        )
     if member.lost and member.lost.matters:
         yield (
             f"{member.name}: {member.lost.share:.0%} of what it would begin a reply with are control tokens that no "

@@ -132,6 +132,23 @@ def measure(member: Member, most: int) -> CallCost:
     return CallCost(tuple(counts), tuple(first), tuple(more), _cell(member))
 
 
+SEVERAL = 8
+"""Tokens of one evaluation that `steps` times."""
+_BEHIND = 16  # tokens, few: large models take long for them
+
+
+def steps(member: Member) -> tuple[float, float] | None:
+    """Seconds of an evaluation of one token, and of `SEVERAL` at once; None where there is no memory for a context.
+
+    Raises RunError.
+    """
+    try:
+        with _probe(member, _BEHIND + SEVERAL, 1) as probe:
+            return _timed(probe, 1, 1, _BEHIND), _timed(probe, 1, SEVERAL, _BEHIND)
+    except LoadError:
+        return None
+
+
 def _cell(member: Member) -> float:
     """Seconds that a token takes for each cell that it attends to."""
     short, long = _CONTEXTS

@@ -79,9 +79,10 @@ The budget rose from 1,204,500 to 3,250,075 euros (+169.8 %) between 2009-03-31 
 class MemberReport:
     """What a member is and takes up: sizes in bytes, contexts in tokens; None for what cannot be computed.
 
-    Of one that runs elsewhere, at `address`, only what the file of its vocabulary and its engine say; `step_seconds` is
-    the median of 20 steps there, `slots` how many contexts the engine has, `prefix_cache` whether it finds earlier ones
-    again.
+    `step_seconds` is what an evaluation of one token takes, `several_seconds` that of `cost.SEVERAL` at once;
+    `bytes_per_token` how much of a text a token is. Of one that runs elsewhere, at `address`, only what the file of its
+    vocabulary and its engine say; a step is there and back again, the median of 20, `slots` how many contexts the
+    engine has, `prefix_cache` whether it finds earlier ones again.
     """
 
     name: str
@@ -107,8 +108,10 @@ class MemberReport:
     writes: tuple[str, ...]  # control tokens that are part of its text
     base: bool  # there is no chat template in its file
     pre_tokenizer: str | None  # which rules part a text before its tokens are looked for, as its file names them
+    bytes_per_token: float  # in the sample text
     slots: int | None = None
     step_seconds: float | None = None
+    several_seconds: float | None = None
     prefix_cache: bool | None = None
 
 
@@ -126,8 +129,15 @@ class PairReport:
     risky: bool
 
 
-def inspect_member(member: LoadedModel, lost: Loss | None = None, kinds: Sequence[Kind] = ()) -> MemberReport:
-    """Report on a loaded member; `lost` is what `first_loss` gives of it, `kinds` those of its thoughts.
+def inspect_member(
+    member: LoadedModel,
+    lost: Loss | None = None,
+    kinds: Sequence[Kind] = (),
+    steps: tuple[float, float] | None = None,
+) -> MemberReport:
+    """Report on a loaded member; `lost` is what `first_loss` gives of it, `steps` what `cost.steps` does.
+
+    `kinds` are those of its thoughts.
 
     Raises RunError.
     """
@@ -163,6 +173,9 @@ def inspect_member(member: LoadedModel, lost: Loss | None = None, kinds: Sequenc
         writes=_written(vocabulary),
         base=weights.chat_template is None,
         pre_tokenizer=weights.metadata.get(_PRE_TOKENIZER),
+        bytes_per_token=_bytes_per_token(vocabulary),
+        step_seconds=steps and steps[0],
+        several_seconds=steps and steps[1],
     )
 
 
@@ -193,6 +206,7 @@ def _inspect_remote(member: RemoteModel, kinds: Sequence[Kind]) -> MemberReport:
         writes=_written(vocabulary),
         base=file.chat_template is None,
         pre_tokenizer=file.metadata.get(_PRE_TOKENIZER),
+        bytes_per_token=_bytes_per_token(vocabulary),
         slots=member.description.places,
         step_seconds=seconds,
         prefix_cache=cached,
@@ -210,6 +224,11 @@ def longest_that_fits(member: MemberReport, free: int) -> int | None:
 
 def _marks(kinds: Sequence[Kind]) -> tuple[tuple[str, str], ...]:
     return tuple((kind.openings[0], kind.closing) for kind in kinds)
+
+
+def _bytes_per_token(vocabulary: Vocabulary) -> float:
+    text = SAMPLE.encode()
+    return len(text) / len(vocabulary.encode(text, at_start=True))
 
 
 def _written(vocabulary: Vocabulary) -> tuple[str, ...]:

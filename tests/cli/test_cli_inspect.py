@@ -1,6 +1,7 @@
 """`me-local inspect`: templates, prompts as members see them, and advice."""
 
 import json
+import re
 from pathlib import Path
 
 import make_tiny_models
@@ -57,6 +58,15 @@ def test_memory_and_advice(run: Run, write_models: WriteModels) -> None:
     assert "together: " in result.stdout
     assert "room for      2,048 tokens, all that it was trained with" in result.stdout
     assert "parted as gpt-2 does" in result.stdout
+    assert (
+        len(
+            re.findall(
+                r"  a step        [\d.]+ ms, 8 tokens at once [\d.]+; 1\.\d bytes of text, [\d,]+ a second",
+                result.stdout,
+            )
+        )
+        == 2
+    )
     assert "plain (a base model?)" in result.stdout
     assert "Advice: spm: it seems to be a base model" in result.stderr
     assert "512 tokens of context are soon full: n_ctx = 2048, gives it more" in result.stderr

@@ -30,6 +30,9 @@ FINE = MemberReport(
     writes=(),
     base=False,
     pre_tokenizer="llama-bpe",
+    bytes_per_token=4.0,
+    step_seconds=0.01,
+    several_seconds=0.06,
 )
 PAIR = PairReport("a", "b", same_vocabulary=False, shared_pieces=0.5, first_in_second=1, second_in_first=1,
                   agreement=0.9, risky=False)  # fmt: skip
@@ -50,6 +53,7 @@ def test_members() -> None:
     assert "a: it seems to be a base model" in one(replace(FINE, base=True, template="plain"))
     assert "names no pre-tokenizer" in one(replace(FINE, pre_tokenizer=None))
     assert "40% of what it would begin" in one(replace(FINE, lost=Loss(0.4, "<|call|>")))
+    assert "8 tokens at once take 7.5 times as long as one" in one(replace(FINE, several_seconds=0.075))
     assert one(replace(FINE, context=512)).endswith("512 tokens of context are soon full: n_ctx = 4096, gives it more")
     trained = one(replace(FINE, context=512, trained_context=512))
     assert trained.endswith("it was trained with 512, no setting changes that")

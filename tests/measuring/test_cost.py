@@ -11,7 +11,7 @@ from me_local.llama.context import CELL_BYTES
 from me_local.llama.member import Member
 from me_local.llama.memory import kv_cache_bytes
 from me_local.measuring import cost
-from me_local.measuring.cost import CallCost, choose_batch, measure, pieces_per_second
+from me_local.measuring.cost import CallCost, choose_batch, measure, pieces_per_second, steps
 
 OpenMember = Callable[..., Member]
 
@@ -138,10 +138,10 @@ def test_as_many_as_there_are_and_as_fit(
 
 
 @pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CallCost]:
-    """Measures a model on a GPU: an evaluation returns at once, and to read the logits takes the time."""
+def clocked(open_member: OpenMember, monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], Member]:
+    """Makes a model on a GPU: an evaluation returns at once, and to read the logits takes the time."""
 
-    def measured(open_member: OpenMember, reading: float, token: float, most: int) -> CallCost:
+    def made(reading: float, token: float) -> Member:
         clock, pending = [0.0], [0.0]
 
         def evaluate(_: Any, parts: Any) -> None:
@@ -154,27 +154,42 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., CallCost]:
         monkeypatch.setattr(Member, "evaluate", evaluate)
         monkeypatch.setattr(Member, "logits", logits)
         monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-        return measure(member, most)
+        return member
 
-    return measured
+    return made
 
 
-def test_measuring_waits_for_the_logits(open_member: OpenMember, timed: Callable[..., CallCost]) -> None:
-    found = timed(open_member, 0.5, 0.003, 20)
+@pytest.fixture
+def timed(clocked: Callable[[float, float], Member]) -> Callable[..., CallCost]:
+    """Measures such a model."""
+    return lambda reading, token, most: measure(clocked(reading, token), most)
+
+
+def test_a_step_and_several_tokens(clocked: Callable[[float, float], Member], monkeypatch: pytest.MonkeyPatch) -> None:
+    member = clocked(0.5, 0.003)
+    assert steps(member) == pytest.approx((0.508, 0.529))
+    monkeypatch.setattr(cost, "Member", no_room)
+    assert steps(member) is None
+
+
+def no_room(*_: object, **__: object) -> Member:
+    raise LoadError("no memory")
+
+
+def test_measuring_waits_for_the_logits(timed: Callable[..., CallCost]) -> None:
+    found = timed(0.5, 0.003, 20)
     assert found.counts == (1, 4, 16, 20)
     assert found.first == pytest.approx([0.5 + n * 0.008 for n in found.counts])
     assert found.more == pytest.approx([n * 0.003 for n in found.counts])
 
 
-def test_more_sequences_are_not_tried_where_a_token_hardly_gets_cheaper(
-    open_member: OpenMember, timed: Callable[..., CallCost]
-) -> None:
-    assert timed(open_member, 0.001, 0.003, 64).counts == (1, 4, 16)
-    assert timed(open_member, 0.5, 0.003, 64).counts == (1, 4, 16, 64)
+def test_more_sequences_are_not_tried_where_a_token_hardly_gets_cheaper(timed: Callable[..., CallCost]) -> None:
+    assert timed(0.001, 0.003, 64).counts == (1, 4, 16)
+    assert timed(0.5, 0.003, 64).counts == (1, 4, 16, 64)
 
 
 def test_no_more_is_timed_than_there_is_room_for(
-    open_member: OpenMember, timed: Callable[..., CallCost], monkeypatch: pytest.MonkeyPatch
+    timed: Callable[..., CallCost], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, most = cost._probe, 4
 
@@ -184,16 +199,14 @@ def test_no_more_is_timed_than_there_is_room_for(
         return make(member, cells, sequences)
 
     monkeypatch.setattr(cost, "_probe", refuse)
-    assert timed(open_member, 0.5, 0.003, 64).counts == (1, 4)
+    assert timed(0.5, 0.003, 64).counts == (1, 4)
     most = 0
     with pytest.raises(LoadError):
-        timed(open_member, 0.5, 0.003, 64)
+        timed(0.5, 0.003, 64)
 
 
-def test_more_replies_than_are_ever_chosen_are_not_timed(
-    open_member: OpenMember, timed: Callable[..., CallCost]
-) -> None:
-    assert timed(open_member, 0.5, 0.003, 128).counts == (1, 4, 16, 64)
+def test_more_replies_than_are_ever_chosen_are_not_timed(timed: Callable[..., CallCost]) -> None:
+    assert timed(0.5, 0.003, 128).counts == (1, 4, 16, 64)
 
 
 @pytest.mark.parametrize("trained", [0, 200])
