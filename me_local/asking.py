@@ -300,13 +300,9 @@ def _require_biases(engine: Engine, config: Config) -> None:
             meant = bias.member == model.name or (bias.member is None and (settings.weight > 0 or not alone))
             if isinstance(bias.of, int) and meant and bias.of >= (size := model.vocabulary.size):
                 raise ConfigError(f'logit_bias: member "{model.name}" has no token {bias.of}: it has {size} of them')
-    unknown = {bias.of.encode(): bias.of for bias in biases if isinstance(bias.of, str)}
-    for pieces in (model.vocabulary.pieces for model in engine.models) if unknown else ():
-        for piece in unknown.keys() & set(pieces):
-            del unknown[piece]
-    if unknown:
-        text = next(iter(unknown.values()))
-        raise ConfigError(f"logit_bias: {shown(text)} is a token of no member; try it with a space in front")
+    for bias in biases:
+        if isinstance(bias.of, str) and not any(bias.of.encode() in m.vocabulary.ids_of for m in engine.models):
+            raise ConfigError(f"logit_bias: {shown(bias.of)} is a token of no member; try it with a space in front")
 
 
 def _needing(engine: Engine, config: Config, sampling: Sampling, lowered: int | None) -> str:

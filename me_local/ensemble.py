@@ -258,14 +258,14 @@ class Ensemble:
         Raises what `stream` raises, EvaluationInterruptedError where it is `interrupted` before it has one, and
         RunError when the router fails.
         """
-        config = override(config, ask.overrides)
+        config = self.with_overrides(ask.overrides, config)
         prompts = self.prompter.asked(ask.prompt, config, raw=raw, interrupted=interrupted)
         request = make_request(config, prompts, () if raw else self.prompter.kinds, top=ask.top, prefill=not raw)
         return batching.begin(request, lambda generation: self._draft(config, request, generation))
 
     def _finish(self, config: Config, index: int, ask: Ask, *, raw: bool) -> Finished:
         try:
-            config = override(_seeded(config, index), ask.overrides)
+            config = self.with_overrides(ask.overrides, _seeded(config, index))
             prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
                 seen = visible(ask.prompt, raw=raw)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import OpenEnsemble
+from conftest import OpenEnsemble, WriteModels
 
-from me_local import Bias, ConfigError, Ensemble, Overrides
-from me_local.asking import require_able
+from me_local import Bias, ConfigError, Ensemble, Overrides, load
+from me_local.asking import Ask, require_able
 from me_local.model import Abilities
 
 LITTLE = Abilities("vllm", most_logits=20, raw_logits=False)
@@ -85,3 +85,12 @@ def test_biases_that_say_nothing(ensemble: Ensemble) -> None:
         ensemble.with_overrides(Overrides(logit_bias=[Bias(large + 1, -1.0, "spm")]))
     with pytest.raises(ConfigError, match='"no such piece" is a token of no member'):
         ask(ensemble, logit_bias={"no such piece": -1.0})
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_settings_of_one_prompt_among_many(write_models: WriteModels, batch: int) -> None:
+    asked = [Ask("the cat", Overrides(logit_bias={"no such piece": -1.0})), Ask("the cat", Overrides(max_tokens=2))]
+    with load(write_models("bpe_c", "spm"), batch=batch) as ensemble:
+        refused, replied = sorted(ensemble.generate_many(asked, raw=True), key=lambda finished: finished.index)
+    assert '"no such piece" is a token of no member' in str(refused.error)
+    assert replied.reply is not None

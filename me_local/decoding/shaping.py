@@ -119,15 +119,10 @@ def biases_of(name: str, vocabulary: Vocabulary, biases: Sequence[Bias]) -> tupl
     Several of one id add up. An id that is not in the vocabulary is that of another member, who is asked alone.
     """
     found: dict[int, float] = {}
-    texts = {bias.of.encode() for bias in biases if isinstance(bias.of, str)}
-    ids_of: dict[bytes, list[int]] = {text: [] for text in texts}
-    for id_, piece in enumerate(vocabulary.pieces if texts else ()):
-        if piece in texts:
-            ids_of[piece].append(id_)
     for bias in biases:
         if bias.member not in (None, name):
             continue
-        for id_ in ids_of[bias.of.encode()] if isinstance(bias.of, str) else [bias.of]:
+        for id_ in vocabulary.ids_of.get(bias.of.encode(), []) if isinstance(bias.of, str) else [bias.of]:
             found[id_] = found.get(id_, 0.0) + bias.value
     ids = sorted(id_ for id_ in found if id_ < vocabulary.size)
     return np.array(ids, dtype=np.int32), np.array([found[id_] for id_ in ids], dtype=np.float32)

@@ -160,6 +160,15 @@ class Vocabulary:
         return ids
 
     @functools.cached_property
+    def ids_of(self) -> dict[bytes, list[int]]:
+        """The ids of each piece."""
+        found: dict[bytes, list[int]] = {}
+        for token, piece in enumerate(self.pieces):
+            if piece:
+                found.setdefault(piece, []).append(token)
+        return found
+
+    @functools.cached_property
     def _parts(self) -> Parts:
         if self._tokenizer[1]:
             return Parts([], [], self.seams, merges=False)
