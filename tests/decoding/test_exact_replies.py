@@ -373,8 +373,8 @@ def temperature_after_mixing(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
 def one_number_for_route_and_piece(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
     begin = Generation.__init__
 
-    def with_one_stream(self: Generation, engine: Engine, request: Request, *args: Any) -> None:
-        begin(self, engine, request, *args)
+    def with_one_stream(self: Generation, engine: Engine, request: Request, *args: Any, **given: Any) -> None:
+        begin(self, engine, request, *args, **given)
         self._sampler._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
 
     patch.setattr(Generation, "__init__", with_one_stream)
