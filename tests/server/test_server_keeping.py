@@ -73,7 +73,7 @@ def test_a_reply_that_runs_keeps_its_models(two_models: Path) -> None:
     with served(two_models) as server:
         tap = Tap(server.ensemble)
         tap.let(1)
-        body = {"model": "me-local", "messages": MESSAGES, "max_tokens": 3, "stream": True, "n": 2}
+        body = {"model": "me-local", "messages": MESSAGES, "max_tokens": 3, "stream": True, "n": 2, "ignore_eos": True}
         with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
