@@ -6,7 +6,7 @@ in tokens, shares between 0 and 1.
 
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from me_local.decoding.losses import Loss
@@ -14,6 +14,7 @@ from me_local.engines.remote import RemoteModel
 from me_local.llama.member import Member
 from me_local.llama.memory import allocated_context, kv_cache_bytes
 from me_local.llama.options import longest_context
+from me_local.llama.weights import VocabularyFile
 from me_local.model import LoadedModel
 from me_local.text.thoughts import Kind
 from me_local.text.vocabulary import Vocabulary
@@ -21,8 +22,7 @@ from me_local.text.vocabulary import Vocabulary
 RISKY_AGREEMENT = 0.6
 """A pair whose agreement on the sample text is lower is risky.
 
-Vocabularies of language models have 0.65 (GPT-2 and Qwen2) to 1 with each other, small ones of a few hundred pieces at
-most 0.47 with any of them.
+Vocabularies of language models have 0.65 (GPT-2 and Qwen2) to 1 with each other.
 """
 
 _PRE_TOKENIZER = "tokenizer.ggml.pre"
@@ -75,7 +75,7 @@ The budget rose from 1,204,500 to 3,250,075 euros (+169.8 %) between 2009-03-31 
 """English, German, code, numbers, a little Chinese and Japanese."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemberReport:
     """What a member is and takes up: sizes in bytes, contexts in tokens; None for what cannot be computed.
 
@@ -89,21 +89,21 @@ class MemberReport:
     path: str
     architecture: str
     engine: str
-    address: str | None
-    parameters: int | None
-    quantisation: str | None  # in llama.cpp's words
+    address: str | None = None
+    parameters: int | None = None
+    quantisation: str | None = None  # in llama.cpp's words
     context: int
     trained_context: int
-    memory: str | None  # "full", "sliding window N", "recurrent" or "hybrid"
+    memory: str | None = None  # "full", "sliding window N", "recurrent" or "hybrid"
     vocabulary: str  # "BPE", "SPM", ...
     vocabulary_size: int
     template: str  # "GGUF", "plain", the name of a built-in or a path
     end_tokens: tuple[str, ...]
-    weights_bytes: int | None
-    kv_cache_bytes: int | None
-    working_bytes: int | None  # llama.cpp's buffers for a batch
-    total_bytes: int | None
-    lost: Loss | None  # of its first prediction
+    weights_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    working_bytes: int | None = None  # llama.cpp's buffers for a batch
+    total_bytes: int | None = None
+    lost: Loss | None = None  # of its first prediction
     thinks: tuple[tuple[str, str], ...]  # the marks around thoughts that it may write
     writes: tuple[str, ...]  # control tokens that are part of its text
     base: bool  # there is no chat template in its file
@@ -142,74 +142,54 @@ def inspect_member(
     Raises RunError.
     """
     if isinstance(member, RemoteModel):
-        return _inspect_remote(member, kinds)
+        report = _described(member, member.file, kinds)
+        seconds, cached = member.measure()
+        return replace(
+            report,
+            address=member.config.url,
+            slots=member.description.places,
+            step_seconds=seconds,
+            prefix_cache=cached,
+        )
     assert isinstance(member, Member)
     weights = member.weights
     cells = allocated_context(member.config.n_ctx, longest_context(member.config, weights.trained_context))
     kv_cache = kv_cache_bytes(weights.metadata, weights.memory, member.config, cells)
-    vocabulary = member.vocabulary
     sizes = (weights.size, kv_cache, member.working_bytes)
-    return MemberReport(
-        name=member.name,
-        path=str(weights.path),
-        architecture=weights.metadata.get("general.architecture", "unknown"),
-        engine=member.abilities.engine,
-        address=None,
+    return replace(
+        _described(member, weights, kinds),
         parameters=weights.parameters,
         quantisation=quantisation(weights.description),
-        context=member.n_ctx,
-        trained_context=weights.trained_context,
         memory=weights.memory,
-        vocabulary=vocabulary.kind,
-        vocabulary_size=vocabulary.size,
-        template=member.config.chat_template or ("GGUF" if weights.chat_template else "plain"),
-        end_tokens=tuple(vocabulary.text_of(token) for token in vocabulary.end_ids),
         weights_bytes=weights.size,
         kv_cache_bytes=kv_cache,
         working_bytes=member.working_bytes,
         total_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         lost=lost,
-        thinks=_marks(kinds),
-        writes=_written(vocabulary),
-        base=weights.chat_template is None,
-        pre_tokenizer=weights.metadata.get(_PRE_TOKENIZER),
-        bytes_per_token=_bytes_per_token(vocabulary),
         step_seconds=steps and steps[0],
         several_seconds=steps and steps[1],
     )
 
 
-def _inspect_remote(member: RemoteModel, kinds: Sequence[Kind]) -> MemberReport:
-    file, vocabulary = member.file, member.vocabulary
-    seconds, cached = member.measure()
+def _described(member: Member | RemoteModel, file: VocabularyFile, kinds: Sequence[Kind]) -> MemberReport:
+    """What the file and the vocabulary of a member say, wherever it runs."""
+    vocabulary = member.vocabulary
     return MemberReport(
         name=member.name,
         path=str(file.path),
         architecture=file.metadata.get("general.architecture", "unknown"),
         engine=member.abilities.engine,
-        address=member.config.url,
-        parameters=None,
-        quantisation=None,
         context=member.n_ctx,
         trained_context=file.trained_context,
-        memory=None,
         vocabulary=vocabulary.kind,
         vocabulary_size=vocabulary.size,
         template=member.config.chat_template or ("GGUF" if file.chat_template else "plain"),
         end_tokens=tuple(vocabulary.text_of(token) for token in vocabulary.end_ids),
-        weights_bytes=None,
-        kv_cache_bytes=None,
-        working_bytes=None,
-        total_bytes=None,
-        lost=None,
-        thinks=_marks(kinds),
-        writes=_written(vocabulary),
+        thinks=tuple((kind.openings[0], kind.closing) for kind in kinds),
+        writes=tuple(name.decode() for name in vocabulary.written),
         base=file.chat_template is None,
         pre_tokenizer=file.metadata.get(_PRE_TOKENIZER),
-        bytes_per_token=_bytes_per_token(vocabulary),
-        slots=member.description.places,
-        step_seconds=seconds,
-        prefix_cache=cached,
+        bytes_per_token=len(SAMPLE.encode()) / len(vocabulary.encode(SAMPLE.encode(), at_start=True)),
     )
 
 
@@ -220,19 +200,6 @@ def longest_that_fits(member: MemberReport, free: int) -> int | None:
     cells = allocated_context(member.context, member.trained_context)
     most = int(cells * (member.kv_cache_bytes + free) / member.kv_cache_bytes)
     return min(most, member.trained_context)
-
-
-def _marks(kinds: Sequence[Kind]) -> tuple[tuple[str, str], ...]:
-    return tuple((kind.openings[0], kind.closing) for kind in kinds)
-
-
-def _bytes_per_token(vocabulary: Vocabulary) -> float:
-    text = SAMPLE.encode()
-    return len(text) / len(vocabulary.encode(text, at_start=True))
-
-
-def _written(vocabulary: Vocabulary) -> tuple[str, ...]:
-    return tuple(name.decode() for name in vocabulary.written)
 
 
 def compare(a: LoadedModel, b: LoadedModel) -> PairReport:
