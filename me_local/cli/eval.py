@@ -105,10 +105,7 @@ def evaluate(
     models.toml says. Accuracies are in per cent, ± a standard error, with the gain over the best member in parentheses;
     pieces, evaluations, tokens and seconds are those of a reply.
     """
-    if batch and method == "likelihood":
-        raise click.UsageError("--batch goes with --method sampling")
-    if resume and output is None:
-        raise click.UsageError("--resume goes with --output")
+    _require_partners(method, batch, output, resume=resume)
     config = override(with_weights(described(models), weights), Overrides(template_args=template_args))
     found = _tasks(tasks, data, few_shot)
     settings = _settings(config, found, few_shot)
@@ -125,6 +122,14 @@ def evaluate(
         print_json({"settings": chosen.settings, "rows": [asdict(row) for row in rows]})
     else:
         click.echo("\n\n".join([markdown(rows, chosen.arms), *_notes(chosen, records)]))
+
+
+def _require_partners(method: str, batch: str | None, output: Path | None, *, resume: bool) -> None:
+    """Raise UsageError for an option without the one that it goes with."""
+    if batch and method == "likelihood":
+        raise click.UsageError("--batch goes with --method sampling")
+    if resume and output is None:
+        raise click.UsageError("--resume goes with --output")
 
 
 def _notes(method: Method, records: Sequence[Record]) -> Iterator[str]:

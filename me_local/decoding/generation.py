@@ -15,6 +15,7 @@ from me_local.arrays import FloatArray, IntArray
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request, Result, Work, needed_logits
 from me_local.decoding.guessing import Source
 from me_local.decoding.planning import Beyond, Planner, Rows
+from me_local.decoding.shaping import Shaper
 from me_local.decoding.strategies import Sampler
 from me_local.mixture.alignment import Distribution
 from me_local.mixture.routing import route
@@ -60,18 +61,13 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         shapers = [engine.shaper(i, each, request.min_tokens) for i, each in enumerate(request.sampling)]
-        self.sufficient = tuple(
-            needed_logits(engine.alignment, request.strategy, request.unit, each, request.constraint, shaper.lowered)
-            for each, shaper in zip(request.sampling, shapers, strict=True)
-        )
+        self.sufficient = tuple(self._sufficient(i, shaper, source) for i, shaper in enumerate(shapers))
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         self._sampler = Sampler(engine, request, self._text, route, shapers, self.ids)
         self._source = source
         if source:
             source.append(request.head)
-            pairs = zip(engine.models, self.sufficient, strict=True)
-            self.sufficient = tuple(0 if model.foreseeing else count for model, count in pairs)
         self._planner = Planner(engine, request, self._text, self._contexts, self._sampler)
         self._rows = Rows(len(engine.models))
 
@@ -126,6 +122,16 @@ class Generation:
         if draw.number != END:
             self._append(draw)
         return draw
+
+    def _sufficient(self, member: int, shaper: Shaper, source: Source | None) -> int:
+        """How many of a member's largest logits are enough; one that evaluates guesses gives them all."""
+        engine, request = self._engine, self._request
+        if source and engine.models[member].foreseeing:
+            return 0
+        sampling = request.sampling[member]
+        return needed_logits(
+            engine.alignment, request.strategy, request.unit, sampling, request.constraint, shaper.lowered
+        )
 
     def _fits(self, weights: FloatArray) -> bool:
         """Whether the text fits into the contexts of all members that may write the next piece.
