@@ -121,11 +121,11 @@ class Sampler:
     def mixture(self, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
         """The mixture, and the distribution of each member with a weight above 0."""
         members = [int(i) for i in np.flatnonzero(weights)]
-        logits = yield tuple(members)
-        distributions = {i: self._align(i, logits[i], self._engine.unified.numbers[i]) for i in members}
+        rows = yield from self._rows(members)
+        distributions = {i: self._align(i, rows[i], self._engine.unified.numbers[i]) for i in members}
         if self._request.strategy == "union":
             temperatures = {i: self._request.sampling[i].temperature for i in members}
-            whole = {i: split(self._shaped(i, row), self._engine.unified.numbers[i])[0] for i, row in logits.items()}
+            whole = {i: split(row, self._engine.unified.numbers[i])[0] for i, row in rows.items()}
             distributions = self._engine.union.distributions(distributions, whole, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
@@ -171,11 +171,11 @@ class Sampler:
 
     def _open_word(self, member: int) -> Course[Distribution]:
         """The member's distribution over the first piece of a word; over any piece, where it may write no such one."""
-        logits = (yield (member,))[member]
+        row = (yield from self._rows([member]))[member]
         openings = self._engine.openings
-        whole = self._align(member, logits, self._engine.unified.numbers[member])
+        whole = self._align(member, row, self._engine.unified.numbers[member])
         given = openings.condition(whole)
-        return self._align(member, logits, openings.numbers[member], whole) if given is None else given
+        return self._align(member, row, openings.numbers[member], whole) if given is None else given
 
     def _step_ce(self, weights: FloatArray) -> Course[Draw]:
         mixture, distributions = yield from self.mixture(weights)
@@ -198,8 +198,15 @@ class Sampler:
 
     def _predict(self, member: int) -> Course[Distribution]:
         """The member's distribution over the next piece."""
-        logits = (yield (member,))[member]
-        return self._align(member, logits, self._engine.unified.numbers[member])
+        row = (yield from self._rows([member]))[member]
+        return self._align(member, row, self._engine.unified.numbers[member])
+
+    def _rows(self, members: Sequence[int]) -> Course[dict[int, Row]]:
+        """The logits of members, after their penalties and biases."""
+        rows = yield tuple(members)
+        for member in members:
+            self._engine.note_loss(member, rows[member])
+        return {member: self._shaped(member, rows[member]) for member in members}
 
     def _permitted(self, logits: LogitArray, numbers: IntArray, matcher: Matcher, sampling: Sampling) -> IntArray:
         """The numbers of the pieces that the constraint allows; no more of them than the alignment looks at."""
@@ -228,13 +235,12 @@ class Sampler:
         return replace(sampling, xtc_probability=float(self._coin < sampling.xtc_probability))
 
     def _align(self, member: int, row: Row, numbers: IntArray, otherwise: Distribution | None = None) -> Distribution:
-        """The distribution over the pieces of these numbers that a member's logits stand for.
+        """The distribution over the pieces of these numbers that a member's logits, shaped already, stand for.
 
         Where none of them may come, `otherwise`, if there is one.
         """
-        self._engine.note_loss(member, row)
         try:
-            logits, numbers = split(self._shaped(member, row), numbers)
+            logits, numbers = split(row, numbers)
             sampling = self._sampling(member)
             if self._matcher:
                 numbers = self._permitted(logits, numbers, self._matcher, sampling)

@@ -85,13 +85,7 @@ class Vocabulary:
         self.bos = self._first_id()
         template = llama_cpp.llama_model_chat_template(model, None) or b""
         self.markup = self._find_markup(brackets, template.decode("utf-8", "replace"))
-        self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
-        self._in_flight = InFlight()
-        self._closed = False
-        encode = llama_encoder(self._pointer, self._in_flight) if tokenizer is None else self._own_encoder(tokenizer)
-        self._encode: Encoder = encode
-        # Between two seams stands a word or two, and words come back.
-        self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
+        self._open_encoder(tokenizer)
         model_kind = header(b"tokenizer.ggml.model")
         self._plain = tokenizer is None and self.kind in ("SPM", "BPE") and model_kind not in _CHANGING
         self.expands = tokenizer is not None or self.kind in ("UGM", "WPM")
@@ -103,6 +97,15 @@ class Vocabulary:
         self.adds_space = self.joined(self._encode(b"a")) == b" a"
         self._leave_out_seams(header, tokenizer)
         self._anchor, self._anchor_length = self._find_anchor() if self.adds_space else (b"", 0)
+
+    def _open_encoder(self, tokenizer: Path | None) -> None:
+        self._added: list[bytes] = []  # tokens that a tokenizer of its own looks for in a text first
+        self._in_flight = InFlight()
+        self._closed = False
+        encode = llama_encoder(self._pointer, self._in_flight) if tokenizer is None else self._own_encoder(tokenizer)
+        self._encode: Encoder = encode
+        # Between two seams stands a word or two, and words come back.
+        self._encode_word: Encoder = functools.lru_cache(1 << 14)(self._encode)
 
     def text_of(self, token: int) -> str:
         """The name of a token in the vocabulary, such as "<|im_end|>"."""
