@@ -77,9 +77,14 @@ def _stocked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stocked(_stocked: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The home with stores of models that `make_home` writes, as the user's; it is to be left as it is."""
-    for name, value in make_home.environment(_stocked).items():
-        monkeypatch.setenv(name, value)
+    live_in(_stocked, monkeypatch)
     return _stocked
+
+
+def live_in(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder the user's home, where all stores are looked for."""
+    for name, value in make_home.environment(home).items():
+        monkeypatch.setenv(name, value)
 
 
 def write_toml(

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pexpect
@@ -23,6 +25,21 @@ def spawn(arguments: list[str], home: Path, program: str = str(ME_LOCAL), **env:
         timeout=60,
         dimensions=(40, 200),
     )
+
+
+@contextmanager
+def chats(write_models: Callable[..., Path], home: Path, **usual: str) -> Iterator[Callable[..., pexpect.spawn]]:
+    """Opens chats with bpe_a and spm, which hardly ever end a reply by themselves; `usual` is their environment."""
+    models = write_models("bpe_a", "spm", top="[ensemble]\nseed = 1\n[sampling]\ntop_k = 3\nmax_tokens = 8")
+    models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))
+    with ExitStack() as stack:
+
+        def open_one(*options: str, **env: str) -> pexpect.spawn:
+            child = spawn(["chat", "--models", str(models), *options], home, **usual | env)
+            stack.callback(child.close, force=True)
+            return child
+
+        yield open_one
 
 
 def ask(child: pexpect.spawn, line: str) -> None:

@@ -5,13 +5,12 @@ import json
 import re
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pexpect
 import pytest
-from terminals import PROMPT, ask, spawn
+from terminals import PROMPT, ask, chats
 
 WriteModels = Callable[..., Path]
 Terminal = Callable[..., pexpect.spawn]
@@ -21,17 +20,9 @@ NO_EDITOR = {"VISUAL": "", "EDITOR": ""}
 
 @pytest.fixture
 def terminal(write_models: WriteModels, tmp_path: Path) -> Iterator[Terminal]:
-    """Opens a chat with bpe_a and spm, which hardly ever end a reply by themselves."""
-    models = write_models("bpe_a", "spm", top="[ensemble]\nseed = 1\n[sampling]\ntop_k = 3\nmax_tokens = 8")
-    models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))
-    with ExitStack() as stack:
-
-        def open_one(*options: str, **env: str) -> pexpect.spawn:
-            child = spawn(["chat", "--models", str(models), *options], tmp_path, **NO_EDITOR | env)
-            stack.callback(child.close, force=True)
-            return child
-
-        yield open_one
+    """Opens a chat; see `chats`."""
+    with chats(write_models, tmp_path, **NO_EDITOR) as open_chat:
+        yield open_chat
 
 
 def leave(child: pexpect.spawn) -> None:

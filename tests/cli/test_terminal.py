@@ -3,12 +3,11 @@
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pexpect
 import pytest
-from terminals import ME_LOCAL, PROMPT, ask, spawn
+from terminals import ME_LOCAL, PROMPT, ask, chats, spawn
 
 WriteModels = Callable[..., Path]
 Terminal = Callable[..., pexpect.spawn]
@@ -18,18 +17,15 @@ COLOUR = re.compile(r"\x1b\[3[0-7]m")
 
 @pytest.fixture
 def terminal(write_models: WriteModels, tmp_path: Path) -> Iterator[Terminal]:
-    """Opens a chat with bpe_a and spm, which hardly ever end a reply by themselves."""
-    models = write_models("bpe_a", "spm", top="[ensemble]\nseed = 1\n[sampling]\ntop_k = 3\nmax_tokens = 8")
-    models.write_text(models.read_text().replace("n_ctx = 512", "n_ctx = 2048"))
-    with ExitStack() as stack:
+    """Opens a chat that has greeted; see `chats`."""
+    with chats(write_models, tmp_path) as open_chat:
 
-        def open_one(*options: str, **env: str) -> pexpect.spawn:
-            child = spawn(["chat", "--models", str(models), *options], tmp_path, **env)
-            stack.callback(child.close, force=True)
+        def greeted(*options: str, **env: str) -> pexpect.spawn:
+            child = open_chat(*options, **env)
             child.expect("lists the commands")
             return child
 
-        yield open_one
+        yield greeted
 
 
 @pytest.mark.slow

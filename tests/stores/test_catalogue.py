@@ -6,6 +6,7 @@ from pathlib import Path
 
 import make_home
 import pytest
+from conftest import live_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,8 +43,7 @@ def store(name: str, data: bytes = b"GGUF") -> Path:
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home with nothing in it."""
-    for name, value in make_home.environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
+    live_in(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
