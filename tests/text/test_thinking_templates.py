@@ -138,7 +138,7 @@ def test_three_turns_over_http(model: Model, tmp_path: Path) -> None:
     with served(models_toml(tmp_path, model)) as server:
         chat = Chat(server.ensemble)
         wanted = constraint(server.ensemble, model, chat)
-        chat.set(replace(wanted, max_tokens=200))
+        chat.set(replace(wanted, seed=1, max_tokens=200))
         turns: list[Any] = []
         for n in range(3):
             turns.append({"role": "user", "content": f"question {n}, naïve"})
