@@ -86,6 +86,10 @@ class Foreseeing(Protocol):
     def ahead(self) -> int:
         """The most tokens of a guess."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the model, all of which an evaluation reads."""
+
     def foresee(
         self, ids: IntArray, guess: IntArray, wanted: Sequence[int], interrupted: Callable[[], bool] = ...
     ) -> tuple[Evaluated, list[Row]]:

@@ -8,13 +8,15 @@ import pytest
 
 from me_local import Chat, ConfigError, Ensemble, InputError, Message, Overrides, RunError
 from me_local.chat import Aside
+from me_local.config import Constraint
 
 OpenEnsemble = Callable[..., Ensemble]
 
 
 def test_a_turn_evaluates_only_what_is_new(open_ensemble: OpenEnsemble) -> None:
     chat = Chat(open_ensemble("bpe_a", "spm"))
-    chat.set(Overrides(max_tokens=25, strategy="ce", seed=1))
+    characters = Constraint("regex", "[ a-z]{200}")  # bytes that are none would not stand in the next prompt
+    chat.set(Overrides(max_tokens=25, strategy="ce", seed=1, constraint=characters))
     before = chat.say("Hello there").finish()
     for text in ("the cat", "and the dog", "12 times"):
         reply = chat.say(text).finish()

@@ -5,6 +5,7 @@ The state is the text, as bytes; a member's context is its prompt followed by th
 this one reply; `batching` gets those of several replies at once. Knows nothing of when a reply should stop.
 """
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
+from me_local.decoding.drafting import Drafting
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request, Result, Work, needed_logits
 from me_local.decoding.guessing import Source
 from me_local.decoding.planning import Beyond, Planner, Rows
@@ -30,8 +32,8 @@ class Generation:
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
     counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
     all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
-    none they follow from the seed. `source` guesses what comes next, so that members evaluate several positions at
-    once; it has no effect on what is drawn.
+    none they follow from the seed. `source`, or the member `drafter`, guesses what comes next, so that members evaluate
+    several positions at once; it has no effect on what is drawn.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Generation:
         *,
         route: Callable[[], float] | None = None,
         source: Source | None = None,
+        drafter: int | None = None,
     ) -> None:
         self._engine = engine
         self._request = request
@@ -61,15 +64,18 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         shapers = [engine.shaper(i, each, request.min_tokens) for i, each in enumerate(request.sampling)]
-        self.sufficient = tuple(self._sufficient(i, shaper, source) for i, shaper in enumerate(shapers))
+        guesses = source is not None or drafter is not None
+        whole = [guesses and i != drafter and model.foreseeing is not None for i, model in enumerate(engine.models)]
+        self.sufficient = tuple(0 if whole[i] else self._sufficient(i, shaper) for i, shaper in enumerate(shapers))
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         self._sampler = Sampler(engine, request, self._text, route, shapers, self.ids)
-        self._source = source
-        if source:
-            source.append(request.head)
         self._planner = Planner(engine, request, self._text, self._contexts, self._sampler)
         self._rows = Rows(len(engine.models))
+        self._drafter = drafter
+        self._source = source if drafter is None else self._drafting(drafter)
+        if self._source:
+            self._source.append(request.head)
 
     @property
     def text(self) -> bytes:
@@ -123,11 +129,13 @@ class Generation:
             self._append(draw)
         return draw
 
-    def _sufficient(self, member: int, shaper: Shaper, source: Source | None) -> int:
-        """How many of a member's largest logits are enough; one that evaluates guesses gives them all."""
+    def _drafting(self, member: int) -> Drafting:
+        parts = (self._text, self._contexts, self._sampler, self._rows)
+        return Drafting(self._engine, self._request, *parts, member, partial(self._write_ahead, member))
+
+    def _sufficient(self, member: int, shaper: Shaper) -> int:
+        """How many of a member's largest logits are enough."""
         engine, request = self._engine, self._request
-        if source and engine.models[member].foreseeing:
-            return 0
         sampling = request.sampling[member]
         return needed_logits(
             engine.alignment, request.strategy, request.unit, sampling, request.constraint, shaper.lowered
@@ -166,19 +174,37 @@ class Generation:
     def _bring(self, members: Sequence[int]) -> dict[int, Row]:
         """The logits of members after their contexts: those that a guess has brought already, or else new ones."""
         contexts = {i: self.context(i) for i in members}
-        known = {i: row for i in members if (row := self._rows.find(i, contexts[i][0])) is not None}
+        known = self._find(contexts)
         for i in known:
-            self.work[i].guessed += 1
+            self.work[i].guessed += i != self._drafter  # which evaluates each by itself
         lacking = {i: context for i, context in contexts.items() if i not in known}
-        return known | self._evaluate(lacking) if lacking else known
+        if not lacking:
+            return known
+        guess = self._source.guess(list(lacking)) if self._source else b""
+        known |= self._find(lacking)  # of the member that has written ahead
+        lacking = {i: context for i, context in contexts.items() if i not in known}
+        return known | self._evaluate(lacking, guess)
 
-    def _evaluate(self, contexts: Mapping[int, tuple[IntArray, int]]) -> dict[int, Row]:
+    def _find(self, contexts: Mapping[int, tuple[IntArray, int]]) -> dict[int, Row]:
+        """The logits after these contexts that are there already."""
+        return {i: row for i, (ids, _) in contexts.items() if (row := self._rows.find(i, ids)) is not None}
+
+    def _write_ahead(self, member: int, ids: IntArray) -> Row:
+        """Bring a member to a text that is guessed; a copy of the logits after it."""
+        models, unified = self._engine.models, self._engine.unified
+        self._prepare(member)
+        models[member].shorten(self.sufficient[member], unified.numbers[member])
+        evaluate = {member: partial(self._evaluate_one, member, ids, self.context(member)[1], None)}
+        [(evaluated, _)] = self._engine.schedule.run(evaluate, self._request.parallel).values()
+        self.count(member, evaluated, len(ids))
+        return copy.copy(self._read(member))
+
+    def _evaluate(self, contexts: Mapping[int, tuple[IntArray, int]], guess: bytes) -> dict[int, Row]:
         """Bring members up to date, and beyond that as far as a guess reaches, and read their logits."""
         models, schedule = self._engine.models, self._engine.schedule
         for i in contexts:
             self._prepare(i)
             models[i].shorten(self.sufficient[i], self._engine.unified.numbers[i])
-        guess = self._source.guess() if self._source else b""
         planned = self._planner.plan(list(contexts), guess) if guess else {}
         evaluate = {
             i: partial(self._evaluate_one, i, ids, final, planned.get(i)) for i, (ids, final) in contexts.items()

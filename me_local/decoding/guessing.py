@@ -4,6 +4,7 @@ A guess decides which positions members evaluate at once (`planning`), and never
 the texts alone, not from any time that was measured: so do the batches of a reply, and a seed repeats it bit by bit.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 
@@ -13,8 +14,8 @@ class Source(Protocol):
     def append(self, piece: bytes) -> None:
         """Note that the text goes on with these bytes."""
 
-    def guess(self) -> bytes:
-        """The bytes that may come next; none where a guess does not pay."""
+    def guess(self, asked: Sequence[int]) -> bytes:
+        """The bytes that may come next, where these members are asked; none where a guess does not pay."""
 
 
 SHORTEST = 12
@@ -54,8 +55,8 @@ class Repeats:
         for end in range(max(start, SHORTEST - 1) + 1, len(known) + 1):
             self._ends[bytes(known[end - SHORTEST : end])] = end
 
-    def guess(self) -> bytes:
-        """The bytes that may come next; none where a guess does not pay."""
+    def guess(self, asked: Sequence[int]) -> bytes:
+        """The bytes that may come next, whoever is asked; none where a guess does not pay."""
         if self._agreed < self._needed:
             return b""
         guess = bytes(self._bytes[self._at : self._at + min(self._agreed // 2, LONGEST)])

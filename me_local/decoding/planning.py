@@ -6,12 +6,12 @@ first of those of text and guess. What is planned decides what is evaluated, and
 all the ids that they came after (`Rows`), so a plan that is wrong costs time alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from me_local.arrays import FloatArray, IntArray
+from me_local.arrays import IntArray
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.strategies import Sampler
 from me_local.errors import RunError
@@ -36,6 +36,10 @@ class Rows:
         """The logits after these ids, if they are there."""
         rows = self._rows[member]
         return rows.get(ids.tobytes()) if rows else None
+
+    def replace(self, member: int, rows: Mapping[bytes, Row]) -> None:
+        """Keep these logits, by the bytes of the ids that they came after, in the place of the member's others."""
+        self._rows[member] = dict(rows)
 
     def keep(self, member: int, ids: IntArray, guess: IntArray, counts: Sequence[int], rows: Sequence[Row]) -> None:
         """Keep the logits after `ids` and so many tokens of the guess each, in the place of the member's others."""
@@ -163,13 +167,14 @@ class Planner:
 
     def _drawn(self, offset: int, drawn: int) -> int | None:
         """The member that is drawn after so many bytes of the guess and so many draws; None where the router fails."""
-        weights = self._weights(offset)
-        return None if weights is None else pick(weights, self._sampler.upcoming(drawn))
+        text = Text(self._text.whole + self._guess[:offset], self._text.strays)
+        return drawn_member(self._engine, self._request, self._sampler, text, drawn)
 
-    def _weights(self, offset: int) -> FloatArray | None:
-        engine, strays = self._engine, self._text.strays
-        able = [not strays or engine.can_write(member, strays) for member in range(len(engine.models))]
-        try:
-            return route(engine.router, self._text.whole + self._guess[:offset], self._request.weights, able)
-        except RunError:
-            return None
+
+def drawn_member(engine: Engine, request: Request, sampler: Sampler, text: Text, drawn: int) -> int | None:
+    """The member that is drawn after a text that is guessed and so many draws; None where the router fails."""
+    able = [not text.strays or engine.can_write(member, text.strays) for member in range(len(engine.models))]
+    try:
+        return pick(route(engine.router, text.whole, request.weights, able), sampler.upcoming(drawn))
+    except RunError:
+        return None

@@ -21,6 +21,7 @@ from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request
 from me_local.decoding.shaping import Shaper
 from me_local.errors import RunError
 from me_local.mixture.alignment import Distribution, argmax, mix, pick, sample, sufficient, top_k
+from me_local.mixture.noise import Noise
 from me_local.mixture.permitting import BoolArray, permitted
 from me_local.mixture.words import is_free, may_end
 from me_local.model import Row, split
@@ -38,8 +39,9 @@ _UNIFORMS = 64
 class Sampler:
     """Draws the pieces of one reply, as its request wants them; `text` is the reply so far.
 
-    Streams of random numbers follow from the seed, one for members, one for pieces and one for XTC, with one number a
-    step each; `route` goes before the first. `writer`, by words, is the member that wrote the last piece, else None.
+    Random numbers follow from the seed. Those of members and of XTC are streams with one number a step each; `route`
+    goes before the first. Those of pieces belong to a place, in bytes behind the head, and a piece (`mixture.noise`).
+    `writer`, by words, is the member that wrote the last piece, else None.
     `shapers` are the members', whose contexts `context` gives.
     """
 
@@ -59,7 +61,9 @@ class Sampler:
         route_seed, piece_seed = np.random.SeedSequence(request.seed).spawn(2)
         self._own_route = Uniforms(route_seed)
         self._route_uniform = route or self._own_route
-        self._piece_uniform = Uniforms(piece_seed)
+        self._noise = Noise(piece_seed)
+        # For a second draw at the same place, once the first has shown that a word is over.
+        self._opening_noise = Noise(np.random.SeedSequence(request.seed, spawn_key=(4,)))
         self._throws = any(0 < each.xtc_probability < 1 for each in request.sampling)
         if self._throws:  # spawn_key=(2,) is that of shared routes: members must not be drawn by XTC's coins
             self._coin_uniform = Uniforms(np.random.SeedSequence(request.seed, spawn_key=(3,)))
@@ -93,12 +97,12 @@ class Sampler:
     def _forced(self, weights: FloatArray) -> Draw | None:
         """The whole characters, or the end, that the constraint forces here.
 
-        No member is asked, and they take the random numbers of one piece: those of others stay where they are.
+        No member is asked, and they take one number of the route: a step takes one, whatever it is.
         """
         if self._matcher is None or not self._is_forced(self._matcher):
             return None
         piece = self._matcher.forced()
-        self._route_uniform(), self._piece_uniform()
+        self._route_uniform()
         top = ((piece, 1.0),) if self._request.top else ()
         return Draw(FORCED if piece else END, piece, FORCED, 1.0, (0.0,) * len(weights), top)
 
@@ -129,6 +133,22 @@ class Sampler:
             distributions = self._engine.union.distributions(distributions, whole, temperatures)
         return mix(list(distributions.values()), [weights[i] for i in members]), distributions
 
+    @property
+    def _place(self) -> int:
+        return len(self._text.whole) - len(self._request.head)
+
+    def ahead(self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int) -> int:
+        """The number of the piece that a member would draw after its `ids`, so many guessed bytes and pieces later.
+
+        END also where a constraint would have to follow what is guessed.
+        """
+        if self._matcher and pieces:
+            return END
+        shaper = self._shapers[member]
+        shaped = row if shaper is None else shaper.shape(row, lambda: ids, self._written + pieces)
+        distribution = self._align(member, shaped, self._engine.unified.numbers[member])
+        return sample(distribution, self._noise.at(self._place + guessed, distribution.numbers))[0]
+
     def upcoming(self, index: int) -> float:
         """The number by which a member is drawn after so many other draws."""
         return self._own_route.ahead(index)
@@ -149,10 +169,10 @@ class Sampler:
 
     def _write(self, member: int) -> Course[Draw]:
         """A piece that the member samples from its distribution."""
-        return self._sample(member, (yield from self._predict(member)))
+        return self._sample(member, (yield from self._predict(member)), self._noise)
 
-    def _sample(self, member: int, distribution: Distribution) -> Draw:
-        number, probability = sample(distribution, self._piece_uniform())
+    def _sample(self, member: int, distribution: Distribution, noise: Noise) -> Draw:
+        number, probability = sample(distribution, noise.at(self._place, distribution.numbers))
         piece = self._engine.unified.pieces[number]
         return Draw(number, piece, member, probability, self._engine.whole_shares[member], self._top(distribution))
 
@@ -167,7 +187,9 @@ class Sampler:
         if not (may_end(self._text.whole) and self._engine.openings.begins[draw.number]):
             return draw
         following = self._route(weights)
-        return draw if following == writer else self._sample(following, (yield from self._open_word(following)))
+        if following == writer:
+            return draw
+        return self._sample(following, (yield from self._open_word(following)), self._opening_noise)
 
     def _open_word(self, member: int) -> Course[Distribution]:
         """The member's distribution over the first piece of a word; over any piece, where it may write no such one."""
@@ -179,8 +201,8 @@ class Sampler:
 
     def _step_ce(self, weights: FloatArray) -> Course[Draw]:
         mixture, distributions = yield from self.mixture(weights)
-        uniform = self._piece_uniform()
-        number, probability = argmax(mixture) if self._request.argmax else sample(mixture, uniform)
+        noise = None if self._request.argmax else self._noise.at(self._place, mixture.numbers)
+        number, probability = argmax(mixture) if noise is None else sample(mixture, noise)
         parts = np.zeros(len(weights))
         for member, distribution in distributions.items():
             parts[member] = weights[member] * distribution.of(number)

@@ -28,11 +28,12 @@ class Syncing(Context, Protocol):
 
 
 class Foresight:
-    """Evaluates guesses of at most `ahead` tokens with the first sequence of a member."""
+    """Evaluates guesses of at most `ahead` tokens with the first sequence of a member; its model has `size` bytes."""
 
-    def __init__(self, member: Syncing, ahead: int) -> None:
+    def __init__(self, member: Syncing, ahead: int, size: int) -> None:
         self._member = member
         self.ahead = ahead
+        self.size = size
 
     def foresee(
         self,

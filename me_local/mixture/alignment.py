@@ -94,9 +94,14 @@ def mix(distributions: Sequence[Distribution], weights: Sequence[float]) -> Dist
     return _merged(numbers, np.concatenate(parts))
 
 
-def sample(distribution: Distribution, uniform: float) -> tuple[int, float]:
-    """The piece at `uniform` (0 <= uniform < 1) of the cumulative distribution: its number and probability."""
-    at = pick(distribution.probabilities, uniform)
+def sample(distribution: Distribution, noise: FloatArray) -> tuple[int, float]:
+    """The piece that is first in a race, drawn with its probability: its number and this probability.
+
+    `noise` has an exponential random number for each piece, float64 (k,); the time that a piece takes is this number
+    divided by its probability. This is the Gumbel-max trick without its logarithms.
+    """
+    with np.errstate(divide="ignore", over="ignore"):  # a piece of no probability never arrives
+        at = int((noise / distribution.probabilities).argmin())
     return int(distribution.numbers[at]), float(distribution.probabilities[at])
 
 
@@ -108,12 +113,8 @@ def argmax(distribution: Distribution) -> tuple[int, float]:
 
 def pick(weights: FloatArray, uniform: float) -> int:
     """The index drawn with probability proportional to `weights` (not negative, not all zero) by one number."""
-    if len(weights) > _FEW:
-        cumulative = weights.cumsum()
-        at = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
-    else:
-        sums = list(accumulate(weights.tolist()))
-        at = bisect_right(sums, uniform * sums[-1])
+    sums = list(accumulate(weights.tolist()))
+    at = bisect_right(sums, uniform * sums[-1])
     # Rounding may carry a draw past the last weight that is not zero.
     return at if at < len(weights) and weights[at] > 0 else int(np.flatnonzero(weights)[-1])
 

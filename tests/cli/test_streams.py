@@ -23,7 +23,7 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b1mX\r"
 SHOWN = "\ufffd]0;owned\ufffd\ufffd[2J\ufffd1mX"
 # What the commands write themselves: colours, and the cursor of progress bars.
 OWN = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[1A|\r?\x1b\[2K|\r(?=\n|$|\x1b)")
-WILD = ["--temperature", "20", "--top-k", "0", "--seed", "2", "--max-tokens", "80"]
+WILD = ["--temperature", "20", "--top-k", "0", "--seed", "1", "--max-tokens", "80"]
 
 
 class Terminal(io.StringIO):

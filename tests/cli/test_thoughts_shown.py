@@ -16,7 +16,7 @@ from me_local import Overrides, load
 from me_local.cli.thoughts import ThoughtView
 from me_local.decoding.reply import Reply
 
-SEED = 24  # by which a thought ends, and an answer follows
+SEED = 16  # by which a thought ends, and an answer follows
 LENGTH = 20
 
 

@@ -112,7 +112,7 @@ def lone_pieces(ensemble: Ensemble, finished: Finished, settings: Overrides) -> 
 def test_a_long_prompt_enters_in_chunks(open_batch: OpenBatch, route: Any, names: Sequence[str]) -> None:
     """Meanwhile the others go on, at each step: it takes part as many steps later as it has chunks."""
     ensemble = open_batch(*names, n_ctx=2048, batch=2)
-    config = override(ensemble.config, Overrides(seed=1, max_tokens=60, route=route))
+    config = override(ensemble.config, Overrides(seed=1, max_tokens=60, ignore_eos=True, route=route))
     made = ensemble.batching(config, seed=1)
     long = "word " * 450
     first = ensemble.begin(made, config, Ask("Hello"))

@@ -19,7 +19,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import make_tiny_models
 import numpy as np
@@ -35,9 +34,11 @@ from me_local.arrays import FloatArray, IntArray, LogitArray
 from me_local.decoding import generation, strategies
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
+from me_local.decoding.strategies import Sampler
 from me_local.llama.member import Member
 from me_local.mixture import alignment
 from me_local.mixture.alignment import Distribution, top_k
+from me_local.mixture.noise import Noise
 from me_local.mixture.routing import Router, constant
 from me_local.model import Evaluated, Model
 from me_local.sampling import Sampling
@@ -371,13 +372,24 @@ def temperature_after_mixing(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
 
 
 def one_number_for_route_and_piece(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
-    begin = Generation.__init__
+    uniform = [0.0]
 
-    def with_one_stream(self: Generation, engine: Engine, request: Request, *args: Any, **given: Any) -> None:
-        begin(self, engine, request, *args, **given)
-        self._sampler._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
+    def route(self: Sampler, weights: FloatArray) -> int:
+        uniform[0] = self._route_uniform()
+        return alignment.pick(weights, uniform[0])
 
-    patch.setattr(Generation, "__init__", with_one_stream)
+    def sample(distribution: Distribution, noise: FloatArray) -> tuple[int, float]:
+        at = alignment.pick(distribution.probabilities, uniform[0])
+        return int(distribution.numbers[at]), float(distribution.probabilities[at])
+
+    patch.setattr(Sampler, "_route", route)
+    patch.setattr(strategies, "sample", sample)
+    return BROKEN, "me"
+
+
+def one_noise_for_all_places(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
+    at = Noise.at
+    patch.setattr(Noise, "at", lambda self, place, numbers: at(self, 0, numbers))
     return BROKEN, "me"
 
 
@@ -404,6 +416,7 @@ def pieces_tokenised_one_by_one(patch: pytest.MonkeyPatch) -> tuple[Case, str]:
         off_by_a_twentieth,
         temperature_after_mixing,
         one_number_for_route_and_piece,
+        one_noise_for_all_places,
         pieces_tokenised_one_by_one,
     ],
 )

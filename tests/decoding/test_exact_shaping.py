@@ -30,7 +30,7 @@ from me_local.decoding.generation import Generation
 from me_local.decoding.shaping import Shaper
 from me_local.decoding.strategies import Sampler
 from me_local.llama.member import Member
-from me_local.mixture.alignment import top_k
+from me_local.mixture.alignment import Distribution, top_k
 from me_local.model import Shortlist
 from me_local.sampling import Bias, Sampling
 
@@ -299,15 +299,14 @@ def rows_that_change(patch: pytest.MonkeyPatch) -> None:
 
 def a_coin_for_each_alignment(patch: pytest.MonkeyPatch) -> None:
     """And that of the piece: what is dropped and what is drawn then depend on each other."""
-    sampling = Sampler._sampling
+    align = Sampler._align
 
-    def thrown(self: Sampler, member: int) -> Sampling:
-        uniform = self._piece_uniform()
-        self._piece_uniform = lambda: uniform
-        self._coin = uniform
-        return sampling(self, member)
+    def thrown(self: Sampler, member: int, row: Any, numbers: IntArray, *rest: Any) -> Distribution:
+        likeliest = numbers[np.argmax(np.where(numbers >= 0, row, -np.inf))]
+        self._coin = float(np.exp(-self._noise.at(self._place, np.array([likeliest]))[0]))
+        return align(self, member, row, numbers, *rest)
 
-    patch.setattr(Sampler, "_sampling", thrown)
+    patch.setattr(Sampler, "_align", thrown)
 
 
 def penalties_behind_the_truncation(patch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,15 +16,15 @@ from scipy import stats
 from me_local import Ensemble
 from me_local.arrays import FloatArray, IntArray
 from me_local.cli.program import main
-from me_local.decoding.engine import Course, Engine, Request
-from me_local.decoding.generation import Generation
+from me_local.decoding import strategies
+from me_local.decoding.engine import Course
 from me_local.decoding.planning import Rows
 from me_local.decoding.strategies import Sampler
 from me_local.llama.batch import Part
 from me_local.llama.cache import Cache
 from me_local.llama.member import Member
 from me_local.measuring.verify import Report, g_test, verify
-from me_local.mixture.alignment import Distribution
+from me_local.mixture.alignment import Distribution, pick
 from me_local.model import Row
 from me_local.text.growing import TokenizedText
 
@@ -146,13 +145,18 @@ def test_it_finds_a_stale_cell(faulty: Ensemble, check: Callable[[Ensemble], Rep
 def test_it_finds_one_random_number_for_route_and_piece(
     faulty: Ensemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    initialise = Generation.__init__
+    uniform = [0.0]
 
-    def one_stream(self: Generation, engine: Engine, request: Request, *rest: Any, **given: Any) -> None:
-        initialise(self, engine, request, *rest, **given)
-        self._sampler._piece_uniform = np.random.default_rng(np.random.SeedSequence(request.seed).spawn(1)[0]).random
+    def route(self: Sampler, weights: FloatArray) -> int:
+        uniform[0] = self._route_uniform()
+        return pick(weights, uniform[0])
 
-    monkeypatch.setattr(Generation, "__init__", one_stream)
+    def sample(distribution: Distribution, noise: FloatArray) -> tuple[int, float]:
+        at = pick(distribution.probabilities, uniform[0])
+        return int(distribution.numbers[at]), float(distribution.probabilities[at])
+
+    monkeypatch.setattr(Sampler, "_route", route)
+    monkeypatch.setattr(strategies, "sample", sample)
     report = check(faulty)
     assert not report.equality.passed
     assert report.canonical.passed

@@ -136,11 +136,18 @@ def test_a_mixture_is_the_weighted_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("uniform", "expected"), [(0.0, 1), (0.2499, 1), (0.25, 4), (0.7499, 4), (0.75, 6), (0.9999, 6)]
+    ("noise", "expected"),
+    [((1.0, 1.0, 1.0), 4), ((0.4, 1.0, 1.0), 1), ((1.0, 1.0, 0.4), 6), ((0.6, 1.1, 1.0), 4), ((9.0, 9.0, 4.4), 6)],
 )
-def test_sampling_inverts_the_cumulative_distribution(uniform: float, expected: int) -> None:
+def test_the_piece_that_arrives_first_is_drawn(noise: tuple[float, ...], expected: int) -> None:
+    """With times 4, 2 and 4 for each unit of noise."""
     distribution = Distribution(numbers(1, 4, 6), np.array([0.25, 0.5, 0.25]))
-    assert sample(distribution, uniform)[0] == expected
+    assert sample(distribution, np.array(noise))[0] == expected
+
+
+def test_a_piece_without_probability_never_arrives() -> None:
+    distribution = Distribution(numbers(1, 4), np.array([0.0, 1.0]))
+    assert sample(distribution, np.array([1e-300, 37.0])) == (4, 1.0)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.3, np.nextafter(1.0, 0.0)])

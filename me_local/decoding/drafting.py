@@ -1,0 +1,134 @@
+"""Guesses by a member that writes ahead: what it would write if it were drawn, with the noise of the reply's own draws.
+
+Where it is drawn indeed, its guess is the piece. Where another member is, the two agree the more often the more alike
+their distributions are (`mixture.noise`). How far it writes follows from how often they agreed, and from the models'
+sizes, not from any time that was measured: see `guessing`.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from me_local.arrays import IntArray
+from me_local.decoding.engine import Engine, Request
+from me_local.decoding.planning import Rows, drawn_member
+from me_local.decoding.strategies import Sampler
+from me_local.model import Row
+from me_local.text.growing import SampledText, Text, TokenizedText
+from me_local.text.unified import END
+
+MOST = 16
+"""Pieces of a guess."""
+_AGREED, _TRIED = 2, 3
+"""What is taken for granted of how often the others agree, before anything is known."""
+_PROBE = 64
+"""Where guesses do not pay, every so many evaluations one is made all the same, to see whether they do by now."""
+
+
+class Drafting:
+    """Lets a member write ahead in one reply, whose text, contexts and rows grow elsewhere.
+
+    `evaluate` brings the member to these ids, and gives a copy of its logits after them.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        request: Request,
+        text: Text,
+        contexts: Sequence[TokenizedText | SampledText],
+        sampler: Sampler,
+        rows: Rows,
+        member: int,
+        evaluate: Callable[[IntArray], Row],
+    ) -> None:
+        self._engine = engine
+        self._request = request
+        self._text = text
+        self._context = contexts[member]
+        self._sampler = sampler
+        self._rows = rows
+        self._member = member
+        self._evaluate = evaluate
+        self._price = price(engine, request, member)
+        self._agreed, self._tried = _AGREED, _TRIED
+        self._declined = 0
+        self._left = b""  # of a guess
+        self._others: set[int] = set()  # places of its pieces, in bytes of the text, that others were to draw
+
+    def append(self, piece: bytes) -> None:
+        """Note that the text goes on with these bytes."""
+        place = len(self._text.whole) - len(piece)
+        holds = self._left.startswith(piece)
+        if self._left and place in self._others:
+            self._tried += 1
+            self._agreed += holds
+        self._left = self._left[len(piece) :] if holds else b""
+
+    def guess(self, asked: Sequence[int]) -> bytes:
+        """What the member writes ahead, where one of the others is asked now; none where it does not pay."""
+        if all(member == self._member for member in asked) or not self._pays():
+            return b""
+        ahead, numbers, holds = copy.copy(self._text), list[int](), 1.0
+        rows: dict[bytes, Row] = {}
+        self._others = set()
+        while len(numbers) < MOST and holds >= self._price:
+            ids = self._ids(ahead.whole, numbers)
+            if len(ids) > self._engine.models[self._member].n_ctx:
+                break
+            row = self._rows.find(self._member, ids)
+            rows[ids.tobytes()] = row = self._evaluate(ids) if row is None else row
+            guessed = len(ahead.whole) - len(self._text.whole)
+            number = self._sampler.ahead(self._member, row, ids, guessed, len(numbers))
+            if number == END:
+                break
+            if asked != [self._member]:
+                self._others.add(len(ahead.whole))
+                holds *= self._agreed / self._tried
+            numbers.append(number)
+            ahead.append(self._engine.unified.pieces[number])
+            if not self._engine.can_write(self._member, ahead.strays):
+                break
+            asked = self._asked(asked, ahead, len(numbers) - 1)
+        self._rows.replace(self._member, rows)
+        self._left = ahead.whole[len(self._text.whole) :]
+        return self._left
+
+    def _pays(self) -> bool:
+        """Whether a guess of one piece pays, or its turn to be tried has come."""
+        if self._agreed / self._tried >= self._price:
+            return True
+        self._declined = (self._declined + 1) % _PROBE
+        return self._declined == 0 and self._price < 1
+
+    def _ids(self, text: bytes, numbers: Sequence[int]) -> IntArray:
+        """The member's ids after a text that is guessed from some place on, and pieces of these numbers there."""
+        prompt, context, whole = self._request.prompts[self._member], self._context, self._text.whole
+        if isinstance(context, SampledText):
+            return np.concatenate([prompt, context.ids(whole), np.array(numbers, dtype=np.int32) - 1])
+        ids, _ = context.beyond(whole, text[len(whole) :])
+        return np.concatenate([prompt, context.ids(whole)[: context.final], np.array(ids, dtype=np.int32)])
+
+    def _asked(self, asked: Sequence[int], ahead: Text, drawn: int) -> list[int]:
+        """The members that are asked behind a guess, after so many draws of a member. By words it is the writer."""
+        if self._request.strategy != "me" or self._request.unit == "word":
+            return list(asked)
+        member = drawn_member(self._engine, self._request, self._sampler, ahead, drawn)
+        return list(asked) if member is None else [member]
+
+
+def price(engine: Engine, request: Request, member: int) -> float:
+    """What a piece that a member writes ahead costs, where an evaluation of the others that it may save costs 1.
+
+    That is the ratio of their sizes, since each evaluation reads all weights of a model; infinite where nobody else
+    evaluates guesses.
+    """
+    sizes = [model.foreseeing.size if model.foreseeing else 0 for model in engine.models]
+    others = [i for i, weight in enumerate(request.weights) if weight > 0 and i != member and sizes[i]]
+    if not others:
+        return math.inf
+    if request.strategy == "me":
+        return sizes[member] / float(np.average([sizes[i] for i in others], weights=request.weights[others]))
+    return sizes[member] / sum(sizes[i] for i in others)

@@ -1,0 +1,151 @@
+"""A member that writes ahead has no effect on replies either, and its guesses hold as often as they should.
+
+Members compute in full precision, as in test_guessing.py.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from selection import slow_but
+from test_exact_replies import case
+from test_guessing import ASKED, Asked, OpenAll, begin, guessed, rest
+
+from me_local.config import MemberConfig
+from me_local.decoding import drafting
+from me_local.decoding.drafting import MOST, price
+from me_local.decoding.engine import Engine
+from me_local.decoding.generation import Generation
+from me_local.llama.foresight import GUESS, Foresight
+from me_local.llama.member import Member
+from me_local.llama.weights import Weights
+from me_local.mixture.alignment import top_k
+from me_local.sampling import Sampling
+
+CHEAP = 0.02
+SELDOM = ("temperature 0", "each its own", "constraint")  # tiny models hardly ever agree there
+TWINS = {  # the last, which writes ahead, is one of the others once more
+    "of one with a weight": Asked(case("bpe_c", "spm", "spm", weights=(0.5, 0.25, 0.25), temperature=1.2)),
+    "without a weight": Asked(case("bpe_c", "spm", "spm", weights=(0.5, 0.5, 0.0))),
+    "temperature 0": Asked(case("bpe_c", "spm", "spm", weights=(0.1, 0.9, 0.0), temperature=0.0)),
+    "CE": Asked(case("bpe_c", "spm", "spm", weights=(0.1, 0.9, 0.0), temperature=0.3), "ce"),
+    "words": Asked(case("bpe_c", "spm", "spm", weights=(0.3, 0.7, 0.0)), unit="word"),
+    "one vocabulary": Asked(case("bpe_a", "bpe_b", "bpe_b", weights=(0.3, 0.7, 0.0))),
+}
+
+
+@pytest.fixture
+def open_all(tiny: dict[str, Path]) -> Iterator[OpenAll]:
+    """The members of a case, with room for guesses."""
+    with ExitStack() as stack:
+
+        def open_one(name: str, **settings: Any) -> Member:
+            full = {"type_k": "f32", "type_v": "f32", "n_ctx": 512, "n_threads": 1}
+            config = MemberConfig(name=name, path=tiny[name], **(full | settings))
+            weights = stack.enter_context(closing(Weights(config)))
+            return stack.enter_context(Member(config, weights, outputs=GUESS + 1))
+
+        yield lambda this, **settings: [open_one(name, **settings) for name in this.names]
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models have about the same size, by which guesses would seldom pay."""
+    monkeypatch.setattr(drafting, "price", lambda engine, request, member: CHEAP)
+
+
+def compare(open_all: OpenAll, asked: Asked, drafter: int, seeds: int) -> list[Generation]:
+    """Write replies with a member that writes ahead and without, which have to be the same; those with it."""
+    plain, drafting = (Engine(open_all(asked.case), asked.case.router, top_k) for _ in range(2))
+    written = []
+    for seed in range(seeds):
+        expected = rest(begin(plain, asked, seed))
+        found = begin(drafting, asked, seed, drafter=drafter)
+        assert rest(found) == expected
+        written.append(found)
+    return written
+
+
+@pytest.mark.parametrize("drafter", [0, -1])
+@pytest.mark.parametrize("name", slow_but([n for n in ASKED if n != "other memories"], "one vocabulary", "words", "CE"))
+def test_a_reply_does_not_depend_on_who_writes_ahead(open_all: OpenAll, name: str, drafter: int) -> None:
+    asked = ASKED[name]
+    written = compare(open_all, asked, drafter % len(asked.case.names), 30)
+    assert guessed(written) > 0 or name in SELDOM
+
+
+@pytest.mark.parametrize("name", slow_but(TWINS, "without a weight"))
+def test_nor_on_a_twin_that_writes_ahead(open_all: OpenAll, name: str) -> None:
+    written = compare(open_all, TWINS[name], 2, 30)
+    assert guessed(written) > 30
+    assert all(running.work[2].calls > 0 for running in written)
+
+
+def test_beside_memories_that_cannot_be_cut(open_all: OpenAll) -> None:
+    for running in compare(open_all, ASKED["other memories"], 3, 10):
+        assert [work.guessed for work in running.work[:2]] == [0, 0]
+
+
+def test_a_twin_is_always_right(open_all: OpenAll) -> None:
+    """A member with the same file and settings draws the same pieces: all of its guesses hold, up to the last."""
+    asked = Asked(case("spm", "spm", weights=(1.0, 0.0)))
+    for running in compare(open_all, asked, 1, 10):
+        pieces = len(running.text)
+        calls = running.work[0].calls
+        assert calls <= 1 + -(-pieces // (MOST + 1))
+
+
+def test_one_that_draws_otherwise_is_asked_less_and_less(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "price", lambda engine, request, member: 0.9)
+    sampling = (Sampling(0.2), Sampling(5.0, top_k=0))
+    asked = Asked(case("spm", "bpe_a", weights=(1.0, 0.0), sampling=sampling))
+    calls, pieces = 0, 0
+    for running in compare(open_all, asked, 1, 10):
+        calls += running.work[1].calls
+        pieces += sum(work.calls + work.guessed for work in running.work[:1])
+    assert calls < pieces / 5
+
+
+def test_it_stops_where_its_context_does(open_all: OpenAll) -> None:
+    asked = Asked(case("bpe_a", "bpe_b", "bpe_c", weights=(0.5, 0.5, 0.0), head=b"the cat " * 30))
+    plain, ahead = (Engine(open_all(asked.case), asked.case.router, top_k) for _ in range(2))
+    for seed in range(3):
+        found = begin(ahead, asked, seed, drafter=2)
+        ahead.models[2].n_ctx = len(found.ids(2)) + 10
+        assert rest(found) == rest(begin(plain, asked, seed))
+
+
+class Sized:
+    """A model of a size."""
+
+    def __init__(self, size: int) -> None:
+        self.foreseeing = Foresight(self, 8, size) if size else None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "strategy", "member", "expected"),
+    [
+        ((1, 8, 4), (0.0, 0.75, 0.25), "me", 0, 1 / 7),  # the others' mean is 7
+        ((1, 8, 4), (0.0, 0.75, 0.25), "ce", 0, 1 / 12),
+        ((2, 8, 4), (0.5, 0.5, 0.0), "me", 0, 1 / 4),
+        ((8, 8), (0.5, 0.5), "me", 1, 1.0),
+        ((4, 0, 8), (0.2, 0.4, 0.4), "me", 0, 1 / 2),  # one runs elsewhere
+        ((4, 0), (0.5, 0.5), "me", 0, np.inf),
+        ((4,), (1.0,), "ce", 0, np.inf),
+    ],
+)
+def test_what_a_guess_costs(
+    sizes: tuple[int, ...], weights: tuple[float, ...], strategy: Any, member: int, expected: float
+) -> None:
+    class Models:
+        models = tuple(Sized(size) for size in sizes)
+
+    class Asking:
+        pass
+
+    asking: Any = Asking()
+    asking.strategy, asking.weights = strategy, np.array(weights)
+    assert price(Models(), asking, member) == pytest.approx(expected)  # type: ignore[arg-type]
