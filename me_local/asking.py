@@ -17,6 +17,7 @@ from me_local.arrays import IntArray
 from me_local.checks import shown
 from me_local.config import Config, Overrides
 from me_local.decoding.engine import Engine, Request, needed_logits
+from me_local.decoding.guessing import Repeats, Source
 from me_local.errors import ConfigError, InputError, PromptTooLongError
 from me_local.mixture.alignment import sufficient, top_k
 from me_local.model import EvaluationInterruptedError, LoadedModel
@@ -270,6 +271,7 @@ def check_conversation(messages: Sequence[Message]) -> None:
 def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config) -> None:
     """Raise ConfigError for what is asked and the engine of a member, or a vocabulary, cannot do."""
     _require_biases(engine, config)
+    _require_drafter(members, config)
     for i, (member, settings) in enumerate(zip(members, config.members, strict=True)):
         sampling, most = settings.sampling, member.abilities.most_logits
         lowered = engine.shaper(i, sampling, least_pieces(config)).lowered
@@ -284,6 +286,32 @@ def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config)
                 f'member "{member.name}": {_needing(engine, config, sampling, lowered)} needs {needed or "all"} '
                 f"logits, and its engine ({member.abilities.engine}) gives the {most} largest"
             )
+
+
+def guesses(members: Sequence[LoadedModel], config: Config, seen: bytes) -> Source | int | None:
+    """What guesses how a reply to prompts that show these bytes goes on: a source, or the member that writes ahead.
+
+    Where nothing is asked for, texts may repeat, but where logits would then have to leave a GPU for it.
+    """
+    if (drafter := _drafter(members, config)) is not None:
+        return drafter
+    able = [member.foreseeing for member in members if member.foreseeing]
+    by_default = config.draft is None and able and not any(each.picks for each in able)
+    return Repeats(seen) if by_default or config.draft == "ngram" else None
+
+
+def _drafter(members: Sequence[LoadedModel], config: Config) -> int | None:
+    """The member that writes ahead, if one does."""
+    names = [member.name for member in members]
+    return names.index(config.draft) if config.draft not in (None, "none", "ngram") else None
+
+
+def _require_drafter(members: Sequence[LoadedModel], config: Config) -> None:
+    drafter = _drafter(members, config)
+    if drafter is not None and members[drafter].foreseeing is None:
+        raise ConfigError(
+            f'draft: member "{config.draft}" cannot write ahead: it runs elsewhere, or its memory cannot be cut back'
+        )
 
 
 def _require_biases(engine: Engine, config: Config) -> None:

@@ -28,7 +28,6 @@ Strategy = Literal["me", "ce", "union"]
 Unit = Literal["token", "word"]
 Decode = Literal["sample", "argmax"]
 Route = Literal["shared", "own"]
-Draft = Literal["none", "ngram"]
 Engine = Literal["llama-server", "vllm"]
 ConstraintKind = Literal["json_schema", "json_object", "regex", "choice", "grammar"]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
@@ -113,7 +112,7 @@ class Config:
     alignment: Text = "top_k"  # the same
     route: Route | None = None  # of ME's replies at once; None = shared, where that keeps ME's gain
     parallel: Annotated[bool, Strict()] | None = None  # CE's members at the same time; None = the faster way
-    draft: Draft = "none"  # what guesses how a reply goes on
+    draft: Text | None = None  # what guesses how a reply goes on: "none", "ngram", a member; None: by the machine
     system: str | None = None
     template_args: _Arguments = field(default_factory=dict, hash=False)  # variables of all chat templates
     max_tokens: Annotated[Int, Field(ge=0)] = 512  # pieces per reply
@@ -141,7 +140,7 @@ class Overrides:
     decode: Decode | None = None
     route: Route | None = None
     parallel: bool | None = None
-    draft: Draft | None = None
+    draft: str | None = None
     seed: int | None = None
     system: str | None = None
     template_args: Mapping[str, Any] | None = None  # variables of chat templates; those not named stay
@@ -198,9 +197,7 @@ def load_config(path: Path) -> Config:
     reply = {key: sampling.pop(key) for key in _REPLY_KEYS if key in sampling}
     members = _members(document.get("members", []), path, Sampling(**sampling))
     config = Config(path=path, members=members, **ensemble, **reply)
-    _require_decodable(config, f"{path}: [ensemble].decode")
-    _require_words_by_me(config, f"{path}: [ensemble].unit")
-    _require_route(config, f"{path}: [ensemble].route")
+    _require_possible(config, lambda *keys: f"{path}: [ensemble].{keys[0]}")
     return replace(config, presets=_presets(document.get("presets", {}), config))
 
 
@@ -218,6 +215,11 @@ def override(config: Config, overrides: Overrides) -> Config:
     preset = preset_of(base, overrides.preset, "--preset") if overrides.preset else Overrides()
     changed = _changed(base, _merged(preset, options))
     return replace(changed, preset=overrides.preset or None, origin=(base, options))
+
+
+def seeded(config: Config, index: int) -> Config:
+    """The config for one of several replies, each of which has a seed of its own."""
+    return config if config.seed is None else override(config, Overrides(seed=config.seed + index))
 
 
 def preset_of(config: Config, name: str, place: str) -> Overrides:
@@ -262,9 +264,7 @@ def _changed(config: Config, overrides: Overrides, named: Callable[[str], str] =
     )
     given["template_args"] = {**config.template_args, **arguments}
     changed = replace(config, members=normalised(members, named("weights")) if weights else members, **given)
-    _require_decodable(changed, named("decode" if "decode" in given else "strategy"))
-    _require_words_by_me(changed, named("unit" if "unit" in given else "strategy"))
-    _require_route(changed, named("route" if "route" in given else "unit"))
+    _require_possible(changed, lambda *keys: named(next((key for key in keys if key in given), keys[-1])))
     return changed
 
 
@@ -368,21 +368,20 @@ def normalised(members: tuple[MemberConfig, ...], place: str) -> tuple[MemberCon
     return tuple(replace(member, weight=share / total) for member, share in zip(members, scaled, strict=True))
 
 
-def _require_decodable(config: Config, place: str) -> None:
+def _require_possible(config: Config, place: Callable[..., str]) -> None:
+    """Raise ConfigError for settings that do not go together; `place` names the one of several that was given."""
     if config.decode == "argmax" and config.strategy == "me":
         reason = '"me" runs one member per step and never sees the mixture'
-        raise ConfigError(f'{place}: decode "argmax" needs strategy "ce"; {reason}')
-
-
-def _require_words_by_me(config: Config, place: str) -> None:
+        raise ConfigError(f'{place("decode", "strategy")}: decode "argmax" needs strategy "ce"; {reason}')
     if config.unit == "word" and config.strategy != "me":
         reason = f'"{config.strategy}" averages members piece by piece, and cannot do so for whole words'
-        raise ConfigError(f'{place}: unit "word" needs strategy "me"; {reason}')
-
-
-def _require_route(config: Config, place: str) -> None:
+        raise ConfigError(f'{place("unit", "strategy")}: unit "word" needs strategy "me"; {reason}')
     if config.route == "shared" and config.unit == "word":
-        raise ConfigError(f'{place}: unit "word" needs route "own"; words begin at other steps in each reply')
+        reason = "words begin at other steps in each reply"
+        raise ConfigError(f'{place("route", "unit")}: unit "word" needs route "own"; {reason}')
+    known = ("none", "ngram", *(member.name for member in config.members))
+    if config.draft is not None and config.draft not in known:
+        raise ConfigError(f"{place('draft')}: unknown draft {shown(config.draft)}; {nearest(config.draft, known)}")
 
 
 @cache

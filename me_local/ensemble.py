@@ -14,12 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from me_local.asking import Ask, Prompt, Prompter, Prompts, check_conversation, make_request, require_able, visible
-from me_local.config import Config, Overrides, load_config, override
+from me_local.asking import (
+    Ask,
+    Prompt,
+    Prompter,
+    Prompts,
+    check_conversation,
+    guesses,
+    make_request,
+    require_able,
+    visible,
+)
+from me_local.config import Config, Overrides, load_config, override, seeded
 from me_local.decoding.batching import Batching, Running
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
-from me_local.decoding.guessing import Repeats
 from me_local.decoding.likelihoods import Passage, Score, Scorers, UnitScores, mixed, unit_weights
 from me_local.decoding.losses import first_loss
 from me_local.decoding.reply import Draft, Reply, ReplyStream
@@ -79,8 +88,9 @@ class Ensemble:
             raise ConfigError(f"batch: there is at least one reply at once, got {batch}")
         self.config = config
         self.batch = batch
-        router: Router = _plugin(config, "router", config.router)
-        alignment: Alignment = _plugin(config, "alignment", config.alignment)
+        table = f"{config.place}[ensemble]"
+        router: Router = find("me_local.routers", config.router, f"{table}.router")
+        alignment: Alignment = find("me_local.alignments", config.alignment, f"{table}.alignment")
         self.shelf = shelf or Shelf()
         with ExitStack() as stack:
             if shelf is None:
@@ -152,7 +162,7 @@ class Ensemble:
         left_out = [
             f"{name}: it evaluates no guesses (draft): it runs elsewhere, or its memory cannot be cut back"
             for name, member in zip(self.names, self.members, strict=True)
-            if self.config.draft != "none" and member.foreseeing is None
+            if self.config.draft not in (None, "none") and member.foreseeing is None
         ]
         return (
             self._notices
@@ -265,7 +275,7 @@ class Ensemble:
 
     def _finish(self, config: Config, index: int, ask: Ask, *, raw: bool) -> Finished:
         try:
-            config = self.with_overrides(ask.overrides, _seeded(config, index))
+            config = self.with_overrides(ask.overrides, seeded(config, index))
             prompts = self.prompter.asked(ask.prompt, config, raw=raw)
             with self.engine.turns.use():
                 seen = visible(ask.prompt, raw=raw)
@@ -294,7 +304,7 @@ class Ensemble:
                         batching.occupy(earlier[index])
                         continue
                     try:
-                        running[self.begin(batching, _seeded(config, index), ask, raw=raw)] = index
+                        running[self.begin(batching, seeded(config, index), ask, raw=raw)] = index
                     except MeLocalError as error:
                         yield Finished(index, error=error)
                 for one, _ in batching.step():
@@ -351,7 +361,7 @@ class Ensemble:
         cancelled = cancelled or threading.Event()
         kinds = self.prompter.kinds if prefill else ()
         request = make_request(config, prompts, kinds, alone=alone, top=top, prefill=prefill)
-        source = Repeats(shown) if config.draft == "ngram" else None
+        source = guesses(self.members, config, shown)
         generation = Generation(self.engine, request, cancelled.is_set, source=source)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
@@ -375,10 +385,6 @@ class Ensemble:
         self.close()
 
 
-def _seeded(config: Config, index: int) -> Config:
-    return config if config.seed is None else override(config, Overrides(seed=config.seed + index))
-
-
 def load(
     path: str | Path = "models.toml",
     overrides: Overrides | None = None,
@@ -391,10 +397,3 @@ def load(
     Raises ConfigError and LoadError.
     """
     return Ensemble(override(load_config(Path(path)), overrides or Overrides()), batch=batch, check=check)
-
-
-def _plugin(config: Config, key: str, name: str) -> Any:
-    try:
-        return find(f"me_local.{key}s", name)
-    except ConfigError as error:
-        raise ConfigError(f"{config.place}[ensemble].{key}: {error}") from None

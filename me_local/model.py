@@ -90,6 +90,10 @@ class Foreseeing(Protocol):
     def size(self) -> int:
         """Bytes of the model, all of which an evaluation reads."""
 
+    @property
+    def picks(self) -> bool:
+        """Whether without guesses it would hand over the largest logits alone, which costs less."""
+
     def foresee(
         self, ids: IntArray, guess: IntArray, wanted: Sequence[int], interrupted: Callable[[], bool] = ...
     ) -> tuple[Evaluated, list[Row]]:

@@ -134,8 +134,9 @@ _SAMPLING: list[Decorator] = [
     named("--decode", type=click.Choice(["sample", "argmax"]), help="argmax: the mixture's best piece (not for me)."),
     named(
         "--draft",
-        type=click.Choice(["none", "ngram"]),
-        help="ngram: guess that texts repeat: one evaluation may give several pieces, none another by it.",
+        metavar="[none|ngram|MEMBER]",
+        help="What guesses how a reply goes on, so that one evaluation may give several pieces: ngram, that texts "
+        "repeat; a member, what it would write itself. No guess changes what replies are like.",
     ),
     named("--max-tokens", type=int, help="The largest number of pieces in a reply."),
     named("--stop", type=Lines(), multiple=True, help="End the reply before this text; may be given several times."),

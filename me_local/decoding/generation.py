@@ -32,7 +32,7 @@ class Generation:
     `text` starts with the request's head; `given[member]` is the number of tokens in prompt and head, `work[member]`
     counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
     all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
-    none they follow from the seed. `source`, or the member `drafter`, guesses what comes next, so that members evaluate
+    none they follow from the seed. `source`, which may be a member, guesses what comes next, so that members evaluate
     several positions at once; it has no effect on what is drawn.
     """
 
@@ -43,8 +43,7 @@ class Generation:
         interrupted: Callable[[], bool] = lambda: False,
         *,
         route: Callable[[], float] | None = None,
-        source: Source | None = None,
-        drafter: int | None = None,
+        source: Source | int | None = None,
     ) -> None:
         self._engine = engine
         self._request = request
@@ -64,16 +63,15 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         shapers = [engine.shaper(i, each, request.min_tokens) for i, each in enumerate(request.sampling)]
-        guesses = source is not None or drafter is not None
-        whole = [guesses and i != drafter and model.foreseeing is not None for i, model in enumerate(engine.models)]
-        self.sufficient = tuple(0 if whole[i] else self._sufficient(i, shaper) for i, shaper in enumerate(shapers))
+        self._drafter = source if isinstance(source, int) else None
+        self._guesses = source is not None
+        self.sufficient = tuple(self._sufficient(i, shaper) for i, shaper in enumerate(shapers))
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         self._sampler = Sampler(engine, request, self._text, route, shapers, self.ids)
         self._planner = Planner(engine, request, self._text, self._contexts, self._sampler)
         self._rows = Rows(len(engine.models))
-        self._drafter = drafter
-        self._source = source if drafter is None else self._drafting(drafter)
+        self._source = self._drafting(source) if isinstance(source, int) else source
         if self._source:
             self._source.append(request.head)
 
@@ -134,8 +132,10 @@ class Generation:
         return Drafting(self._engine, self._request, *parts, member, partial(self._write_ahead, member))
 
     def _sufficient(self, member: int, shaper: Shaper) -> int:
-        """How many of a member's largest logits are enough."""
+        """How many of a member's largest logits are enough; one that evaluates guesses gives them all."""
         engine, request = self._engine, self._request
+        if self._guesses and member != self._drafter and engine.models[member].foreseeing:
+            return 0
         sampling = request.sampling[member]
         return needed_logits(
             engine.alignment, request.strategy, request.unit, sampling, request.constraint, shaper.lowered

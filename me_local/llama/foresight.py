@@ -8,6 +8,7 @@ import numpy as np
 from me_local.arrays import IntArray, LogitArray
 from me_local.llama.batch import Part
 from me_local.llama.sequences import Context
+from me_local.llama.weights import Weights
 from me_local.model import Evaluated, EvaluationInterruptedError, Row
 
 GUESS = 24
@@ -19,6 +20,8 @@ class Syncing(Context, Protocol):
 
     name: str
     seconds: float
+    weights: Weights
+    on_gpu: bool
 
     def sync(self, ids: IntArray, interrupted: Callable[[], bool] = ...) -> Evaluated:
         """Make the first cache hold exactly `ids`."""
@@ -28,12 +31,16 @@ class Syncing(Context, Protocol):
 
 
 class Foresight:
-    """Evaluates guesses of at most `ahead` tokens with the first sequence of a member; its model has `size` bytes."""
+    """Evaluates guesses of at most `ahead` tokens with the first sequence of a member.
 
-    def __init__(self, member: Syncing, ahead: int, size: int) -> None:
+    `size` is that of its model, in bytes; `picks`: without guesses only the largest logits leave the GPU.
+    """
+
+    def __init__(self, member: Syncing, ahead: int) -> None:
         self._member = member
         self.ahead = ahead
-        self.size = size
+        self.size = member.weights.size
+        self.picks = member.on_gpu
 
     def foresee(
         self,

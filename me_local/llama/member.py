@@ -206,8 +206,7 @@ class Member:
     @property
     def foreseeing(self) -> Foresight | None:
         """What evaluates guesses with it; a memory that cannot be cut back is left out."""
-        able = self._outputs > 1 and not self.caches[0].checkpoints
-        return Foresight(self, self._outputs - 1, self.weights.size) if able else None
+        return Foresight(self, self._outputs - 1) if self._outputs > 1 and not self.caches[0].checkpoints else None
 
     @_using
     def shorten(self, count: int, numbers: IntArray) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import special
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.asking import make_request
+from me_local.asking import guesses, make_request
 from me_local.decoding.engine import Engine, Request
 from me_local.decoding.generation import Generation
 from me_local.decoding.guessing import Repeats, Source
@@ -229,10 +229,11 @@ class _Verification:
                 self._step_by_step(member, generation.ids(member), generation.given[member])
         return prefixes[int(self._random.integers(len(prefixes)))]
 
-    def _source(self, request: Request) -> Source | None:
-        """With guesses, those of one who has seen this reply before."""
-        if self._ensemble.config.draft == "none":
-            return None
+    def _source(self, request: Request) -> Source | int | None:
+        """With guesses of bytes, those of one who has seen this reply before."""
+        source = guesses(self._ensemble.members, self._ensemble.config, b"")
+        if source is None or isinstance(source, int):
+            return source
         earlier = Generation(self._engine, request)
         for _ in range(STEPS):
             if earlier.step() is None:

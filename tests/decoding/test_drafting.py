@@ -6,6 +6,7 @@ Members compute in full precision, as in test_guessing.py.
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from me_local.decoding import drafting
 from me_local.decoding.drafting import MOST, price
 from me_local.decoding.engine import Engine
 from me_local.decoding.generation import Generation
-from me_local.llama.foresight import GUESS, Foresight
+from me_local.llama.foresight import GUESS
 from me_local.llama.member import Member
 from me_local.llama.weights import Weights
 from me_local.mixture.alignment import top_k
@@ -63,7 +64,7 @@ def compare(open_all: OpenAll, asked: Asked, drafter: int, seeds: int) -> list[G
     written = []
     for seed in range(seeds):
         expected = rest(begin(plain, asked, seed))
-        found = begin(drafting, asked, seed, drafter=drafter)
+        found = begin(drafting, asked, seed, source=drafter)
         assert rest(found) == expected
         written.append(found)
     return written
@@ -113,7 +114,7 @@ def test_it_stops_where_its_context_does(open_all: OpenAll) -> None:
     asked = Asked(case("bpe_a", "bpe_b", "bpe_c", weights=(0.5, 0.5, 0.0), head=b"the cat " * 30))
     plain, ahead = (Engine(open_all(asked.case), asked.case.router, top_k) for _ in range(2))
     for seed in range(3):
-        found = begin(ahead, asked, seed, drafter=2)
+        found = begin(ahead, asked, seed, source=2)
         ahead.models[2].n_ctx = len(found.ids(2)) + 10
         assert rest(found) == rest(begin(plain, asked, seed))
 
@@ -122,7 +123,7 @@ class Sized:
     """A model of a size."""
 
     def __init__(self, size: int) -> None:
-        self.foreseeing = Foresight(self, 8, size) if size else None  # type: ignore[arg-type]
+        self.foreseeing = SimpleNamespace(size=size) if size else None
 
 
 @pytest.mark.parametrize(
@@ -140,12 +141,6 @@ class Sized:
 def test_what_a_guess_costs(
     sizes: tuple[int, ...], weights: tuple[float, ...], strategy: Any, member: int, expected: float
 ) -> None:
-    class Models:
-        models = tuple(Sized(size) for size in sizes)
-
-    class Asking:
-        pass
-
-    asking: Any = Asking()
-    asking.strategy, asking.weights = strategy, np.array(weights)
-    assert price(Models(), asking, member) == pytest.approx(expected)  # type: ignore[arg-type]
+    engine: Any = SimpleNamespace(models=tuple(Sized(size) for size in sizes))
+    request: Any = SimpleNamespace(strategy=strategy, weights=np.array(weights))
+    assert price(engine, request, member) == pytest.approx(expected)

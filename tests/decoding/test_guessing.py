@@ -101,7 +101,7 @@ def open_all(tiny: dict[str, Path]) -> Iterator[OpenAll]:
         yield lambda this, **settings: [open_one(name, **settings) for name in this.names]
 
 
-def begin(engine: Engine, asked: Asked, seed: int, source: Source | None = None, **kwargs: Any) -> Generation:
+def begin(engine: Engine, asked: Asked, seed: int, source: Source | int | None = None, **kwargs: Any) -> Generation:
     """A reply with this seed."""
     plain = request(engine.models, asked.case, asked.strategy, seed)
     return Generation(engine, replace(plain, unit=asked.unit, constraint=asked.constraint), source=source, **kwargs)
