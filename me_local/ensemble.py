@@ -128,9 +128,9 @@ class Ensemble:
         each what `chat_template` in a models.toml may be, in the place of that in the GGUF. `overrides` hold for all.
         The instances are driven by their `eval`, and stay the program's: closing the ensemble does not close them.
         `n_tokens` and `input_ids` of each say between two steps what its cache holds; one that the program has used
-        meanwhile is evaluated anew. They give the replies that members of a models.toml with equal options give, seed
-        by seed. A `Llama` has room for one reply at a time, so that `batch` can be 1 alone. Raises ConfigError for what
-        cannot be a member, and LoadError for a model that cannot.
+        meanwhile is evaluated anew. They give the replies that members of a models.toml with equal options and
+        `draft = "none"` give, seed by seed. A `Llama` has room for one reply at a time, so that `batch` can be 1 alone.
+        Raises ConfigError for what cannot be a member, and LoadError for a model that cannot.
         """
         config = instances_config(instances, weights or {}, sampling or {}, templates or {})
         if batch > 1:

@@ -1,12 +1,14 @@
 """Which positions of a guess members evaluate at once, and the logits that they gave there.
 
 A plan follows the guess from the end of the text on, piece by piece, as if it held: each is the next token of the
-member that the route is going to draw there. A member can use a position where the ids of the text up to there are the
-first of those of text and guess. What is planned decides what is evaluated, and nothing else: logits are found again by
-all the ids that they came after (`Rows`), so a plan that is wrong costs time alone.
+member that the route is going to draw there, or bytes that a constraint forces, for which no member is asked. A member
+can use a position where the ids of the text up to there are the first of those of text and guess. What is planned
+decides what is evaluated, and nothing else: logits are found again by all the ids that they came after (`Rows`), so a
+plan that is wrong costs time alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,8 @@ from me_local.mixture.alignment import pick
 from me_local.mixture.routing import route
 from me_local.mixture.words import is_free, may_end
 from me_local.model import Row
+from me_local.text import constraints
+from me_local.text.constraints import Matcher
 from me_local.text.growing import SampledText, Text, TokenizedText
 from me_local.text.utf8 import utf8_runs
 
@@ -71,6 +75,64 @@ class _Cut:
         return next((end for end in self.ends if end > offset), None)
 
 
+class Trail:
+    """A guess, along which a `matcher` goes that stands at its beginning, if there is a constraint."""
+
+    def __init__(self, guess: bytes, matcher: Matcher | None) -> None:
+        self._guess = guess
+        self._matcher = matcher
+        self._at = 0  # bytes of the guess that the matcher has followed
+
+    def asked(self, end: int) -> tuple[int, int] | None:
+        """Where members are asked next once so much of the guess stands, and how many forced pieces lie between.
+
+        None where the guess breaks the constraint, or the reply is over. Each `end` is behind what came out before.
+        """
+        matcher, forced = self._matcher, 0
+        if matcher is None:
+            return end, 0
+        try:
+            matcher.append(self._guess[self._at : end])
+            while _is_border(self._guess, end) and (piece := matcher.forced()):
+                if not self._guess.startswith(piece, end):
+                    return None
+                matcher.append(piece)
+                end, forced = end + len(piece), forced + 1
+            self._at = end
+            return None if matcher.is_over() else (end, forced)
+        except RunError:
+            return None
+
+
+class Trails:
+    """The trails of guesses behind a text that grows, with a matcher of their own.
+
+    Copies of a matcher share a limit on the number of their states: those of the reply's own would let guesses end it.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._matcher: Matcher | None = None
+        self._followed = len(request.head)
+
+    def of(self, text: bytes, guess: bytes) -> Trail:
+        """That of a guess behind a text, which starts with the one before."""
+        constraint = self._request.constraint
+        if constraint is None:
+            return Trail(guess, None)
+        if self._matcher is None:
+            self._matcher = constraints.start(constraint, self._request.closing)
+        with suppress(RunError):  # at the limit, where copies cannot go on either
+            self._matcher.append(text[self._followed :])
+        self._followed = len(text)
+        return Trail(guess, self._matcher.copy())
+
+
+def _is_border(text: bytes, at: int) -> bool:
+    """Whether no character of a valid text goes on there."""
+    return not b"\x80" <= text[at : at + 1] < b"\xc0"
+
+
 class Planner:
     """Plans for one reply, whose text and contexts grow elsewhere."""
 
@@ -87,6 +149,7 @@ class Planner:
         self._text = text
         self._contexts = contexts
         self._sampler = sampler
+        self._trails = Trails(request)
         self._cuts: dict[int, _Cut] = {}
         self._guess = b""
 
@@ -98,7 +161,8 @@ class Planner:
             return {}
         self._guess, self._cuts = run, {}
         needed: dict[int, list[int]] = {member: [] for member in able}
-        walk = self._route(members[0]) if self._request.strategy == "me" else self._together(members)
+        trail = self._trails.of(self._text.whole, run)
+        walk = self._route(members[0], trail) if self._request.strategy == "me" else self._together(members, trail)
         for member, offset in walk:
             if member in needed:
                 needed[member].append(offset)
@@ -124,8 +188,8 @@ class Planner:
         context, end = self._contexts[member], cut.ends[cut.own + count - 1]
         if isinstance(context, SampledText):
             return True
-        whole = self._guess[end : end + 1] < b"\x80" or self._guess[end : end + 1] >= b"\xc0"
-        return whole and context.are(self._text.whole, self._guess[:end], cut.ids[: cut.own + count])
+        ids = cut.ids[: cut.own + count]
+        return _is_border(self._guess, end) and context.are(self._text.whole, self._guess[:end], ids)
 
     def _cut(self, member: int) -> _Cut:
         key = self._engine.groups[member]
@@ -138,14 +202,14 @@ class Planner:
             self._cuts[key] = _Cut(ids, own, vocabulary.pieces, len(self._guess))
         return self._cuts[key]
 
-    def _together(self, members: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _together(self, members: Sequence[int], trail: Trail) -> Iterator[tuple[int, int]]:
         """CE: every member, wherever the one with the largest weight has a border."""
         leading, offset = max(members, key=lambda member: self._request.weights[member]), 0
-        while (end := self._cut(leading).next_end(offset)) is not None:
-            offset = end
+        while (end := self._cut(leading).next_end(offset)) is not None and (asked := trail.asked(end)):
+            offset, _ = asked
             yield from ((member, offset) for member in members)
 
-    def _route(self, member: int) -> Iterator[tuple[int, int]]:
+    def _route(self, member: int, trail: Trail) -> Iterator[tuple[int, int]]:
         """ME: the members that are going to be asked, and after how many bytes of the guess."""
         words, opening = self._request.unit == "word", self._sampler.is_opening(member)
         offset, drawn = 0, 0
@@ -157,7 +221,11 @@ class Planner:
                     member = following
                     yield member, offset
                     continue
-            offset, opening = end, not words or is_free(self._text.whole + self._guess[:end])
+            if (asked := trail.asked(end)) is None:
+                return
+            offset, forced = asked
+            drawn += forced
+            opening = not words or forced > 0 or is_free(self._text.whole + self._guess[:offset])
             if opening:
                 following, drawn = self._drawn(offset, drawn), drawn + 1
                 if following is None:

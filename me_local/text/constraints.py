@@ -5,12 +5,13 @@ whatever their vocabularies: a piece may come next if some text of the set goes 
 where it is such a text. Bytes that come next in any case are *forced*. Knows nothing of tokens or of members.
 """
 
+import copy
 import json
 import math
 import re
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import llguidance
 import numpy as np
@@ -44,6 +45,12 @@ class Matcher:
     def __init__(self, fresh: Any) -> None:
         self._matcher = fresh
         self._forced: bytes | None = None
+
+    def copy(self) -> Self:
+        """Another that goes on from here; the two share their states, and the limit on their number."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        return other
 
     def allows(self, piece: bytes) -> bool:
         """Whether these bytes, all of them, may come next."""

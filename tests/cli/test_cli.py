@@ -124,7 +124,8 @@ def test_wrong_models_are_one_line_and_status_2(run: Run, tmp_path: Path, tiny: 
 
 
 def test_a_run_that_fails_has_status_1_and_keeps_its_text(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30).stdout
+    options = ("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30, "--ignore-eos")
+    whole = run(*options).stdout
     decode, calls = Member._decode, []
 
     def failing(*args: Any) -> int:
@@ -132,7 +133,7 @@ def test_a_run_that_fails_has_status_1_and_keeps_its_text(run: Run, monkeypatch:
         return 1 if len(calls) == 9 else decode(*args)
 
     monkeypatch.setattr(Member, "_decode", failing)
-    result = run("generate", "--raw", "the cat", "--seed", 1, "--max-tokens", 30)
+    result = run(*options)
     one_line(result, 1, 'member "', "no room is left in its KV cache")
     assert whole.startswith(result.stdout.removesuffix("\n"))
     assert len(result.stdout) > 3

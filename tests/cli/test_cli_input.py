@@ -139,7 +139,7 @@ def test_variables_are_those_that_the_help_shows() -> None:
 
 
 def test_a_stop_text_from_the_environment_is_one_with_its_white_space(run: Run) -> None:
-    options = ["generate", "--raw", "the cat", "--seed", 2, "--max-tokens", 60]
+    options = ["generate", "--raw", "the cat", "--seed", 3, "--max-tokens", 60]
     text = run(*options).stdout
     stop = next(text[i - 1 : i + 2] for i, c in enumerate(text) if c == " " and 5 < i < len(text) - 3)
     ended = run(*options, env={"ME_LOCAL_STOP": stop}).stdout

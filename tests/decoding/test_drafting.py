@@ -3,9 +3,6 @@
 Members compute in full precision, as in test_guessing.py.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,18 +10,16 @@ import numpy as np
 import pytest
 from selection import slow_but
 from test_exact_replies import case
-from test_guessing import ASKED, Asked, OpenAll, begin, guessed, rest
+from test_guessing import ASKED, Asked, OpenAll, begin, guessed, open_all, rest
 
-from me_local.config import MemberConfig
 from me_local.decoding import drafting
 from me_local.decoding.drafting import MOST, price
 from me_local.decoding.engine import Engine
 from me_local.decoding.generation import Generation
-from me_local.llama.foresight import GUESS
-from me_local.llama.member import Member
-from me_local.llama.weights import Weights
 from me_local.mixture.alignment import top_k
 from me_local.sampling import Sampling
+
+__all__ = ["open_all"]
 
 CHEAP = 0.02
 SELDOM = ("temperature 0", "each its own", "constraint")  # tiny models hardly ever agree there
@@ -36,20 +31,6 @@ TWINS = {  # the last, which writes ahead, is one of the others once more
     "words": Asked(case("bpe_c", "spm", "spm", weights=(0.3, 0.7, 0.0)), unit="word"),
     "one vocabulary": Asked(case("bpe_a", "bpe_b", "bpe_b", weights=(0.3, 0.7, 0.0))),
 }
-
-
-@pytest.fixture
-def open_all(tiny: dict[str, Path]) -> Iterator[OpenAll]:
-    """The members of a case, with room for guesses."""
-    with ExitStack() as stack:
-
-        def open_one(name: str, **settings: Any) -> Member:
-            full = {"type_k": "f32", "type_v": "f32", "n_ctx": 512, "n_threads": 1}
-            config = MemberConfig(name=name, path=tiny[name], **(full | settings))
-            weights = stack.enter_context(closing(Weights(config)))
-            return stack.enter_context(Member(config, weights, outputs=GUESS + 1))
-
-        yield lambda this, **settings: [open_one(name, **settings) for name in this.names]
 
 
 @pytest.fixture(autouse=True)

@@ -137,6 +137,11 @@ def guessed(written: list[Generation]) -> int:
     return sum(work.guessed for running in written for work in running.work)
 
 
+def foreseeable(written: list[Generation]) -> int:
+    """How many could have come out of guesses: all but the first of each member in a reply."""
+    return sum(max(0, work.calls + work.guessed - 1) for running in written for work in running.work)
+
+
 @pytest.mark.parametrize("name", slow_but(ASKED, "one vocabulary", "BPE and SPM", "CE", "words"))
 def test_a_reply_does_not_depend_on_guesses(open_all: OpenAll, name: str) -> None:
     assert guessed(compare(open_all, ASKED[name], "right half of the time", 5)) > 0

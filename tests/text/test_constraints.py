@@ -179,6 +179,17 @@ def test_replies_have_matchers_of_their_own() -> None:
     assert len(regex(pattern).forced()) > 100_000
 
 
+@pytest.mark.parametrize("closing", [b"", b"</think>"])
+def test_a_copy_goes_its_own_way(closing: bytes) -> None:
+    matcher = start(Constraint("choice", '["yes", "yea", "no"]'), closing)
+    matcher.append(closing[:3])
+    other = matcher.copy()
+    other.append(closing[3:] + b"ye")
+    assert following(other) == b"as"
+    matcher.append(closing[3:])
+    assert following(matcher).strip() == b"ny"
+
+
 def test_a_dead_end_is_an_error() -> None:
     matcher = grammar('start: "a" x | "b"\nx: "c" x')
     matcher.append(b"a")
