@@ -17,7 +17,7 @@ from me_local.arrays import IntArray
 from me_local.checks import shown
 from me_local.config import Config, Overrides
 from me_local.decoding.engine import Engine, Request, needed_logits
-from me_local.decoding.guessing import Repeats, Source
+from me_local.decoding.guessing import CHEAP, DEAR, Repeats, Source
 from me_local.errors import ConfigError, InputError, PromptTooLongError
 from me_local.mixture.alignment import sufficient, top_k
 from me_local.model import EvaluationInterruptedError, LoadedModel
@@ -296,8 +296,9 @@ def guesses(members: Sequence[LoadedModel], config: Config, seen: bytes) -> Sour
     if (drafter := _drafter(members, config)) is not None:
         return drafter
     able = [member.foreseeing for member in members if member.foreseeing]
-    by_default = config.draft is None and able and not any(each.picks for each in able)
-    return Repeats(seen) if by_default or config.draft == "ngram" else None
+    on_gpu = any(each.picks for each in able)
+    by_default = config.draft is None and able and not on_gpu
+    return Repeats(seen, CHEAP if on_gpu else DEAR) if by_default or config.draft == "ngram" else None
 
 
 def _drafter(members: Sequence[LoadedModel], config: Config) -> int | None:

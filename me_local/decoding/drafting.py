@@ -8,14 +8,17 @@ sizes, not from any time that was measured: see `guessing`.
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from me_local.arrays import IntArray
 from me_local.decoding.engine import Engine, Request
-from me_local.decoding.planning import Rows, drawn_member
+from me_local.decoding.planning import Rows, Trails, drawn_member
 from me_local.decoding.strategies import Sampler
+from me_local.errors import RunError
 from me_local.model import Row
+from me_local.text.constraints import Matcher
 from me_local.text.growing import SampledText, Text, TokenizedText
 from me_local.text.unified import END
 
@@ -48,6 +51,7 @@ class Drafting:
         self._request = request
         self._text = text
         self._context = contexts[member]
+        self._trails = Trails(request)
         self._sampler = sampler
         self._rows = rows
         self._member = member
@@ -71,30 +75,42 @@ class Drafting:
         """What the member writes ahead, where one of the others is asked now; none where it does not pay."""
         if all(member == self._member for member in asked) or not self._pays():
             return b""
-        ahead, numbers, holds = copy.copy(self._text), list[int](), 1.0
+        self._others, self._left = set(), b""
         rows: dict[bytes, Row] = {}
-        self._others = set()
-        while len(numbers) < MOST and holds >= self._price:
-            ids = self._ids(ahead.whole, numbers)
-            if len(ids) > self._engine.models[self._member].n_ctx:
-                break
+        ahead = _Ahead(copy.copy(self._text), self._trails.matcher(self._text.whole))
+        self._write(ahead, asked, rows)
+        self._rows.replace(self._member, rows)
+        self._left = ahead.text.whole[len(self._text.whole) :]
+        return self._left
+
+    def _write(self, ahead: "_Ahead", asked: Sequence[int], rows: dict[bytes, Row]) -> None:
+        """Write ahead as far as it pays, and keep the rows that this took."""
+        model, holds = self._engine.models[self._member], 1.0
+        while ahead.pieces < MOST and holds >= self._price and self._engine.can_write(self._member, ahead.text.strays):
+            if piece := ahead.forced():
+                ahead.append(piece, model.vocabulary.canonical(piece))
+                continue
+            ids = self._ids(ahead)
+            if ahead.is_over() or len(ids) > model.n_ctx:
+                return
             row = self._rows.find(self._member, ids)
             rows[ids.tobytes()] = row = self._evaluate(ids) if row is None else row
-            guessed = len(ahead.whole) - len(self._text.whole)
-            number = self._sampler.ahead(self._member, row, ids, guessed, len(numbers))
+            number = self._draw(ahead, row, ids)
             if number == END:
-                break
+                return
+            asked = self._asked(asked, ahead)
             if asked != [self._member]:
-                self._others.add(len(ahead.whole))
+                self._others.add(len(ahead.text.whole))
                 holds *= self._agreed / self._tried
-            numbers.append(number)
-            ahead.append(self._engine.unified.pieces[number])
-            if not self._engine.can_write(self._member, ahead.strays):
-                break
-            asked = self._asked(asked, ahead, len(numbers) - 1)
-        self._rows.replace(self._member, rows)
-        self._left = ahead.whole[len(self._text.whole) :]
-        return self._left
+            ahead.append(self._engine.unified.pieces[number], [number - 1])
+
+    def _draw(self, ahead: "_Ahead", row: Row, ids: IntArray) -> int:
+        """The number of the member's next piece; END also where it has none."""
+        guessed = len(ahead.text.whole) - len(self._text.whole)
+        try:
+            return self._sampler.ahead(self._member, row, ids, guessed, ahead.pieces, ahead.matcher)
+        except RunError:
+            return END
 
     def _pays(self) -> bool:
         """Whether a guess of one piece pays, or its turn to be tried has come."""
@@ -103,20 +119,50 @@ class Drafting:
         self._declined = (self._declined + 1) % _PROBE
         return self._declined == 0 and self._price < 1
 
-    def _ids(self, text: bytes, numbers: Sequence[int]) -> IntArray:
-        """The member's ids after a text that is guessed from some place on, and pieces of these numbers there."""
+    def _ids(self, ahead: "_Ahead") -> IntArray:
+        """The member's ids after what is written."""
         prompt, context, whole = self._request.prompts[self._member], self._context, self._text.whole
         if isinstance(context, SampledText):
-            return np.concatenate([prompt, context.ids(whole), np.array(numbers, dtype=np.int32) - 1])
-        ids, _ = context.beyond(whole, text[len(whole) :])
+            return np.concatenate([prompt, context.ids(whole), np.array(ahead.sampled, dtype=np.int32)])
+        ids, _ = context.beyond(whole, ahead.text.whole[len(whole) :])
         return np.concatenate([prompt, context.ids(whole)[: context.final], np.array(ids, dtype=np.int32)])
 
-    def _asked(self, asked: Sequence[int], ahead: Text, drawn: int) -> list[int]:
-        """The members that are asked behind a guess, after so many draws of a member. By words it is the writer."""
-        if self._request.strategy != "me" or self._request.unit == "word":
+    def _asked(self, asked: Sequence[int], ahead: "_Ahead") -> list[int]:
+        """The members that are asked behind what is written. By words it is the writer."""
+        if self._request.strategy != "me" or self._request.unit == "word" or not ahead.pieces:
             return list(asked)
-        member = drawn_member(self._engine, self._request, self._sampler, ahead, drawn)
+        member = drawn_member(self._engine, self._request, self._sampler, ahead.text, ahead.pieces - 1)
         return list(asked) if member is None else [member]
+
+
+@dataclass(slots=True)
+class _Ahead:
+    """What is written ahead: the `text` with it, its `pieces`, and their ids, where vocabularies are one."""
+
+    text: Text
+    matcher: Matcher | None
+    pieces: int = 0
+    lost: bool = False
+    sampled: list[int] = field(default_factory=list)
+
+    def append(self, piece: bytes, ids: Sequence[int]) -> None:
+        """Go on with a piece."""
+        self.text.append(piece)
+        self.sampled += ids
+        self.pieces += 1
+        if self.matcher:
+            try:
+                self.matcher.append(piece)
+            except RunError:  # at a limit, which must not end the reply
+                self.lost = True
+
+    def forced(self) -> bytes:
+        """The bytes that a constraint forces next."""
+        return self.matcher.forced() if self.matcher and not (self.text.in_character or self.is_over()) else b""
+
+    def is_over(self) -> bool:
+        """Whether a constraint lets nothing follow, as far as it can be followed."""
+        return self.lost or (self.matcher is not None and self.matcher.is_over())
 
 
 def price(engine: Engine, request: Request, member: int) -> float:

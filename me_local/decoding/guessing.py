@@ -4,6 +4,8 @@ A guess decides which positions members evaluate at once (`planning`), and never
 the texts alone, not from any time that was measured: so do the batches of a reply, and a seed repeats it bit by bit.
 """
 
+import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,38 +20,50 @@ class Source(Protocol):
         """The bytes that may come next, where these members are asked; none where a guess does not pay."""
 
 
-SHORTEST = 12
+SHORTEST = 8
 """Bytes that have to have stood there before."""
 LONGEST = 96
-"""Bytes of a guess."""
+"""Bytes of a guess, and so many of those that agree count."""
+LEAST = 4
+"""Bytes of a guess that is worth the trouble."""
+DEAR, CHEAP = 0.6, 0.15
+"""How likely a byte has to be right to be guessed: where each token that is evaluated costs, and on a GPU."""
+
+_LENGTHS = (16, 24, 48, LONGEST)
+"""From so many bytes that agree on, it is counted anew how often the next does not."""
+_BROKEN = 2
+"""So many that did not are taken for granted, at one in as many bytes as agree."""
 
 
 class Repeats:
     """What stood behind the last bytes where they were before, in `shown` or in the text.
 
     As long as the text goes on like an earlier place, it is followed there; else the last place with the same
-    `SHORTEST` bytes is looked up. A guess has half as many bytes as have agreed so far; each that fails doubles the
-    number that it takes for the next, and each that holds halves it.
+    `SHORTEST` bytes is looked up. How often the next byte was another is counted, by how many agreed before it, whether
+    it was guessed or not; a guess ends where by these counts it holds with a probability below `sure`.
     """
 
-    def __init__(self, shown: bytes = b"") -> None:
+    def __init__(self, shown: bytes = b"", sure: float = DEAR) -> None:
         self._bytes = bytearray()
         self._ends: dict[bytes, int] = {}  # of the last places with so many bytes
         self._at = 0  # the place that is followed
         self._agreed = 0  # bytes in front of it that are the last ones, 0: none is followed
-        self._needed = SHORTEST
-        self._guessed = 0  # bytes of a guess that are still to come
+        self._risk = -math.log(sure)
+        self._followed, self._broken = ([0] * (len(_LENGTHS) + 1) for _ in range(2))
         self.append(shown)
 
     def append(self, piece: bytes) -> None:
         """Note that the text goes on with these bytes."""
         known, start = self._bytes, len(self._bytes)
-        holds = self._agreed > 0 and known[self._at : self._at + len(piece)] == piece
-        self._judge(len(piece), holds)
+        same = self._same(piece)
+        if self._agreed:
+            at = bisect_right(_LENGTHS, self._agreed)
+            self._followed[at] += same
+            self._broken[at] += same < len(piece)
         known += piece
-        if holds:
-            self._at += len(piece)
-            self._agreed += len(piece)
+        if self._agreed and same == len(piece):
+            self._at += same
+            self._agreed += same
         else:
             self._look_up()
         for end in range(max(start, SHORTEST - 1) + 1, len(known) + 1):
@@ -57,22 +71,22 @@ class Repeats:
 
     def guess(self, asked: Sequence[int]) -> bytes:
         """The bytes that may come next, whoever is asked; none where a guess does not pay."""
-        if self._agreed < self._needed:
+        if not self._agreed:
             return b""
-        guess = bytes(self._bytes[self._at : self._at + min(self._agreed // 2, LONGEST)])
-        self._guessed = len(guess)
-        return guess
+        length, risk = 0, 0.0
+        while length < LONGEST and (risk := risk + self._breaks(self._agreed + length)) <= self._risk:
+            length += 1
+        return bytes(self._bytes[self._at : self._at + length]) if length >= LEAST else b""
 
-    def _judge(self, count: int, holds: bool) -> None:
-        """Note whether so many bytes of a guess, if there was one, were right."""
-        if not self._guessed:
-            return
-        if not holds:
-            self._needed, self._guessed = min(2 * self._needed, LONGEST), 0
-        elif count >= self._guessed:
-            self._needed, self._guessed = max(self._needed // 2, SHORTEST), 0
-        else:
-            self._guessed -= count
+    def _same(self, piece: bytes) -> int:
+        """How many bytes of a piece stand at the place that is followed, from the first on."""
+        there = self._bytes[self._at : self._at + len(piece)]
+        return next((i for i, (a, b) in enumerate(zip(piece, there, strict=False)) if a != b), len(there))
+
+    def _breaks(self, agreed: int) -> float:
+        """How likely the next byte is to be another, where so many agree."""
+        at = bisect_right(_LENGTHS, agreed)
+        return (self._broken[at] + _BROKEN) / (self._followed[at] + _BROKEN * agreed)
 
     def _look_up(self) -> None:
         """Find the last place with the same bytes."""

@@ -117,15 +117,19 @@ class Trails:
 
     def of(self, text: bytes, guess: bytes) -> Trail:
         """That of a guess behind a text, which starts with the one before."""
+        return Trail(guess, self.matcher(text))
+
+    def matcher(self, text: bytes) -> Matcher | None:
+        """One at the end of a text, which starts with the one before, to go on by itself; none without a constraint."""
         constraint = self._request.constraint
         if constraint is None:
-            return Trail(guess, None)
+            return None
         if self._matcher is None:
             self._matcher = constraints.start(constraint, self._request.closing)
         with suppress(RunError):  # at the limit, where copies cannot go on either
             self._matcher.append(text[self._followed :])
         self._followed = len(text)
-        return Trail(guess, self._matcher.copy())
+        return self._matcher.copy()
 
 
 def _is_border(text: bytes, at: int) -> bool:

@@ -126,7 +126,7 @@ class Sampler:
         """The mixture, and the distribution of each member with a weight above 0."""
         members = [int(i) for i in np.flatnonzero(weights)]
         rows = yield from self._rows(members)
-        distributions = {i: self._align(i, rows[i], self._engine.unified.numbers[i]) for i in members}
+        distributions = {i: self._align(i, rows[i], self._engine.unified.numbers[i], self._matcher) for i in members}
         if self._request.strategy == "union":
             temperatures = {i: self._request.sampling[i].temperature for i in members}
             whole = {i: split(row, self._engine.unified.numbers[i])[0] for i, row in rows.items()}
@@ -137,16 +137,14 @@ class Sampler:
     def _place(self) -> int:
         return len(self._text.whole) - len(self._request.head)
 
-    def ahead(self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int) -> int:
+    def ahead(self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int, matcher: Matcher | None) -> int:
         """The number of the piece that a member would draw after its `ids`, so many guessed bytes and pieces later.
 
-        END also where a constraint would have to follow what is guessed.
+        `matcher` has followed these bytes, if there is a constraint.
         """
-        if self._matcher and pieces:
-            return END
         shaper = self._shapers[member]
         shaped = row if shaper is None else shaper.shape(row, lambda: ids, self._written + pieces)
-        distribution = self._align(member, shaped, self._engine.unified.numbers[member])
+        distribution = self._align(member, shaped, self._engine.unified.numbers[member], matcher)
         return sample(distribution, self._noise.at(self._place + guessed, distribution.numbers))[0]
 
     def upcoming(self, index: int) -> float:
@@ -195,9 +193,11 @@ class Sampler:
         """The member's distribution over the first piece of a word; over any piece, where it may write no such one."""
         row = (yield from self._rows([member]))[member]
         openings = self._engine.openings
-        whole = self._align(member, row, self._engine.unified.numbers[member])
+        whole = self._align(member, row, self._engine.unified.numbers[member], self._matcher)
         given = openings.condition(whole)
-        return self._align(member, row, openings.numbers[member], whole) if given is None else given
+        if given is not None:
+            return given
+        return self._align(member, row, openings.numbers[member], self._matcher, whole)
 
     def _step_ce(self, weights: FloatArray) -> Course[Draw]:
         mixture, distributions = yield from self.mixture(weights)
@@ -221,7 +221,7 @@ class Sampler:
     def _predict(self, member: int) -> Course[Distribution]:
         """The member's distribution over the next piece."""
         row = (yield from self._rows([member]))[member]
-        return self._align(member, row, self._engine.unified.numbers[member])
+        return self._align(member, row, self._engine.unified.numbers[member], self._matcher)
 
     def _rows(self, members: Sequence[int]) -> Course[dict[int, Row]]:
         """The logits of members, after their penalties and biases."""
@@ -256,7 +256,14 @@ class Sampler:
             return sampling
         return replace(sampling, xtc_probability=float(self._coin < sampling.xtc_probability))
 
-    def _align(self, member: int, row: Row, numbers: IntArray, otherwise: Distribution | None = None) -> Distribution:
+    def _align(
+        self,
+        member: int,
+        row: Row,
+        numbers: IntArray,
+        matcher: Matcher | None,
+        otherwise: Distribution | None = None,
+    ) -> Distribution:
         """The distribution over the pieces of these numbers that a member's logits, shaped already, stand for.
 
         Where none of them may come, `otherwise`, if there is one.
@@ -264,8 +271,8 @@ class Sampler:
         try:
             logits, numbers = split(row, numbers)
             sampling = self._sampling(member)
-            if self._matcher:
-                numbers = self._permitted(logits, numbers, self._matcher, sampling)
+            if matcher:
+                numbers = self._permitted(logits, numbers, matcher, sampling)
             if otherwise and not ((numbers >= 0) & (logits > -np.inf)).any():
                 return otherwise
             return self._engine.alignment(logits, numbers, sampling)

@@ -12,6 +12,7 @@ from selection import slow_but
 from test_exact_replies import case
 from test_guessing import ASKED, Asked, OpenAll, begin, guessed, open_all, rest
 
+from me_local.config import Constraint
 from me_local.decoding import drafting
 from me_local.decoding.drafting import MOST, price
 from me_local.decoding.engine import Engine
@@ -22,7 +23,8 @@ from me_local.sampling import Sampling
 __all__ = ["open_all"]
 
 CHEAP = 0.02
-SELDOM = ("temperature 0", "each its own", "constraint")  # tiny models hardly ever agree there
+FORCING = Constraint("regex", "([a-z]{1,3} 123, ){12}")
+SELDOM = ("temperature 0", "each its own")  # tiny models hardly ever agree there
 TWINS = {  # the last, which writes ahead, is one of the others once more
     "of one with a weight": Asked(case("bpe_c", "spm", "spm", weights=(0.5, 0.25, 0.25), temperature=1.2)),
     "without a weight": Asked(case("bpe_c", "spm", "spm", weights=(0.5, 0.5, 0.0))),
@@ -30,6 +32,8 @@ TWINS = {  # the last, which writes ahead, is one of the others once more
     "CE": Asked(case("bpe_c", "spm", "spm", weights=(0.1, 0.9, 0.0), temperature=0.3), "ce"),
     "words": Asked(case("bpe_c", "spm", "spm", weights=(0.3, 0.7, 0.0)), unit="word"),
     "one vocabulary": Asked(case("bpe_a", "bpe_b", "bpe_b", weights=(0.3, 0.7, 0.0))),
+    "constraint": Asked(case("bpe_c", "spm", "spm", weights=(0.3, 0.7, 0.0)), constraint=FORCING),
+    "constraint, one vocabulary": Asked(case("bpe_a", "bpe_b", "bpe_b", weights=(0.3, 0.7, 0.0)), constraint=FORCING),
 }
 
 

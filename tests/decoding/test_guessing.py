@@ -20,7 +20,7 @@ from me_local.arrays import IntArray
 from me_local.config import Constraint, MemberConfig, Sampling, Strategy, Unit
 from me_local.decoding.engine import Engine
 from me_local.decoding.generation import Generation
-from me_local.decoding.guessing import LONGEST, SHORTEST, Repeats, Source
+from me_local.decoding.guessing import CHEAP, DEAR, LEAST, LONGEST, SHORTEST, Repeats, Source
 from me_local.decoding.planning import Rows
 from me_local.errors import RunError
 from me_local.llama.foresight import GUESS
@@ -261,35 +261,59 @@ def test_guesses_end_where_a_context_does(open_all: OpenAll) -> None:
     assert full > 0
 
 
+KNOWN = bytes(range(33, 127)) + bytes(range(128, 256))  # no byte twice
+
+
 def test_repeats_follow_the_last_place_with_the_same_bytes() -> None:
-    source = Repeats(b"the quick brown fox jumps over the lazy dog. and ")
-    source.append(b"the quick bro")  # 13 bytes agree, 12 are needed
-    assert source.guess([]) == b"wn fox"
-    source.append(b"wn")
-    assert source.guess([]) == b" fox ju"
+    """Two in 2n are taken for granted, where n bytes agree: 1/11 + ... + 1/17 = 0.5105 is below -ln 0.6 = 0.5108."""
+    source = Repeats(b"the quick cat. the quick brown fox jumps over the lazy dog. and ")
+    source.append(b"the quick ")  # 11 bytes agree with those at the second place
+    assert source.guess([]) == b"brown f"
+    source.append(b"brown")  # 1/16 + ... + 1/25 = 0.498
+    assert source.guess([]) == b" fox jumps"
     source.append(b"!")
     assert source.guess([]) == b""
 
 
-def test_a_guess_that_fails_makes_the_next_one_harder() -> None:
-    known = bytes(range(33, 127))
-    source = Repeats(known)
-    source.append(known[:SHORTEST])
-    assert source.guess([]) == known[SHORTEST : SHORTEST + SHORTEST // 2]
-    source.append(b"\x00")
-    source.append(known[: 2 * SHORTEST - 1])
+def test_too_few_bytes_are_no_guess() -> None:
+    source = Repeats(KNOWN)
+    source.append(KNOWN[: SHORTEST - 1])
     assert source.guess([]) == b""
-    source.append(known[2 * SHORTEST - 1 : 2 * SHORTEST])
-    assert source.guess([]) == known[2 * SHORTEST : 3 * SHORTEST]
+    source.append(KNOWN[SHORTEST - 1 : SHORTEST])  # 1/8 + ... + 1/12 = 0.5103
+    assert source.guess([]) == KNOWN[SHORTEST : SHORTEST + 5]
+    source.append(b"\x00")
+    source.append(KNOWN[:SHORTEST])  # 3 in 2n by now: 3/16 + 3/18 + 3/20 = 0.504 are three bytes, where 4 are worth it
+    assert source.guess([]) == b""
+
+
+def test_what_broke_off_before_is_counted() -> None:
+    """Where 16 to 23 agree: 24 went on and 3 broke off, so that it is (3 + 2) / (24 + 2n) from then on.
+
+    5/56 + ... + 5/66 = 0.493, and with 5/68 it would be 0.567.
+    """
+    source = Repeats(KNOWN)
+    for start in (0, 40, 80):
+        source.append(KNOWN[start : start + 16])
+        source.append(KNOWN[start + 16 : start + 24] + b"\x00")  # seen as 8 bytes that agree, and one that does not
+    source.append(KNOWN[:16])
+    assert source.guess([]) == KNOWN[16:22]
+
+
+def test_a_guess_is_longer_where_tokens_cost_less() -> None:
+    lengths = []
+    for sure in (DEAR, CHEAP):
+        source = Repeats(KNOWN, sure)
+        source.append(KNOWN[:40])
+        lengths.append(len(source.guess([])))
+    assert lengths[1] > 2 * lengths[0] > 2 * LEAST
 
 
 def test_a_guess_is_not_longer_than_the_longest() -> None:
     text = np.random.default_rng(1).bytes(1000)
-    source = Repeats(text)
-    source.append(text[:500])  # where a place is looked up, the longest agreement that counts is as long
-    assert source.guess([]) == text[500 : 500 + LONGEST // 2]
-    source.append(text[500:600])
-    assert source.guess([]) == text[600 : 600 + LONGEST]
+    source = Repeats(text, CHEAP)
+    source.append(text[:500])
+    source.append(text[500:800])
+    assert source.guess([]) == text[800 : 800 + LONGEST]
 
 
 def test_guesses_by_the_option(open_ensemble: Callable[..., Ensemble]) -> None:

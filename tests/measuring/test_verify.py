@@ -95,8 +95,9 @@ def faulty(open_ensemble: OpenEnsemble) -> Ensemble:
 
 @pytest.mark.slow
 def test_it_finds_a_temperature_after_mixing(
-    faulty: Ensemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
+    open_ensemble: OpenEnsemble, check: Callable[[Ensemble], Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    faulty = open_ensemble("bpe_c", "spm", top="[sampling]\ntemperature = 0.4")
     mixture = Sampler.mixture
 
     def tempered_last(self: Sampler, weights: FloatArray) -> Course[tuple[Distribution, dict[int, Distribution]]]:
