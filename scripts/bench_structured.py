@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from me_local.config import Constraint, Overrides, load_config
@@ -51,8 +52,8 @@ SCHEMA = {
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """Bytes per second in JSON and in free text, their ratio, the share of the JSON that was forced, and predictions
-    for each byte of both.
+    """Bytes per second in JSON and in free text, medians over the seeds, as is their ratio; the share of the JSON that
+    was forced, and predictions for each byte of both.
     """
 
     json_bytes: float
@@ -79,12 +80,12 @@ def forced(models: Path, seeds: int) -> Forced:
             for seed in range(seeds)
         ]
     replies, texts = ([pair[i] for pair in pairs] for i in range(2))
-    speeds = [_length(each) / generation_seconds(each) for each in (replies, texts)]
+    speeds = [[_length([reply]) / generation_seconds([reply]) for reply in each] for each in (replies, texts)]
     forced_bytes = sum(len(step.piece) for reply in replies for step in reply.steps if step.forced)
     return Forced(
-        json_bytes=speeds[0],
-        free_bytes=speeds[1],
-        speed_up=speeds[0] / speeds[1],
+        json_bytes=median(speeds[0]),
+        free_bytes=median(speeds[1]),
+        speed_up=median(of_json / of_text for of_json, of_text in zip(*speeds, strict=True)),
         forced=forced_bytes / _length(replies),
         json_predictions=_predictions(replies) / _length(replies),
         free_predictions=_predictions(texts) / _length(texts),
