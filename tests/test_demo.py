@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pexpect
 import pytest
-from bench_drafts import KINDS
 from click.testing import CliRunner
 from conftest import logits_of
 from terminals import ask, spawn
 
 from me_local import Chat, Ensemble, Message, Overrides, load
 from me_local.cli.program import main
+from me_local.measuring.guesses import REPEATED
 
 pytestmark = pytest.mark.demo
 MODELS = Path(__file__).parents[1] / "models.toml"
@@ -48,11 +48,10 @@ def test_a_completion_is_the_same_twice_and_both_members_write(strategy: str) ->
 @pytest.mark.slow
 def test_a_seed_gives_the_same_reply_again_with_guesses(ensemble: Ensemble) -> None:
     """Bit by bit, also in quantised models, whatever the caches held in between."""
-    prompt, raw = KINDS["repeated passage"]
     settings = Overrides(seed=5, max_tokens=60, repeat_penalty=1.0, draft="ngram")
-    first = ensemble.generate(prompt, settings, raw=raw)
+    first = ensemble.generate(REPEATED.prompt, settings, raw=True)
     ensemble.generate("Something else", Overrides(seed=1, max_tokens=5))
-    assert ensemble.generate(prompt, settings, raw=raw).steps == first.steps
+    assert ensemble.generate(REPEATED.prompt, settings, raw=True).steps == first.steps
     assert first.guessed > 10
 
 

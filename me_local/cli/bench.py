@@ -20,6 +20,7 @@ from me_local.llama.context import MOST_SEQUENCES
 from me_local.measuring.bench import BatchSpeed, Report, Speed, work
 from me_local.measuring.bench import bench as run_bench
 from me_local.measuring.bench_batch import batch_work, bench_batches
+from me_local.measuring.guesses import KINDS, Gain, bench_guesses, can_guess
 from me_local.settings import parse_weights
 
 
@@ -35,7 +36,8 @@ def bench(
 ) -> None:
     """Measure the speed of each member alone, of CE and of ME, and the limit that ME could reach.
 
-    End of generation is never sampled, so that all write equally long.
+    With guesses (draft), also what these gain on three kinds of text. End of generation is never sampled, so that all
+    write equally long.
     """
     config = described(models)
     if weights is not None:
@@ -45,12 +47,17 @@ def bench(
     counts = _counts(batch) if batch else []
     with load(config) as ensemble:
         report = _run(ensemble)
+        guessing = can_guess(ensemble)
+    if config.draft != "none" and not guessing:
+        click.echo(f"guesses ({config.draft}) are left out: no member can evaluate any", err=True)
     failure: MeLocalError | None = None
-    if counts:
-        try:
+    try:
+        if guessing:
+            report = replace(report, draft=config.draft, guesses=_run_guesses(config))
+        if counts:
             report = replace(report, batches=_run_batches(config, counts))
-        except MeLocalError as error:
-            failure = error
+    except MeLocalError as error:
+        failure = error
     if plot:
         _plot(report, plot)
     if as_json:
@@ -94,6 +101,11 @@ def _run_batches(config: Config, counts: list[int]) -> tuple[BatchSpeed, ...]:
         return bench_batches(config, counts, advance)
 
 
+def _run_guesses(config: Config) -> tuple[Gain, ...]:
+    with _measuring(len(KINDS)) as advance:
+        return bench_guesses(config, advance)
+
+
 def _plot(report: Report, path: Path) -> None:
     try:
         from me_local.measuring.plots import plot_bench
@@ -117,6 +129,9 @@ def _print(console: Console, report: Report) -> None:
     console.print()
     if report.batches:
         console.print(_batches(report.batches))
+        console.print()
+    if report.guesses:
+        console.print(_guesses(report))
         console.print()
     for line in remarks(report):
         console.print(line)
@@ -164,21 +179,43 @@ def _batches(speeds: Sequence[BatchSpeed]) -> Table:
     return table
 
 
+def _guesses(report: Report) -> Table:
+    titles = [f"guesses: {report.draft}", "pieces/s", "without", "ratio", "evaluations a piece", "without"]
+    table = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for gain in report.guesses:
+        figures = [f"{gain.pieces:.1f}", f"{gain.pieces_plain:.1f}", f"{gain.speed_up:.2f}"]
+        table.add_row(gain.kind, *figures, f"{gain.calls_per_piece:.2f}", f"{gain.calls_per_piece_plain:.2f}")
+    return table
+
+
 def remarks(report: Report) -> list[str]:
     """What the figures say, in sentences."""
-    lines = []
-    if len(report.weights) > 1:
+    several, lines = len(report.weights) > 1, []
+    if several:
         lines.append(
             f"ME is {report.speed_up:.2f} times as fast as CE; the limit on this machine is {report.limit:.2f}, "
             f"so it reaches {report.speed_up / report.limit:.0%} of it."
         )
+    lines += _on_guesses(report)
+    if several:
         faster = "at the same time" if report.speed("ce parallel").pieces > report.speed("ce").pieces else "in turn"
         lines.append(f"CE is faster with its members {faster}.")
     lines.append(f"A step of ME spends {1e6 * report.outside_seconds:.0f} µs outside llama.cpp's decode.")
     if report.memory_bytes is not None:
         lines.append(f"Weights, caches and buffers take {decimal(report.memory_bytes)}.")
-    if len(report.weights) > 1 and report.limit < 1.2:
+    if several and report.limit < 1.2:
         lines.append(_little_to_gain(report))
+    return lines
+
+
+def _on_guesses(report: Report) -> list[str]:
+    if report.draft == "none":
+        return []
+    figures = {gain.kind: f"{gain.kind} {gain.speed_up:.2f}" for gain in report.guesses}
+    of_limit = ", of which that limit knows nothing," if len(report.weights) > 1 else ""
+    lines = [f"Guesses ({report.draft}){of_limit} make it so many times as fast: {', '.join(figures.values())}."]
+    if lacking := [kind.name for kind in KINDS if kind.name not in figures]:
+        lines.append(f"A context is too short to measure guesses on: {', '.join(lacking)}.")
     return lines
 
 

@@ -23,6 +23,7 @@ from me_local.decoding.generation import Generation
 from me_local.ensemble import Ensemble
 from me_local.errors import InputError
 from me_local.llama.member import Member
+from me_local.measuring.guesses import Gain
 from me_local.measuring.inspection import inspect_member
 from me_local.model import LoadedModel
 from me_local.system.machine import processor, usable_cores
@@ -92,7 +93,7 @@ class Report:
     """What was measured. `speed_up` is ME over CE (one after the other), the median of the rounds' ratios; `limit`
     what it can be at most; `outside_seconds` the median time of an ME step outside `llama_decode`; `memory_bytes` the
     members' weights, caches and buffers, where llama.cpp tells them; `batches` the speeds of several replies at once,
-    where these were measured.
+    and `guesses` what those of `draft` gain, where these were measured.
     """
 
     machine: dict[str, Any]
@@ -104,6 +105,8 @@ class Report:
     outside_seconds: float
     memory_bytes: int | None
     batches: tuple[BatchSpeed, ...] = ()
+    draft: str = "none"
+    guesses: tuple[Gain, ...] = ()
 
     def speed(self, kind: Kind) -> Speed:
         """The contestant of a kind; of single members, the fastest."""
