@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import llama_cpp
 import numpy as np
-from bench_drafts import gains
+from bench_drafts import counted_as_on_gpu, gains
 from bench_step import WARM_UP, aligning, inside, outside
 from bench_structured import forced
 
@@ -346,11 +346,13 @@ def batch(given: Given) -> Iterator[Check]:
 
 def draft(given: Given) -> Iterator[Check]:
     """Guesses gain where text is repeated, and cost next to nothing elsewhere; bytes that a schema forces are cheap."""
-    for gain in gains(given.models, seeds=2 if given.short else 4, pieces=given.steps):
+    seeds = 2 if given.short else 4
+    for gain in gains(given.models, seeds=seeds, pieces=given.steps):
         floor = 1.2 if gain.kind == "repeated passage" else 0.97
         yield Check(f"{gain.kind}: pieces/s with guesses to without", gain.speed_up, floor, True)
+    for gain in counted_as_on_gpu(given.models, seeds=seeds, pieces=given.steps):
         if most := {"repeated passage": 0.5, "edit of code": 0.75}.get(gain.kind):
-            yield Check(f"{gain.kind}: evaluations for a piece", gain.calls_per_piece, most, False)
+            yield Check(f"{gain.kind}: evaluations for a piece, as on a GPU", gain.calls_per_piece, most, False)
     found = forced(given.models, seeds=4 if given.short else 8)
     print(f"  {found.forced:.0%} of the JSON forced, {found.json_bytes:.0f} bytes/s to {found.free_bytes:.0f}")
     yield Check("forced JSON: bytes/s to those of free text", found.speed_up, 1.5, True)

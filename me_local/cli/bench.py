@@ -48,12 +48,12 @@ def bench(
     with load(config) as ensemble:
         report = _run(ensemble)
         guessing = can_guess(ensemble)
-    if config.draft != "none" and not guessing:
+    if config.draft not in (None, "none") and not guessing:
         click.echo(f"guesses ({config.draft}) are left out: no member can evaluate any", err=True)
     failure: MeLocalError | None = None
     try:
         if guessing:
-            report = replace(report, draft=config.draft, guesses=_run_guesses(config))
+            report = replace(report, draft=config.draft or "ngram", guesses=_run_guesses(config))
         if counts:
             report = replace(report, batches=_run_batches(config, counts))
     except MeLocalError as error:
@@ -71,9 +71,8 @@ def bench(
 def repeated(config: Config, count: int) -> Config:
     """The first member so many times."""
     first = config.members[0]
-    return replace(
-        config, members=tuple(replace(first, name=f"{first.name}-{i + 1}", weight=1 / count) for i in range(count))
-    )
+    members = tuple(replace(first, name=f"{first.name}-{i + 1}", weight=1 / count) for i in range(count))
+    return replace(config, members=members, draft=config.draft if config.draft in ("none", "ngram") else None)
 
 
 def _run(ensemble: Ensemble) -> Report:

@@ -26,6 +26,10 @@ MOST = 16
 """Pieces of a guess."""
 _AGREED, _TRIED = 2, 3
 """What is taken for granted of how often the others agree, before anything is known."""
+_RECENT = 16
+"""Of about so many of their pieces it is known how often they agreed: a reply may turn to something else."""
+_SAVED = 0.6
+"""So much of an evaluation is saved on a processor, where a token comes in another."""
 _PROBE = 64
 """Where guesses do not pay, every so many evaluations one is made all the same, to see whether they do by now."""
 
@@ -57,7 +61,7 @@ class Drafting:
         self._member = member
         self._evaluate = evaluate
         self._price = price(engine, request, member)
-        self._agreed, self._tried = _AGREED, _TRIED
+        self._agreed, self._tried = float(_AGREED), float(_TRIED)
         self._declined = 0
         self._left = b""  # of a guess
         self._others: set[int] = set()  # places of its pieces, in bytes of the text, that others were to draw
@@ -67,8 +71,8 @@ class Drafting:
         place = len(self._text.whole) - len(piece)
         holds = self._left.startswith(piece)
         if self._left and place in self._others:
-            self._tried += 1
-            self._agreed += holds
+            older = 1 - 1 / _RECENT
+            self._tried, self._agreed = older * self._tried + 1, older * self._agreed + holds
         self._left = self._left[len(piece) :] if holds else b""
 
     def guess(self, asked: Sequence[int]) -> bytes:
@@ -168,13 +172,14 @@ class _Ahead:
 def price(engine: Engine, request: Request, member: int) -> float:
     """What a piece that a member writes ahead costs, where an evaluation of the others that it may save costs 1.
 
-    That is the ratio of their sizes, since each evaluation reads all weights of a model; infinite where nobody else
-    evaluates guesses.
+    That is the ratio of their sizes, since each evaluation reads all weights of a model. On a processor tokens cost
+    something, too, in whatever evaluation they come. Infinite where nobody else evaluates guesses.
     """
-    sizes = [model.foreseeing.size if model.foreseeing else 0 for model in engine.models]
-    others = [i for i, weight in enumerate(request.weights) if weight > 0 and i != member and sizes[i]]
+    able = {i: model.foreseeing for i, model in enumerate(engine.models) if model.foreseeing}
+    others = [i for i in able if request.weights[i] > 0 and i != member]
     if not others:
         return math.inf
+    sizes = np.array([able[i].size * (1 if able[i].picks else _SAVED) for i in others])
     if request.strategy == "me":
-        return sizes[member] / float(np.average([sizes[i] for i in others], weights=request.weights[others]))
-    return sizes[member] / sum(sizes[i] for i in others)
+        return able[member].size / float(np.average(sizes, weights=request.weights[others]))
+    return able[member].size / float(sizes.sum())

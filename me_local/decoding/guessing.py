@@ -26,7 +26,7 @@ LONGEST = 96
 """Bytes of a guess, and so many of those that agree count."""
 LEAST = 4
 """Bytes of a guess that is worth the trouble."""
-DEAR, CHEAP = 0.6, 0.15
+DEAR, CHEAP = 0.7, 0.15
 """How likely a byte has to be right to be guessed: where each token that is evaluated costs, and on a GPU."""
 
 _LENGTHS = (16, 24, 48, LONGEST)

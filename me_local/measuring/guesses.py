@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
+from me_local.asking import guesses
 from me_local.config import Config, Overrides, override
 from me_local.decoding.reply import Reply
 from me_local.ensemble import Ensemble
@@ -62,8 +63,8 @@ class TextKind:
 REPEATED = TextKind("repeated passage", f"{PASSAGE}\n\n{PASSAGE}\n\nThe harbour town of")
 EDIT = TextKind(
     "edit of code",
-    f"```python\n{_CODE}```\n\nThe same code with the name `rows` instead of `records`:\n\n"
-    "```python\ndef load(path):\n",
+    f"# before\n{_CODE}\n# after: a docstring for each function, otherwise the same\ndef load(path):\n"
+    '    """Load the records of a file."""\n    records = []',  # without a space at its end, at which models ramble
 )
 FREE = TextKind("free text", "One morning in March the keeper of the lighthouse found a letter in a bottle.")
 KINDS = (REPEATED, EDIT, FREE)
@@ -86,8 +87,9 @@ class Gain:
 
 
 def can_guess(ensemble: Ensemble) -> bool:
-    """Whether its configuration has something guess, and a member can evaluate that."""
-    return ensemble.config.draft != "none" and any(member.foreseeing for member in ensemble.members)
+    """Whether something guesses in its replies, and a member can evaluate that."""
+    able = any(member.foreseeing for member in ensemble.members)
+    return able and guesses(ensemble.members, ensemble.config, b"") is not None
 
 
 def bench_guesses(config: Config, advance: Callable[[], object]) -> tuple[Gain, ...]:
