@@ -24,8 +24,8 @@ class LinePainter(Painter):
     reply = Text()
 
     def write(self, text: str, member: str) -> None:
-        """Remember what a member wrote."""
-        self.reply.append(text, style=self.colours[member])
+        """Remember what a member wrote, or "" for none."""
+        self.reply.append(text, style=self.colours.get(member))
 
     def end(self) -> None:
         """Print the whole reply."""

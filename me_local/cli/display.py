@@ -109,8 +109,8 @@ class Painter:
 def stats_line(reply: Reply) -> str:
     """One line of figures on a reply: pieces, speed, shares, and the times for prompt and text.
 
-    For each member the prompt's tokens appear as new + cached. By words, not every evaluation gives a piece, and where
-    guesses held, one gives several, so their number for each piece is there too.
+    For each member the prompt's tokens appear as new + cached. By words, not every evaluation gives a piece, so their
+    number for each piece is there too; where guesses held, how many of the predictions came out of them.
     """
     pieces = len(reply.steps)
     parts = [(u.member, u.pieces) for u in reply.usage]
@@ -120,9 +120,10 @@ def stats_line(reply: Reply) -> str:
     prompts = ", ".join(f"{u.member} {u.prompt_evaluated}+{u.prompt_cached}" for u in reply.usage if u.calls)
     text_seconds = sum(u.text_seconds for u in reply.usage)
     by_words = reply.unit == "word"
-    calls = f", {reply.calls_per_piece:.2f} calls/piece" if by_words or reply.guessed else ""
-    if reply.guessed:
-        calls += f", {reply.guessed} predictions guessed"
+    calls = f", {reply.calls_per_piece:.2f} calls/piece" if by_words else ""
+    guessed = reply.guessed / max(1, reply.guessed + sum(u.calls for u in reply.usage))
+    if guessed >= 0.01:
+        calls += f", {guessed:.0%} guessed"
     return (
         f"{reply.strategy}{' by words' if by_words else ''}: {pieces} pieces, {reply.pieces_per_second:.1f} pieces/s"
         f"{calls} | {shares} | "
