@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import me_local
 from me_local import ConfigError, Ensemble, InputError, LoadError, Message, Overrides, RunError
 from me_local.asking import Ask
-from me_local.config import override
+from me_local.config import Constraint, override
 
 OpenEnsemble = Callable[..., Ensemble]
 WriteModels = Callable[..., Path]
@@ -320,3 +321,16 @@ def test_a_reply_goes_on_behind_what_the_assistant_began(
             assert generation.given[i] == len(prompt) + len(text)
         many = [finished.reply for finished in ensemble.generate_many([begun], Overrides(seed=3, max_tokens=8))]
         assert many[0] is not None
+
+
+@pytest.mark.parametrize("cut", [1, 7, 15])
+def test_a_reply_that_was_cut_goes_on_as_it_would_have(open_ensemble: OpenEnsemble, cut: int) -> None:
+    """By CE, whose draws are those of their places in the reply, in full precision."""
+    ensemble = open_ensemble("bpe_c", "spm", member='type_k = "f32"\ntype_v = "f32"')
+    settings = Overrides(seed=3, strategy="ce", max_tokens=30, constraint=Constraint("regex", "[ a-z]{400}"))
+    user = Message("user", "the cat")
+    whole = ensemble.generate([user], settings)
+    begun = "".join(step.text for step in whole.steps[:cut])
+    rest = ensemble.generate([user, Message("assistant", begun)], replace(settings, max_tokens=30 - cut))
+    assert begun + rest.text == whole.text
+    assert len(rest.steps) > 5

@@ -40,7 +40,7 @@ class Sampler:
     """Draws the pieces of one reply, as its request wants them; `text` is the reply so far.
 
     Random numbers follow from the seed. Those of members and of XTC are streams with one number a step each; `route`
-    goes before the first. Those of pieces belong to a place, in bytes behind the head, and a piece (`mixture.noise`).
+    goes before the first. Those of pieces belong to a place in the reply, in bytes, and to a piece (`mixture.noise`).
     `writer`, by words, is the member that wrote the last piece, else None.
     `shapers` are the members', whose contexts `context` gives.
     """
@@ -135,7 +135,8 @@ class Sampler:
 
     @property
     def _place(self) -> int:
-        return len(self._text.whole) - len(self._request.head)
+        request = self._request
+        return len(self._text.whole) - (0 if request.prefill else len(request.head))
 
     def ahead(self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int, matcher: Matcher | None) -> int:
         """The number of the piece that a member would draw after its `ids`, so many guessed bytes and pieces later.
