@@ -213,7 +213,7 @@ def override(config: Config, overrides: Overrides) -> Config:
     if overrides.preset is None:
         return replace(_changed(config, given), origin=(base, options))
     preset = preset_of(base, overrides.preset, "--preset") if overrides.preset else Overrides()
-    changed = _changed(base, _merged(preset, options))
+    changed = _changed(base, _merged(preset, options), asked=overrides)
     return replace(changed, preset=overrides.preset or None, origin=(base, options))
 
 
@@ -245,9 +245,12 @@ def _option(key: str) -> str:
     return "--" + key.replace("_", "-").removesuffix("s" if key == "template_args" else "")
 
 
-def _changed(config: Config, overrides: Overrides, named: Callable[[str], str] = _option) -> Config:
-    """The config with options on top, without a preset; `named` says what errors call a key."""
+def _changed(
+    config: Config, overrides: Overrides, named: Callable[[str], str] = _option, asked: Overrides | None = None
+) -> Config:
+    """The config with options on top, without a preset; `named` says what errors call a key, one that was `asked`."""
     given = _given(overrides)
+    said = _given(asked or overrides)
     arguments = check("template_args", dict(given.pop("template_args", {})), named("template_args"))
     weights = checked_weights(given.pop("weights", {}), [m.name for m in config.members], named("weights"))
     given = {key: check(key, value, named(key)) for key, value in given.items()}
@@ -264,7 +267,7 @@ def _changed(config: Config, overrides: Overrides, named: Callable[[str], str] =
     )
     given["template_args"] = {**config.template_args, **arguments}
     changed = replace(config, members=normalised(members, named("weights")) if weights else members, **given)
-    _require_possible(changed, lambda *keys: named(next((key for key in keys if key in given), keys[-1])))
+    _require_possible(changed, lambda *keys: named(next((key for key in (*keys, "preset") if key in said), keys[-1])))
     return changed
 
 

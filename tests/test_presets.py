@@ -95,6 +95,22 @@ def test_a_name_that_there_is_not(config: Config, tmp_path: Path) -> None:
         override(bare, Overrides(preset="x"))
 
 
+@pytest.mark.parametrize(
+    ("before", "asked", "named"),
+    [
+        (Overrides(), Overrides(preset="all of them", unit="word"), "--unit"),
+        (Overrides(), Overrides(preset="all of them", strategy="me"), "--strategy"),
+        (Overrides(preset="all of them"), Overrides(strategy="me"), "--strategy"),
+        (Overrides(unit="word"), Overrides(preset="all of them"), "--preset"),
+    ],
+)
+def test_what_does_not_go_with_a_preset_is_called_by_what_was_asked(
+    config: Config, before: Overrides, asked: Overrides, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{named}: "):
+        override(override(config, before), asked)
+
+
 ARGMAX = 'decode "argmax" needs strategy "ce"; "me" runs one member per step and never sees the mixture'
 
 

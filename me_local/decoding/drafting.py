@@ -95,7 +95,7 @@ class Drafting:
                 ahead.append(piece, model.vocabulary.canonical(piece))
                 continue
             ids = self._ids(ahead)
-            if ahead.is_over() or len(ids) > model.n_ctx:
+            if ahead.is_over() or not 0 < len(ids) <= model.n_ctx:
                 return
             row = self._rows.find(self._member, ids)
             rows[ids.tobytes()] = row = self._evaluate(ids) if row is None else row

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import OpenEnsemble
 from selection import slow_but
 from test_exact_replies import case
 from test_guessing import ASKED, Asked, OpenAll, begin, guessed, open_all, rest
 
-from me_local.config import Constraint
+from me_local.asking import Tokens
+from me_local.config import Constraint, Overrides
 from me_local.decoding import drafting
 from me_local.decoding.drafting import MOST, price
 from me_local.decoding.engine import Engine
@@ -23,6 +25,7 @@ from me_local.sampling import Sampling
 __all__ = ["open_all"]
 
 CHEAP = 0.02
+FULL = 'type_k = "f32"\ntype_v = "f32"'
 FORCING = Constraint("regex", "([a-z]{1,3} 123, ){12}")
 SELDOM = ("temperature 0", "each its own")  # tiny models hardly ever agree there
 TWINS = {  # the last, which writes ahead, is one of the others once more
@@ -102,6 +105,19 @@ def test_it_stops_where_its_context_does(open_all: OpenAll) -> None:
         found = begin(ahead, asked, seed, source=2)
         ahead.models[2].n_ctx = len(found.ids(2)) + 10
         assert rest(found) == rest(begin(plain, asked, seed))
+
+
+def test_it_waits_until_there_is_something_to_go_on_with(open_ensemble: OpenEnsemble) -> None:
+    """A prompt of ids is that of those who write: where it has no token to begin with, another member has nothing."""
+    ensemble = open_ensemble("bpe_c", "bpe_a", weights=(1.0, 0.0), member=FULL)
+    prompt, length = Tokens((3, 4, 5)), 20
+    plain, ahead = (
+        ensemble.generate(prompt, Overrides(seed=1, max_tokens=length, draft=draft, ignore_eos=True), raw=True)
+        for draft in ("none", "bpe_a")
+    )
+    assert ahead.text == plain.text
+    assert ahead.usage[1].prompt_length == 0
+    assert ahead.usage[1].calls > 0
 
 
 class Sized:
