@@ -106,7 +106,7 @@ def reply(
             aligned = align(predict(members[i], contexts[i]), unified.numbers[i], members[i].sampling)
             np.add.at(terms[i], aligned[0], weights[i] * aligned[1])
         mixture = terms.sum(axis=0)
-        number = race(mixture, key, len(text) - len(head))
+        number = race(mixture, key, len(text))
         yield Step(number, unified.pieces[number], mixture, terms[:, number] / mixture[number])
         if number == END:
             return
@@ -152,13 +152,13 @@ def draw(probabilities: FloatArray, uniform: float) -> int:
 
 
 def race(mixture: FloatArray, key: int, place: int) -> int:
-    """The number of the piece that arrives first at a place in the reply, in bytes: each with its own probability."""
+    """The number of the piece that arrives first at a place in the text, in bytes: each with its own probability."""
     times = {n: -math.log(uniform_of(key, place, n)) / mixture[n] for n in np.flatnonzero(mixture).tolist()}
     return min(times, key=times.__getitem__)
 
 
 def uniform_of(key: int, place: int, number: int) -> float:
-    """The random number in (0, 1) of a piece at a place in the reply."""
+    """The random number in (0, 1) of a piece at a place in the text."""
     return ((split_mix(split_mix(key, place), number) >> 11) + 0.5) / 2**53
 
 

@@ -56,10 +56,14 @@ class Ask:
 
 
 class Prompts(NamedTuple):
-    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with."""
+    """Each member's `ids` in front of a reply, int32 (tokens,), and the `head` that the reply begins with.
+
+    `given` bytes of the text that the reply goes on with are among the ids.
+    """
 
     head: bytes
     ids: tuple[IntArray, ...]
+    given: int = 0
 
 
 class Prompter:
@@ -126,7 +130,7 @@ class Prompter:
     def raw_prompts(self, prompt: Prompt, config: Config, interrupted: Callable[[], bool] = lambda: False) -> Prompts:
         """The bytes to complete, and each member's ids in front of them."""
         if isinstance(prompt, Tokens):
-            return Prompts(b"", self._prompts_of(prompt, config))
+            return self._prompts_of(prompt, config)
         if not isinstance(prompt, str):
             raise InputError("a raw completion takes a text, not a conversation")
         if not prompt:
@@ -138,7 +142,7 @@ class Prompter:
         self.check_lengths([len(prompt) + len(ids) for prompt, ids in zip(prompts, heads, strict=True)], config)
         return Prompts(head, prompts)
 
-    def _prompts_of(self, prompt: Tokens, config: Config) -> tuple[IntArray, ...]:
+    def _prompts_of(self, prompt: Tokens, config: Config) -> Prompts:
         """The ids behind what a member's prompt begins with, unless they begin so themselves."""
         writing = self.writing(config)
         vocabularies = [member.vocabulary for member, writes in zip(self._members, writing, strict=True) if writes]
@@ -153,7 +157,7 @@ class Prompter:
             given = len(begins) > 0 and np.array_equal(ids[: len(begins)], begins)
             prompts.append(ids if given else np.concatenate([begins, ids]))
         self.check_lengths([len(ids) for ids in prompts], config)
-        return tuple(prompts)
+        return Prompts(b"", tuple(prompts), len(vocabularies[0].spelled(prompt.ids)))
 
     def check_lengths(self, lengths: Sequence[int], config: Config) -> None:
         """Raise InputError when a prompt, in tokens, is empty or longer than the context of a member that writes."""
@@ -240,6 +244,7 @@ def make_request(
         argmax=config.decode == "argmax",
         seed=secrets.randbits(32) if config.seed is None else config.seed,
         head=prompts.head,
+        given=prompts.given,
         closing=Thoughts(kinds, prompts.head.decode()).closing.encode(),
         alone=alone,
         parallel=config.parallel,

@@ -47,7 +47,7 @@ def echo(ensemble: Ensemble, ask: Ask, interrupted: Callable[[], bool] = lambda:
     write, and for members without likelihoods; RunError, EvaluationInterruptedError.
     """
     config = ensemble.with_overrides(ask.overrides)
-    head, prompts = ensemble.prompter.asked(ask.prompt, config, raw=True, interrupted=interrupted)
+    head, prompts, _ = ensemble.prompter.asked(ask.prompt, config, raw=True, interrupted=interrupted)
     which = [index for index, writes in enumerate(ensemble.prompter.writing(config)) if writes]
     vocabulary = ensemble.members[which[0]].vocabulary
     text = vocabulary.joined(ask.prompt.ids) if isinstance(ask.prompt, Tokens) else head

@@ -334,11 +334,11 @@ class Ensemble:
         if not text:
             raise InputError("the continuation is empty: there is nothing to score")
         if raw:
-            head, prompts = self.prompter.raw_prompts(prompt, self.config)
+            head, prompts, _ = self.prompter.raw_prompts(prompt, self.config)
             return Passage(prompts, head + text, len(head), typed=len(head))
         messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
         check_conversation(messages)
-        head, prompts = self.prompter.prompts(messages, self.config)
+        head, prompts, _ = self.prompter.prompts(messages, self.config)
         return Passage(prompts, head + text, len(head), typed=None)
 
     def unit_scores(self, passage: Passage) -> UnitScores:
@@ -362,7 +362,7 @@ class Ensemble:
         kinds = self.prompter.kinds if prefill else ()
         request = make_request(config, prompts, kinds, alone=alone, top=top, prefill=prefill)
         source = guesses(self.members, config, shown)
-        generation = Generation(self.engine, request, cancelled.is_set, source=source)
+        generation = Generation(self.engine, request, cancelled.is_set, source=source, most=config.max_tokens)
         return ReplyStream(self._draft(config, request, generation), cancelled)
 
     def _draft(self, config: Config, request: Request, generation: Generation) -> Draft:

@@ -10,7 +10,7 @@ import pytest
 
 import me_local
 from me_local import ConfigError, Ensemble, InputError, LoadError, Message, Overrides, RunError
-from me_local.asking import Ask
+from me_local.asking import Ask, Tokens
 from me_local.config import Constraint, override
 
 OpenEnsemble = Callable[..., Ensemble]
@@ -323,14 +323,25 @@ def test_a_reply_goes_on_behind_what_the_assistant_began(
         assert many[0] is not None
 
 
+ENDLESS = Overrides(seed=3, strategy="ce", max_tokens=30, constraint=Constraint("regex", "[ a-z]{400}"))
+PRECISE = 'type_k = "f32"\ntype_v = "f32"'
+
+
 @pytest.mark.parametrize("cut", [1, 7, 15])
-def test_a_reply_that_was_cut_goes_on_as_it_would_have(open_ensemble: OpenEnsemble, cut: int) -> None:
-    """By CE, whose draws are those of their places in the reply, in full precision."""
-    ensemble = open_ensemble("bpe_c", "spm", member='type_k = "f32"\ntype_v = "f32"')
-    settings = Overrides(seed=3, strategy="ce", max_tokens=30, constraint=Constraint("regex", "[ a-z]{400}"))
-    user = Message("user", "the cat")
-    whole = ensemble.generate([user], settings)
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_reply_that_was_cut_goes_on_as_it_would_have(open_ensemble: OpenEnsemble, cut: int, raw: bool) -> None:
+    """By CE, whose draws are those of their places in the text, in full precision."""
+    ensemble = open_ensemble("bpe_c", "spm", member=PRECISE)
+    user, shorter = Message("user", "the cat"), replace(ENDLESS, max_tokens=30 - cut)
+    whole = ensemble.generate("the cat" if raw else [user], ENDLESS, raw=raw)
     begun = "".join(step.text for step in whole.steps[:cut])
-    rest = ensemble.generate([user, Message("assistant", begun)], replace(settings, max_tokens=30 - cut))
+    rest = ensemble.generate("the cat" + begun if raw else [user, Message("assistant", begun)], shorter, raw=raw)
     assert begun + rest.text == whole.text
     assert len(rest.steps) > 5
+
+
+def test_ids_are_at_the_places_of_their_text(open_ensemble: OpenEnsemble) -> None:
+    ensemble = open_ensemble("spm", member=PRECISE)
+    ids = tuple(ensemble.members[0].vocabulary.encode(b"the cat", at_start=True))
+    by_ids = ensemble.generate(Tokens(ids), replace(ENDLESS, constraint=None), raw=True)
+    assert by_ids.text == ensemble.generate("the cat", replace(ENDLESS, constraint=None), raw=True).text

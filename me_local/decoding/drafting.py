@@ -75,22 +75,25 @@ class Drafting:
             self._tried, self._agreed = older * self._tried + 1, older * self._agreed + holds
         self._left = self._left[len(piece) :] if holds else b""
 
-    def guess(self, asked: Sequence[int]) -> bytes:
-        """What the member writes ahead, where one of the others is asked now; none where it does not pay."""
+    def guess(self, asked: Sequence[int], most: int) -> bytes:
+        """What the member writes ahead, where one of the others is asked now; none where it does not pay.
+
+        So many pieces at most are of use.
+        """
         if all(member == self._member for member in asked) or not self._pays():
             return b""
         self._others, self._left = set(), b""
         rows: dict[bytes, Row] = {}
         ahead = _Ahead(copy.copy(self._text), self._trails.matcher(self._text.whole))
-        self._write(ahead, asked, rows)
+        self._write(ahead, asked, min(most, MOST), rows)
         self._rows.replace(self._member, rows)
         self._left = ahead.text.whole[len(self._text.whole) :]
         return self._left
 
-    def _write(self, ahead: "_Ahead", asked: Sequence[int], rows: dict[bytes, Row]) -> None:
+    def _write(self, ahead: "_Ahead", asked: Sequence[int], most: int, rows: dict[bytes, Row]) -> None:
         """Write ahead as far as it pays, and keep the rows that this took."""
         model, holds = self._engine.models[self._member], 1.0
-        while ahead.pieces < MOST and holds >= self._price and self._engine.can_write(self._member, ahead.text.strays):
+        while ahead.pieces < most and holds >= self._price and self._engine.can_write(self._member, ahead.text.strays):
             if piece := ahead.forced():
                 ahead.append(piece, model.vocabulary.canonical(piece))
                 continue

@@ -45,7 +45,8 @@ class Request:
     with the strategy "me" alone. `top` is how many of the likeliest pieces each draw is to name. A `constraint` says
     what the reply has to be; the head does not count, nor does a thought that it opens, which ends with `closing`. The
     end of generation comes behind `min_tokens` pieces or more; where a constraint leaves nothing else, it ends the
-    reply at once. With `prefill` the head is the beginning of a reply, behind its prompt, and not that of a document.
+    reply at once. With `prefill` the head is the beginning of a reply, behind its prompt, and not that of a document;
+    `given` more bytes of the text are in the prompts.
     """
 
     prompts: tuple[IntArray, ...]
@@ -61,6 +62,7 @@ class Request:
     top: int = 0
     constraint: Constraint | None = None
     prefill: bool = False
+    given: int = 0
     closing: bytes = b""
     min_tokens: int = 0
 

@@ -6,6 +6,7 @@ this one reply; `batching` gets those of several replies at once. Knows nothing 
 """
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -33,7 +34,7 @@ class Generation:
     counts what the member did; `sufficient[member]` of its largest logits are enough for its distribution (0: none but
     all of them). `route` gives the random numbers by which members are drawn, in [0, 1); where there is
     none they follow from the seed. `source`, which may be a member, guesses what comes next, so that members evaluate
-    several positions at once; it has no effect on what is drawn.
+    several positions at once; it has no effect on what is drawn. `most` pieces are wanted.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Generation:
         *,
         route: Callable[[], float] | None = None,
         source: Source | int | None = None,
+        most: int = sys.maxsize,
     ) -> None:
+        self._most = most
         self._engine = engine
         self._request = request
         self._interrupted = interrupted
@@ -180,7 +183,8 @@ class Generation:
         lacking = {i: context for i, context in contexts.items() if i not in known}
         if not lacking:
             return known
-        guess = self._source.guess(list(lacking)) if self._source else b""
+        most = self._most - self._sampler.written - 1
+        guess = self._source.guess(list(lacking), most) if self._source and most > 0 else b""
         known |= self._find(lacking)  # of the member that has written ahead
         lacking = {i: context for i, context in contexts.items() if i not in known}
         return known | self._evaluate(lacking, guess)

@@ -16,8 +16,11 @@ class Source(Protocol):
     def append(self, piece: bytes) -> None:
         """Note that the text goes on with these bytes."""
 
-    def guess(self, asked: Sequence[int]) -> bytes:
-        """The bytes that may come next, where these members are asked; none where a guess does not pay."""
+    def guess(self, asked: Sequence[int], most: int) -> bytes:
+        """The bytes that may come next, where these members are asked; none where a guess does not pay.
+
+        So many pieces, one at least, may follow the one that they are asked for.
+        """
 
 
 SHORTEST = 8
@@ -69,8 +72,8 @@ class Repeats:
         for end in range(max(start, SHORTEST - 1) + 1, len(known) + 1):
             self._ends[bytes(known[end - SHORTEST : end])] = end
 
-    def guess(self, asked: Sequence[int]) -> bytes:
-        """The bytes that may come next, whoever is asked; none where a guess does not pay."""
+    def guess(self, asked: Sequence[int], most: int) -> bytes:
+        """The bytes that may come next, whoever is asked and however many may; none where a guess does not pay."""
         if not self._agreed:
             return b""
         length, risk = 0, 0.0

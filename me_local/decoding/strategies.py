@@ -40,8 +40,8 @@ class Sampler:
     """Draws the pieces of one reply, as its request wants them; `text` is the reply so far.
 
     Random numbers follow from the seed. Those of members and of XTC are streams with one number a step each; `route`
-    goes before the first. Those of pieces belong to a place in the reply, in bytes, and to a piece (`mixture.noise`).
-    `writer`, by words, is the member that wrote the last piece, else None.
+    goes before the first. Those of pieces belong to a place in the text, in bytes, and to a piece (`mixture.noise`).
+    `writer`, by words, is the member that wrote the last piece, else None; `written` counts the pieces.
     `shapers` are the members', whose contexts `context` gives.
     """
 
@@ -71,7 +71,7 @@ class Sampler:
         self._matcher = constraints.start(request.constraint, request.closing) if request.constraint else None
         self._shapers = [shaper if shaper.changes else None for shaper in shapers]
         self._context = context
-        self._written = 0  # pieces
+        self.written = 0  # pieces
         self._may_write = [self._without(shaper.banned, i) for i, shaper in enumerate(shapers)] if self._matcher else []
 
     def _without(self, banned: IntArray, member: int) -> tuple[IntArray, BoolArray]:
@@ -87,7 +87,7 @@ class Sampler:
         if self._throws:
             self._coin = self._coin_uniform()
         draw = self._forced(weights) or (yield from self._draw(weights))
-        self._written += 1
+        self.written += 1
         if self._request.unit == "word":
             self.writer = None if draw.member == FORCED else draw.member
         if self._matcher and draw.piece:
@@ -135,8 +135,7 @@ class Sampler:
 
     @property
     def _place(self) -> int:
-        request = self._request
-        return len(self._text.whole) - (0 if request.prefill else len(request.head))
+        return self._request.given + len(self._text.whole)
 
     def ahead(self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int, matcher: Matcher | None) -> int:
         """The number of the piece that a member would draw after its `ids`, so many guessed bytes and pieces later.
@@ -144,7 +143,7 @@ class Sampler:
         `matcher` has followed these bytes, if there is a constraint.
         """
         shaper = self._shapers[member]
-        shaped = row if shaper is None else shaper.shape(row, lambda: ids, self._written + pieces)
+        shaped = row if shaper is None else shaper.shape(row, lambda: ids, self.written + pieces)
         distribution = self._align(member, shaped, self._engine.unified.numbers[member], matcher)
         return sample(distribution, self._noise.at(self._place + guessed, distribution.numbers))[0]
 
@@ -243,12 +242,12 @@ class Sampler:
         return lambda number: may_end if number == END else number > END and matcher.allows(pieces[number])
 
     def _may_end(self, matcher: Matcher) -> bool:
-        return self._written >= self._request.min_tokens and matcher.may_end()
+        return self.written >= self._request.min_tokens and matcher.may_end()
 
     def _shaped(self, member: int, row: Row) -> Row:
         """A member's logits after its penalties and biases."""
         shaper = self._shapers[member]
-        return row if shaper is None else shaper.shape(row, partial(self._context, member), self._written)
+        return row if shaper is None else shaper.shape(row, partial(self._context, member), self.written)
 
     def _sampling(self, member: int) -> Sampling:
         """A member's settings, once XTC's coin is thrown."""

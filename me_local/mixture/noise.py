@@ -1,4 +1,4 @@
-"""Random numbers of pieces: each belongs to a place in a reply and to a piece, whoever draws there and among whatever.
+"""Random numbers of pieces: each belongs to a place in a text and to a piece, whoever draws there and among whatever.
 
 So two distributions that are drawn from at the same place agree as often as they are alike: with probability
 (1 - d) / (1 + d) or more, if d is their total variation distance. Source: Daliri, Musco and Suresh 2024, "Coupling
@@ -25,7 +25,7 @@ class Noise:
         self._key = int(seed.generate_state(1, np.uint64)[0])
 
     def at(self, place: int, numbers: IntArray) -> FloatArray:
-        """Those of pieces at a place of the reply: float64 (k,), above 0, with mean 1."""
+        """Those of pieces at a place of the text: float64 (k,), above 0, with mean 1."""
         start = _mixed(np.array([(self._key + _STEP * (place + 1)) & _WORD], dtype=np.uint64))
         bits = _mixed(start + np.uint64(_STEP) * (numbers.astype(np.uint64) + np.uint64(1)))
         uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

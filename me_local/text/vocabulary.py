@@ -115,6 +115,12 @@ class Vocabulary:
         """The bytes that a sequence of ids stands for."""
         return b"".join([self.pieces[i] for i in ids])
 
+    def spelled(self, ids: Sequence[int]) -> bytes:
+        """The text whose canonical ids these may be: without a space that the tokenizer put in front of it."""
+        joined = self.joined(ids)
+        puts_space = joined.startswith(b" ") and self.joined(self.encode(joined[1:], at_start=True)) == joined
+        return joined[1:] if puts_space else joined
+
     def encode(self, text: bytes, *, at_start: bool = False, watch: Watch = lambda _: None) -> list[int]:
         """The canonical ids of `text`; bytes that are not UTF-8 become single-byte tokens.
 

@@ -95,7 +95,7 @@ def lone_pieces(ensemble: Ensemble, finished: Finished, settings: Overrides) -> 
     asked = asks(lengths=True)[finished.index]
     config = override(override(ensemble.config, settings), asked.overrides)
     config = override(config, Overrides(seed=settings.seed + finished.index))
-    head, prompts = ensemble.prompter.asked(asked.prompt, config, raw=False)
+    head, prompts, _ = ensemble.prompter.asked(asked.prompt, config, raw=False)
     request = make_request(config, Prompts(head, prompts))
     stretch = finished.stretch
     route = SharedRoute(stretch.seed).begin(stretch.start) if stretch else None

@@ -147,3 +147,14 @@ def test_what_a_guess_costs(
     for picks, saved in ((True, 1.0), (False, 0.6)):
         engine: Any = SimpleNamespace(models=tuple(Sized(size, picks=picks) for size in sizes))
         assert price(engine, request, member) == pytest.approx(expected / saved)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_it_does_not_write_what_nobody_reads(open_all: OpenAll, most: int) -> None:
+    asked = Asked(case("spm", "spm", weights=(1.0, 0.0)))  # always right
+    engine = Engine(open_all(asked.case), asked.case.router, top_k)
+    for seed in range(10):
+        running = begin(engine, asked, seed, source=1, most=most)
+        pieces = rest(running, most)
+        assert running.work[1].calls < most
+        assert pieces == rest(begin(engine, asked, seed), most)

@@ -205,7 +205,7 @@ def test_the_route_does_not_depend_on_the_text(open_member: OpenMember) -> None:
     members = [open_member("bpe_c"), open_member("spm")]
     routes = []
     for head in (b"the cat", b"12 dogs", b"\n"):
-        running = generation(members, seed=11, head=head)
+        running = generation(members, endless(Engine(members, constant, top_k)), seed=11, head=head)
         routes.append([draw.member for draw in steps(running, 40)])
     length = min(map(len, routes))
     assert length > 5

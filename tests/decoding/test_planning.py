@@ -148,7 +148,7 @@ class Rambling:
     def append(self, piece: bytes) -> None:
         """What is written has no effect on it."""
 
-    def guess(self, asked: Sequence[int]) -> bytes:
+    def guess(self, asked: Sequence[int], most: int) -> bytes:
         return self._random.choice(list(b"ab"), 30).astype(np.uint8).tobytes()
 
 
@@ -167,5 +167,5 @@ def test_guesses_do_not_use_up_the_states_of_a_constraint(open_all: OpenAll, mon
 def use_up(matcher: Matcher, source: Source) -> None:
     """Follow some guesses by copies of the matcher itself."""
     for _ in range(LENGTH):
-        matcher.copy().append(source.guess([]))
+        matcher.copy().append(source.guess([], 9))
         matcher.following()

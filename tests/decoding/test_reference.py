@@ -162,7 +162,7 @@ def compare(write_models: WriteModels, load_reference: LoadReference, calls: Cal
     ) -> Comparison:
         found = Comparison()
         with open_case(this, write_models) as ensemble:
-            head, prompts = ensemble.prompter.asked(this.prompt, ensemble.config, raw=this.raw)
+            head, prompts, _ = ensemble.prompter.asked(this.prompt, ensemble.config, raw=this.raw)
             loaded = [load_reference(config) for config in ensemble.config.members]
             members = [replace(m, prompt=ids.tolist()) for m, ids in zip(loaded, prompts, strict=True)]
             change(ensemble)

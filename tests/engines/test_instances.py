@@ -152,7 +152,7 @@ def test_between_two_steps_it_says_what_it_holds(make_llama: MakeLlama, name: st
     llama, other = make_llama(name), make_llama(name)
     with Ensemble.of({"a": llama}) as ensemble:
         member = ensemble.members[0]
-        stream = ensemble.stream("the cat", Overrides(seed=1, max_tokens=9), raw=True)
+        stream = ensemble.stream("the cat", Overrides(seed=1, max_tokens=9, ignore_eos=True), raw=True)
         for _ in stream:
             assert llama.input_ids[: llama.n_tokens].tolist() == member.caches[0].ids.tolist()
             assert llama_cpp.llama_memory_seq_pos_max(llama_cpp.llama_get_memory(llama.ctx), 0) == llama.n_tokens - 1
@@ -353,7 +353,7 @@ def test_weights_sampling_and_templates_by_the_members_names(make_llama: MakeLla
         assert [member.weight for member in members] == [0.5, 0.25, 0.25]
         assert [(m.sampling.top_k, m.sampling.temperature) for m in members] == [(10, 0.5), (3, 0.5), (10, 0.5)]
         assert (ensemble.config.seed, ensemble.config.system) == (1, "all")
-        _, prompts = ensemble.prompter.asked("Hello", ensemble.config, raw=False)
+        _, prompts, _ = ensemble.prompter.asked("Hello", ensemble.config, raw=False)
         texts = [m.vocabulary.joined(ids.tolist()) for m, ids in zip(ensemble.members, prompts, strict=True)]
         assert texts[1].strip() == b"Q: all Hello A:"
         assert b"<|im_start|>user\nHello" in texts[2]

@@ -128,7 +128,7 @@ def compared(
     this = test_reference.Case(bare, prompt="é" if "lacking" in bare else test_reference.PROMPT, **settings)
     found = Comparison()
     ensemble = open_mixed(*names, batch=this.batch, top=f'[ensemble]\nroute = "own"\n[sampling]\n{this.sampling}')
-    head, prompts = ensemble.prompter.asked(this.prompt, ensemble.config, raw=this.raw)
+    head, prompts, _ = ensemble.prompter.asked(this.prompt, ensemble.config, raw=this.raw)
     loaded = [load_reference(replace(config, n_ctx=512, url=None)) for config in ensemble.config.members]
     members = [replace(m, prompt=ids.tolist()) for m, ids in zip(loaded, prompts, strict=True)]
     for strategy in ("me", "ce"):
@@ -393,7 +393,7 @@ def test_enough_is_asked_for_where_penalties_reorder(open_mixed: OpenMixed) -> N
 
 
 def test_an_alignment_of_another_package_is_refused(write_mixed: WriteMixed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ensemble, "find", lambda group, name: object() if "align" in group else constant)
+    monkeypatch.setattr(ensemble, "find", lambda group, name, place: object() if "align" in group else constant)
     models = write_mixed("bpe_c", "@spm", top='[ensemble]\nalignment = "theirs"')
     with pytest.raises(ConfigError, match='member "spm": alignment = "theirs" needs all logits'):
         load(models)

@@ -23,7 +23,7 @@ TAGS, CHANNELS = KINDS[0], KINDS[-1]
 USAGE = (MemberUsage("a", 1.0, 1, 3, 3, 0, 0.1, 0.1),)
 CALL = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}
-THINKS = 9  # a seed by which the thought ends, and an answer follows
+THINKS = 5  # a seed by which the thought ends, and an answer follows
 
 
 def scripted(text: str, size: int, kind: Kind = TAGS, head: str = "") -> Reply:

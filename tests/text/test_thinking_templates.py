@@ -108,12 +108,12 @@ def by_llama_cpp(ensemble: Ensemble, model: Model, messages: Sequence[Message]) 
 
 
 def ids_of(ensemble: Ensemble, chat: Chat, messages: Sequence[Message]) -> list[int]:
-    head, prompts = ensemble.prompter.prompts(messages, chat.config)
+    head, prompts, _ = ensemble.prompter.prompts(messages, chat.config)
     return [*prompts[0].tolist(), *ensemble.members[0].vocabulary.canonical(head)]
 
 
 def constraint(ensemble: Ensemble, model: Model, chat: Chat) -> Overrides:
-    head, _ = ensemble.prompter.prompts([Message("user", "Hi")], chat.config)
+    head, *_ = ensemble.prompter.prompts([Message("user", "Hi")], chat.config)
     assert bool(head) == (not model.writes)
     return Overrides(constraint=Constraint("regex", model.writes or WORDS))
 
@@ -168,7 +168,7 @@ def test_a_pair_of_one_that_thinks_and_one_that_does_not(
     with load(path, Overrides(seed=1, max_tokens=300, strategy=strategy)) as ensemble:  # type: ignore[arg-type]
         chat = Chat(ensemble)
         chat.set(constraint(ensemble, model, chat))
-        head, prompts = ensemble.prompter.prompts([Message("user", "Hi")], chat.config)
+        head, prompts, _ = ensemble.prompter.prompts([Message("user", "Hi")], chat.config)
         assert len(prompts) == 2
         for n in range(2):
             reply = chat.say(f"question {n}").finish()

@@ -307,3 +307,14 @@ def test_a_text_that_no_stack_is_large_enough_for(open_member: OpenMember, monke
     monkeypatch.setattr("threading.Thread.start", refuse)
     with pytest.raises(InputError, match="a text of 10,000 bytes is too long: no memory to tokenise it in"):
         vocabulary.encode(b"a" * 10_000)
+
+
+@pytest.mark.parametrize("name", ["bpe_a", "spm"])
+@pytest.mark.parametrize("text", [b"the cat", b" the cat", "caf\u00e9".encode(), b"x"])
+def test_ids_spell_the_text_that_they_are_of(open_member: OpenMember, name: str, text: bytes) -> None:
+    """Without the space that some put in front of it."""
+    vocabulary = open_member(name).vocabulary
+    begin = [] if vocabulary.bos is None else [vocabulary.bos]
+    ids = vocabulary.encode(text, at_start=True)
+    assert vocabulary.spelled(ids) == text
+    assert vocabulary.spelled(begin + ids) == text
