@@ -159,7 +159,7 @@ def race(mixture: FloatArray, key: int, place: int) -> int:
 
 def uniform_of(key: int, place: int, number: int) -> float:
     """The random number in (0, 1) of a piece at a place in the text."""
-    return ((split_mix(split_mix(key, place), number) >> 11) + 0.5) / 2**53
+    return ((split_mix(split_mix(key, place), number) >> 12) + 0.5) / 2**52
 
 
 def split_mix(seed: int, index: int) -> int:

@@ -28,7 +28,7 @@ class Noise:
         """Those of pieces at a place of the text: float64 (k,), above 0, with mean 1."""
         start = _mixed(np.array([(self._key + _STEP * (place + 1)) & _WORD], dtype=np.uint64))
         bits = _mixed(start + np.uint64(_STEP) * (numbers.astype(np.uint64) + np.uint64(1)))
-        uniform = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        uniform = ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
         return np.asarray(-np.log(uniform))
 
 
