@@ -296,14 +296,15 @@ def require_able(engine: Engine, members: Sequence[LoadedModel], config: Config)
 def guesses(members: Sequence[LoadedModel], config: Config, seen: bytes) -> Source | int | None:
     """What guesses how a reply to prompts that show these bytes goes on: a source, or the member that writes ahead.
 
-    Where nothing is asked for, texts may repeat, but where logits would then have to leave a GPU for it.
+    With no `draft`, texts may repeat, unless logits would have to leave a GPU for it or nobody can evaluate guesses.
     """
     if (drafter := _drafter(members, config)) is not None:
         return drafter
     able = [member.foreseeing for member in members if member.foreseeing]
-    on_gpu = any(each.picks for each in able)
-    by_default = config.draft is None and able and not on_gpu
-    return Repeats(seen, CHEAP if on_gpu else DEAR) if by_default or config.draft == "ngram" else None
+    picking = [each.picks for each in able]
+    if config.draft == "none" or (config.draft is None and (not able or any(picking))):
+        return None
+    return Repeats(seen, CHEAP if all(picking) else DEAR)
 
 
 def _drafter(members: Sequence[LoadedModel], config: Config) -> int | None:

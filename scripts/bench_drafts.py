@@ -1,4 +1,4 @@
-"""What guesses (`--draft`) gain on five kinds of text: pieces/s to those without, and evaluations for each piece.
+"""What guesses (`draft` in a models.toml) gain on five kinds of text: pieces/s to those without, evaluations a piece.
 
     python scripts/bench_drafts.py [--models models.toml] [--seeds 3] [--pieces 150] [--as-on-gpu]
 

@@ -212,7 +212,10 @@ def _on_guesses(report: Report) -> list[str]:
         return []
     figures = {gain.kind: f"{gain.kind} {gain.speed_up:.2f}" for gain in report.guesses}
     of_limit = ", of which that limit knows nothing," if len(report.weights) > 1 else ""
-    lines = [f"Guesses ({report.draft}){of_limit} make it so many times as fast: {', '.join(figures.values())}."]
+    lines = []
+    if figures:
+        speeds = ", ".join(figures.values())
+        lines.append(f"Guesses ({report.draft}){of_limit} make it so many times as fast: {speeds}.")
     if lacking := [kind.name for kind in KINDS if kind.name not in figures]:
         lines.append(f"A context is too short to measure guesses on: {', '.join(lacking)}.")
     return lines

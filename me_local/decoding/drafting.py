@@ -1,13 +1,14 @@
 """Guesses by a member that writes ahead: what it would write if it were drawn, with the noise of the reply's own draws.
 
-Where it is drawn indeed, its guess is the piece. Where another member is, the two agree the more often the more alike
-their distributions are (`mixture.noise`). How far it writes follows from how often they agreed, and from the models'
-sizes, not from any time that was measured: see `guessing`.
+Where it is drawn indeed, its guess is the piece (but for XTC's coin and, by words, where a word begins). Where another
+member is, the two agree the more often the more alike their distributions are (`mixture.noise`). How far it writes
+follows from how often they agreed, and from the models' sizes, not from any time that was measured: see `guessing`.
 """
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,7 @@ _AGREED, _TRIED = 2, 3
 _RECENT = 16
 """Of about so many of their pieces it is known how often they agreed: a reply may turn to something else."""
 _SAVED = 0.6
-"""So much of an evaluation is saved on a processor, where a token comes in another."""
+"""The share of an evaluation that a right guess saves on a processor: its tokens are computed all the same."""
 _PROBE = 64
 """Where guesses do not pay, every so many evaluations one is made all the same, to see whether they do by now."""
 
@@ -69,11 +70,13 @@ class Drafting:
     def append(self, piece: bytes) -> None:
         """Note that the text goes on with these bytes."""
         place = len(self._text.whole) - len(piece)
-        holds = self._left.startswith(piece)
-        if self._left and place in self._others:
+        holds = bool(piece) and self._left.startswith(piece)
+        if place in self._others:
             older = 1 - 1 / _RECENT
             self._tried, self._agreed = older * self._tried + 1, older * self._agreed + holds
-        self._left = self._left[len(piece) :] if holds else b""
+        self._left = self._left[len(piece) :]
+        if not holds:
+            self._left, self._others = b"", set()
 
     def guess(self, asked: Sequence[int], most: int) -> bytes:
         """What the member writes ahead, where one of the others is asked now; none where it does not pay.
@@ -93,29 +96,32 @@ class Drafting:
     def _write(self, ahead: "_Ahead", asked: Sequence[int], most: int, rows: dict[bytes, Row]) -> None:
         """Write ahead as far as it pays, and keep the rows that this took."""
         model, holds = self._engine.models[self._member], 1.0
-        while ahead.pieces < most and holds >= self._price and self._engine.can_write(self._member, ahead.text.strays):
+        while ahead.pieces < most and self._engine.can_write(self._member, ahead.text.strays):
             if piece := ahead.forced():
                 ahead.append(piece, model.vocabulary.canonical(piece))
                 continue
+            asked = self._asked(asked, ahead)
+            if asked != [self._member]:
+                holds *= self._agreed / self._tried
+            if ahead.pieces and holds < self._price:
+                return
             ids = self._ids(ahead)
             if ahead.is_over() or not 0 < len(ids) <= model.n_ctx:
                 return
             row = self._rows.find(self._member, ids)
             rows[ids.tobytes()] = row = self._evaluate(ids) if row is None else row
+            if asked != [self._member]:
+                self._others.add(len(ahead.text.whole))
             number = self._draw(ahead, row, ids)
             if number == END:
                 return
-            asked = self._asked(asked, ahead)
-            if asked != [self._member]:
-                self._others.add(len(ahead.text.whole))
-                holds *= self._agreed / self._tried
             ahead.append(self._engine.unified.pieces[number], [number - 1])
 
     def _draw(self, ahead: "_Ahead", row: Row, ids: IntArray) -> int:
         """The number of the member's next piece; END also where it has none."""
         guessed = len(ahead.text.whole) - len(self._text.whole)
         try:
-            return self._sampler.ahead(self._member, row, ids, guessed, ahead.pieces, ahead.matcher)
+            return self._sampler.would_draw(self._member, row, ids, guessed, ahead.pieces, ahead.matcher)
         except RunError:
             return END
 
@@ -124,7 +130,7 @@ class Drafting:
         if self._agreed / self._tried >= self._price:
             return True
         self._declined = (self._declined + 1) % _PROBE
-        return self._declined == 0 and self._price < 1
+        return self._declined == 0
 
     def _ids(self, ahead: "_Ahead") -> IntArray:
         """The member's ids after what is written."""
@@ -157,19 +163,30 @@ class _Ahead:
         self.text.append(piece)
         self.sampled += ids
         self.pieces += 1
-        if self.matcher:
-            try:
+        with self._at_its_limit():
+            if self.matcher:
                 self.matcher.append(piece)
-            except RunError:  # at a limit, which must not end the reply
-                self.lost = True
 
     def forced(self) -> bytes:
         """The bytes that a constraint forces next."""
-        return self.matcher.forced() if self.matcher and not (self.text.in_character or self.is_over()) else b""
+        with self._at_its_limit():
+            if self.matcher and not (self.text.in_character or self.is_over()):
+                return self.matcher.forced()
+        return b""
 
     def is_over(self) -> bool:
         """Whether a constraint lets nothing follow, as far as it can be followed."""
-        return self.lost or (self.matcher is not None and self.matcher.is_over())
+        with self._at_its_limit():
+            return self.lost or (self.matcher is not None and self.matcher.is_over())
+        return True
+
+    @contextmanager
+    def _at_its_limit(self) -> Iterator[None]:
+        """The matcher says no to everything then, which must not end the reply."""
+        try:
+            yield
+        except RunError:
+            self.lost = True
 
 
 def price(engine: Engine, request: Request, member: int) -> float:

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from me_local.arrays import FloatArray, IntArray
-from me_local.decoding.drafting import Drafting
+from me_local.decoding.drafting import Drafting, price
 from me_local.decoding.engine import FORCED, Course, Draw, Engine, Request, Result, Work, needed_logits
 from me_local.decoding.guessing import Source
 from me_local.decoding.planning import Beyond, Planner, Rows
@@ -66,6 +66,8 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         shapers = [engine.shaper(i, each, request.min_tokens) for i, each in enumerate(request.sampling)]
+        if isinstance(source, int) and price(engine, request, source) >= 1:
+            source = None  # it would never write ahead
         self._drafter = source if isinstance(source, int) else None
         self._guesses = source is not None
         self.sufficient = tuple(self._sufficient(i, shaper) for i, shaper in enumerate(shapers))

@@ -30,7 +30,7 @@ LONGEST = 96
 LEAST = 4
 """Bytes of a guess that is worth the trouble."""
 DEAR, CHEAP = 0.7, 0.15
-"""How likely a byte has to be right to be guessed: where each token that is evaluated costs, and on a GPU."""
+"""How likely a guess has to hold up to a byte that is in it: where each token that is evaluated costs, and on a GPU."""
 
 _LENGTHS = (16, 24, 48, LONGEST)
 """From so many bytes that agree on, it is counted anew how often the next does not."""

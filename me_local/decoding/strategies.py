@@ -39,9 +39,10 @@ _UNIFORMS = 64
 class Sampler:
     """Draws the pieces of one reply, as its request wants them; `text` is the reply so far.
 
-    Random numbers follow from the seed. Those of members and of XTC are streams with one number a step each; `route`
-    goes before the first. Those of pieces belong to a place in the text, in bytes, and to a piece (`mixture.noise`).
-    `writer`, by words, is the member that wrote the last piece, else None; `written` counts the pieces.
+    Random numbers follow from the seed. Those of members and of XTC are streams with one number a step each (by words,
+    none of a member inside a word); `route` goes before the first. Those of pieces belong to a place in the text, in
+    bytes, and to a piece (`mixture.noise`). `writer`, by words, is the member that wrote the last piece, else None;
+    `written` counts the pieces.
     `shapers` are the members', whose contexts `context` gives.
     """
 
@@ -137,7 +138,9 @@ class Sampler:
     def _place(self) -> int:
         return self._request.given + len(self._text.whole)
 
-    def ahead(self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int, matcher: Matcher | None) -> int:
+    def would_draw(
+        self, member: int, row: Row, ids: IntArray, guessed: int, pieces: int, matcher: Matcher | None
+    ) -> int:
         """The number of the piece that a member would draw after its `ids`, so many guessed bytes and pieces later.
 
         `matcher` has followed these bytes, if there is a constraint.

@@ -88,8 +88,10 @@ class Gain:
 
 def can_guess(ensemble: Ensemble) -> bool:
     """Whether something guesses in its replies, and a member can evaluate that."""
-    able = any(member.foreseeing for member in ensemble.members)
-    return able and guesses(ensemble.members, ensemble.config, b"") is not None
+    source = guesses(ensemble.members, ensemble.config, b"")
+    return source is not None and any(
+        member.foreseeing for i, member in enumerate(ensemble.members) if not (isinstance(source, int) and i == source)
+    )
 
 
 def bench_guesses(config: Config, advance: Callable[[], object]) -> tuple[Gain, ...]:

@@ -12,22 +12,26 @@ from conftest import OpenEnsemble
 from selection import slow_but
 from test_exact_replies import case
 from test_guessing import ASKED, Asked, OpenAll, begin, guessed, open_all, rest
+from test_planning import BRANCHING, Rambling, limit_states, use_up
 
 from me_local.asking import Tokens
 from me_local.config import Constraint, Overrides
-from me_local.decoding import drafting
-from me_local.decoding.drafting import MOST, price
+from me_local.decoding import drafting, generation
+from me_local.decoding.drafting import price
 from me_local.decoding.engine import Engine
 from me_local.decoding.generation import Generation
+from me_local.errors import RunError
 from me_local.mixture.alignment import top_k
 from me_local.sampling import Sampling
+from me_local.text import constraints
+from me_local.text.growing import Text
 
 __all__ = ["open_all"]
 
 CHEAP = 0.02
 FULL = 'type_k = "f32"\ntype_v = "f32"'
 FORCING = Constraint("regex", "([a-z]{1,3} 123, ){12}")
-SELDOM = ("temperature 0", "each its own")  # tiny models hardly ever agree there
+SELDOM = ("temperature 0", "each its own", "words")  # tiny models hardly ever agree there
 TWINS = {  # the last, which writes ahead, is one of the others once more
     "of one with a weight": Asked(case("bpe_c", "spm", "spm", weights=(0.5, 0.25, 0.25), temperature=1.2)),
     "without a weight": Asked(case("bpe_c", "spm", "spm", weights=(0.5, 0.5, 0.0))),
@@ -40,10 +44,16 @@ TWINS = {  # the last, which writes ahead, is one of the others once more
 }
 
 
+def set_price(monkeypatch: pytest.MonkeyPatch, price: float) -> None:
+    """What a piece that is written ahead costs, whatever the sizes."""
+    for module in (drafting, generation):
+        monkeypatch.setattr(module, "price", lambda engine, request, member: price)
+
+
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models have about the same size, by which guesses would seldom pay."""
-    monkeypatch.setattr(drafting, "price", lambda engine, request, member: CHEAP)
+    set_price(monkeypatch, CHEAP)
 
 
 def compare(open_all: OpenAll, asked: Asked, drafter: int, seeds: int) -> list[Generation]:
@@ -81,14 +91,13 @@ def test_beside_memories_that_cannot_be_cut(open_all: OpenAll) -> None:
 def test_a_twin_is_always_right(open_all: OpenAll) -> None:
     """A member with the same file and settings draws the same pieces: all of its guesses hold, up to the last."""
     asked = Asked(case("spm", "spm", weights=(1.0, 0.0)))
-    for running in compare(open_all, asked, 1, 10):
-        pieces = len(running.text)
-        calls = running.work[0].calls
-        assert calls <= 1 + -(-pieces // (MOST + 1))
+    works = [running.work[0] for running in compare(open_all, asked, 1, 20)]
+    calls, guessed = (sum(counts) for counts in zip(*((work.calls, work.guessed) for work in works), strict=True))
+    assert calls < (calls + guessed) / 4  # one in 17, but where a guess ends inside a character, and at the end
 
 
 def test_one_that_draws_otherwise_is_asked_less_and_less(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafting, "price", lambda engine, request, member: 0.9)
+    set_price(monkeypatch, 0.9)
     sampling = (Sampling(0.2), Sampling(5.0, top_k=0))
     asked = Asked(case("spm", "bpe_a", weights=(1.0, 0.0), sampling=sampling))
     calls, pieces = 0, 0
@@ -105,6 +114,8 @@ def test_it_stops_where_its_context_does(open_all: OpenAll) -> None:
         found = begin(ahead, asked, seed, source=2)
         ahead.models[2].n_ctx = len(found.ids(2)) + 10
         assert rest(found) == rest(begin(plain, asked, seed))
+        assert found.work[2].calls > 0
+        assert ahead.models[2].caches[0].length <= ahead.models[2].n_ctx
 
 
 def test_it_waits_until_there_is_something_to_go_on_with(open_ensemble: OpenEnsemble) -> None:
@@ -158,3 +169,16 @@ def test_it_does_not_write_what_nobody_reads(open_all: OpenAll, most: int) -> No
         pieces = rest(running, most)
         assert running.work[1].calls < most
         assert pieces == rest(begin(engine, asked, seed), most)
+
+
+def test_at_the_limit_of_a_constraint_it_writes_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its copies come there before the reply's own matcher, which must go on."""
+    limit_states(monkeypatch)
+    for _ in range(2):
+        matcher = constraints.start(BRANCHING)
+        ahead = drafting._Ahead(Text(), matcher)
+        assert (ahead.forced(), ahead.is_over()) == (b"", False)
+        with pytest.raises(RunError, match="states"):
+            use_up(matcher, Rambling())
+        ahead.append(b"a", [1])
+        assert (ahead.forced(), ahead.is_over()) == (b"", True)

@@ -46,6 +46,7 @@ ASKED = {
 }
 SEEDS = 50
 STATES = 300
+BRANCHING = Constraint("regex", "[ab]*a[ab]{12}")  # each text has a state of its own
 
 
 @pytest.mark.slow
@@ -154,14 +155,19 @@ class Rambling:
 
 def test_guesses_do_not_use_up_the_states_of_a_constraint(open_all: OpenAll, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit that the reply keeps to; guesses of other texts go beyond it."""
-    limited = partial(llguidance.LLMatcher, limits=llguidance.LLParserLimits(max_lexer_states=STATES))
-    limited.grammar_from_regex = llguidance.LLMatcher.grammar_from_regex
-    monkeypatch.setattr(llguidance, "LLMatcher", limited)
-    this = Asked(case("bpe_a", "bpe_b"), constraint=Constraint("regex", "[ab]*a[ab]{12}"))
+    limit_states(monkeypatch)
+    this = Asked(case("bpe_a", "bpe_b"), constraint=BRANCHING)
     engine = Engine(open_all(this.case), this.case.router, top_k)
     assert rest(begin(engine, this, 1, Rambling())) == rest(begin(engine, this, 1))
     with pytest.raises(RunError, match="states"):
         use_up(constraints.start(this.constraint), Rambling())
+
+
+def limit_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give constraints few states."""
+    limited = partial(llguidance.LLMatcher, limits=llguidance.LLParserLimits(max_lexer_states=STATES))
+    limited.grammar_from_regex = llguidance.LLMatcher.grammar_from_regex
+    monkeypatch.setattr(llguidance, "LLMatcher", limited)
 
 
 def use_up(matcher: Matcher, source: Source) -> None:
