@@ -15,12 +15,11 @@ import numpy as np
 
 from me_local.arrays import IntArray
 from me_local.decoding.engine import Engine, Request
-from me_local.decoding.planning import Rows, Trails, drawn_member
-from me_local.decoding.strategies import Sampler
+from me_local.decoding.planning import Planner, Rows
 from me_local.errors import RunError
 from me_local.model import Row
 from me_local.text.constraints import Matcher
-from me_local.text.growing import SampledText, Text, TokenizedText
+from me_local.text.growing import SampledText, Text
 from me_local.text.unified import END
 
 MOST = 16
@@ -36,32 +35,19 @@ _PROBE = 64
 
 
 class Drafting:
-    """Lets a member write ahead in one reply, whose text, contexts and rows grow elsewhere.
+    """Lets a member write ahead in the reply that a planner plans for, and keeps its rows.
 
     `evaluate` brings the member to these ids, and gives a copy of its logits after them.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        request: Request,
-        text: Text,
-        contexts: Sequence[TokenizedText | SampledText],
-        sampler: Sampler,
-        rows: Rows,
-        member: int,
-        evaluate: Callable[[IntArray], Row],
-    ) -> None:
-        self._engine = engine
-        self._request = request
-        self._text = text
-        self._context = contexts[member]
-        self._trails = Trails(request)
-        self._sampler = sampler
+    def __init__(self, planner: Planner, rows: Rows, member: int, evaluate: Callable[[IntArray], Row]) -> None:
+        self._planner = planner
+        self._engine, self._request, self._text = planner.engine, planner.request, planner.text
+        self._context = planner.contexts[member]
         self._rows = rows
         self._member = member
         self._evaluate = evaluate
-        self._price = price(engine, request, member)
+        self._price = price(self._engine, self._request, member)
         self._agreed, self._tried = float(_AGREED), float(_TRIED)
         self._declined = 0
         self._left = b""  # of a guess
@@ -87,7 +73,7 @@ class Drafting:
             return b""
         self._others, self._left = set(), b""
         rows: dict[bytes, Row] = {}
-        ahead = _Ahead(copy.copy(self._text), self._trails.matcher(self._text.whole))
+        ahead = _Ahead(copy.copy(self._text), self._planner.trails.matcher(self._text.whole))
         self._write(ahead, asked, min(most, MOST), rows)
         self._rows.replace(self._member, rows)
         self._left = ahead.text.whole[len(self._text.whole) :]
@@ -121,7 +107,7 @@ class Drafting:
         """The number of the member's next piece; END also where it has none."""
         guessed = len(ahead.text.whole) - len(self._text.whole)
         try:
-            return self._sampler.would_draw(self._member, row, ids, guessed, ahead.pieces, ahead.matcher)
+            return self._planner.sampler.would_draw(self._member, row, ids, guessed, ahead.pieces, ahead.matcher)
         except RunError:
             return END
 
@@ -144,7 +130,7 @@ class Drafting:
         """The members that are asked behind what is written. By words it is the writer."""
         if self._request.strategy != "me" or self._request.unit == "word" or not ahead.pieces:
             return list(asked)
-        member = drawn_member(self._engine, self._request, self._sampler, ahead.text, ahead.pieces - 1)
+        member = self._planner.drawn(ahead.text, ahead.pieces - 1)
         return list(asked) if member is None else [member]
 
 

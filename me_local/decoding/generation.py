@@ -66,17 +66,14 @@ class Generation:
         self._expands = any(model.vocabulary.expands for model in engine.models)
         self._fits_below = 0 if self._expands else min(self._rooms)  # bytes
         shapers = [engine.shaper(i, each, request.min_tokens) for i, each in enumerate(request.sampling)]
-        if isinstance(source, int) and price(engine, request, source) >= 1:
-            source = None  # it would never write ahead
-        self._drafter = source if isinstance(source, int) else None
-        self._guesses = source is not None
-        self.sufficient = tuple(self._sufficient(i, shaper) for i, shaper in enumerate(shapers))
         self.work = tuple(Work() for _ in engine.models)
         self._ready = [False] * len(engine.models)
         self._sampler = Sampler(engine, request, self._text, route, shapers, self.ids)
         self._planner = Planner(engine, request, self._text, self._contexts, self._sampler)
         self._rows = Rows(len(engine.models))
+        self._drafter = source if isinstance(source, int) else None
         self._source = self._drafting(source) if isinstance(source, int) else source
+        self.sufficient = tuple(self._sufficient(i, shaper) for i, shaper in enumerate(shapers))
         if self._source:
             self._source.append(request.head)
 
@@ -132,14 +129,16 @@ class Generation:
             self._append(draw)
         return draw
 
-    def _drafting(self, member: int) -> Drafting:
-        parts = (self._text, self._contexts, self._sampler, self._rows)
-        return Drafting(self._engine, self._request, *parts, member, partial(self._write_ahead, member))
+    def _drafting(self, member: int) -> Drafting | None:
+        """What lets a member write ahead; none where that never pays."""
+        if price(self._engine, self._request, member) >= 1:
+            return None
+        return Drafting(self._planner, self._rows, member, partial(self._write_ahead, member))
 
     def _sufficient(self, member: int, shaper: Shaper) -> int:
         """How many of a member's largest logits are enough; one that evaluates guesses gives them all."""
         engine, request = self._engine, self._request
-        if self._guesses and member != self._drafter and engine.models[member].foreseeing:
+        if self._source and member != self._drafter and engine.models[member].foreseeing:
             return 0
         sampling = request.sampling[member]
         return needed_logits(

@@ -138,7 +138,7 @@ def _is_border(text: bytes, at: int) -> bool:
 
 
 class Planner:
-    """Plans for one reply, whose text and contexts grow elsewhere."""
+    """Plans for one reply, whose text and contexts grow elsewhere; `trails` are those of its guesses, whoever makes them."""
 
     def __init__(
         self,
@@ -148,25 +148,25 @@ class Planner:
         contexts: Sequence[TokenizedText | SampledText],
         sampler: Sampler,
     ) -> None:
-        self._engine = engine
-        self._request = request
-        self._text = text
-        self._contexts = contexts
-        self._sampler = sampler
-        self._trails = Trails(request)
+        self.engine = engine
+        self.request = request
+        self.text = text
+        self.contexts = contexts
+        self.sampler = sampler
+        self.trails = Trails(request)
         self._cuts: dict[int, _Cut] = {}
         self._guess = b""
 
     def plan(self, members: Sequence[int], guess: bytes) -> dict[int, Beyond]:
         """What members that are asked now evaluate beside their contexts; those that are left out nothing."""
-        able = [member for member in members if self._engine.models[member].foreseeing]
+        able = [member for member in members if self.engine.models[member].foreseeing]
         run, valid = next(utf8_runs(guess), (b"", False))
-        if not able or not valid or self._text.in_character:
+        if not able or not valid or self.text.in_character:
             return {}
         self._guess, self._cuts = run, {}
         needed: dict[int, list[int]] = {member: [] for member in able}
-        trail = self._trails.of(self._text.whole, run)
-        walk = self._route(members[0], trail) if self._request.strategy == "me" else self._together(members, trail)
+        trail = self.trails.of(self.text.whole, run)
+        walk = self._route(members[0], trail) if self.request.strategy == "me" else self._together(members, trail)
         for member, offset in walk:
             if member in needed:
                 needed[member].append(offset)
@@ -175,9 +175,9 @@ class Planner:
 
     def _beyond(self, member: int, offsets: Sequence[int]) -> Beyond | None:
         """What a member evaluates to have logits after so many bytes of the guess, as far as it can use them."""
-        cut, model = self._cut(member), self._engine.models[member]
+        cut, model = self._cut(member), self.engine.models[member]
         assert model.foreseeing
-        held = len(self._request.prompts[member]) + len(self._contexts[member].ids(self._text.whole))
+        held = len(self.request.prompts[member]) + len(self.contexts[member].ids(self.text.whole))
         room = min(model.foreseeing.ahead, model.n_ctx - held)
         counts = [cut.ends.index(offset) + 1 - cut.own for offset in offsets if offset in cut.ends]
         if cut.own < 0:
@@ -189,36 +189,36 @@ class Planner:
 
     def _stands(self, member: int, cut: _Cut, count: int) -> bool:
         """Whether the ids of text and guess up to the end of a token are the first of all of them."""
-        context, end = self._contexts[member], cut.ends[cut.own + count - 1]
+        context, end = self.contexts[member], cut.ends[cut.own + count - 1]
         if isinstance(context, SampledText):
             return True
         ids = cut.ids[: cut.own + count]
-        return _is_border(self._guess, end) and context.are(self._text.whole, self._guess[:end], ids)
+        return _is_border(self._guess, end) and context.are(self.text.whole, self._guess[:end], ids)
 
     def _cut(self, member: int) -> _Cut:
-        key = self._engine.groups[member]
+        key = self.engine.groups[member]
         if key not in self._cuts:
-            context, vocabulary = self._contexts[member], self._engine.models[member].vocabulary
+            context, vocabulary = self.contexts[member], self.engine.models[member].vocabulary
             if isinstance(context, SampledText):
                 ids, own = vocabulary.canonical(self._guess), 0
             else:
-                ids, own = context.beyond(self._text.whole, self._guess)
+                ids, own = context.beyond(self.text.whole, self._guess)
             self._cuts[key] = _Cut(ids, own, vocabulary.pieces, len(self._guess))
         return self._cuts[key]
 
     def _together(self, members: Sequence[int], trail: Trail) -> Iterator[tuple[int, int]]:
         """CE: every member, wherever the one with the largest weight has a border."""
-        leading, offset = max(members, key=lambda member: self._request.weights[member]), 0
+        leading, offset = max(members, key=lambda member: self.request.weights[member]), 0
         while (end := self._cut(leading).next_end(offset)) is not None and (asked := trail.asked(end)):
             offset, _ = asked
             yield from ((member, offset) for member in members)
 
     def _route(self, member: int, trail: Trail) -> Iterator[tuple[int, int]]:
         """ME: the members that are going to be asked, and after how many bytes of the guess."""
-        words, opening = self._request.unit == "word", self._sampler.is_opening(member)
+        words, opening = self.request.unit == "word", self.sampler.is_opening(member)
         offset, drawn = 0, 0
         while (end := self._cut(member).next_end(offset)) is not None:
-            text = self._text.whole + self._guess[:offset]
+            text = self.text.whole + self._guess[:offset]
             if words and not opening and may_end(text) and self._guess[offset : offset + 1].isspace():
                 following, opening, drawn = self._drawn(offset, drawn), True, drawn + 1
                 if following is not None and following != member:
@@ -229,7 +229,7 @@ class Planner:
                 return
             offset, forced = asked
             drawn += forced
-            opening = not words or forced > 0 or is_free(self._text.whole + self._guess[:offset])
+            opening = not words or forced > 0 or is_free(self.text.whole + self._guess[:offset])
             if opening:
                 following, drawn = self._drawn(offset, drawn), drawn + 1
                 if following is None:
@@ -237,16 +237,15 @@ class Planner:
                 member = following
             yield member, offset
 
+    def drawn(self, text: Text, drawn: int) -> int | None:
+        """The member that is drawn after a text that is guessed and so many draws; None where the router fails."""
+        engine = self.engine
+        able = [not text.strays or engine.can_write(member, text.strays) for member in range(len(engine.models))]
+        try:
+            return pick(route(engine.router, text.whole, self.request.weights, able), self.sampler.upcoming(drawn))
+        except RunError:
+            return None
+
     def _drawn(self, offset: int, drawn: int) -> int | None:
-        """The member that is drawn after so many bytes of the guess and so many draws; None where the router fails."""
-        text = Text(self._text.whole + self._guess[:offset], self._text.strays)
-        return drawn_member(self._engine, self._request, self._sampler, text, drawn)
-
-
-def drawn_member(engine: Engine, request: Request, sampler: Sampler, text: Text, drawn: int) -> int | None:
-    """The member that is drawn after a text that is guessed and so many draws; None where the router fails."""
-    able = [not text.strays or engine.can_write(member, text.strays) for member in range(len(engine.models))]
-    try:
-        return pick(route(engine.router, text.whole, request.weights, able), sampler.upcoming(drawn))
-    except RunError:
-        return None
+        """The same after so many bytes of the guess."""
+        return self.drawn(Text(self.text.whole + self._guess[:offset], self.text.strays), drawn)

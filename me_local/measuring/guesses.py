@@ -89,9 +89,7 @@ class Gain:
 def can_guess(ensemble: Ensemble) -> bool:
     """Whether something guesses in its replies, and a member can evaluate that."""
     source = guesses(ensemble.members, ensemble.config, b"")
-    return source is not None and any(
-        member.foreseeing for i, member in enumerate(ensemble.members) if not (isinstance(source, int) and i == source)
-    )
+    return source is not None and any(m.foreseeing for i, m in enumerate(ensemble.members) if i != source)
 
 
 def bench_guesses(config: Config, advance: Callable[[], object]) -> tuple[Gain, ...]:

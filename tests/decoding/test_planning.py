@@ -76,7 +76,7 @@ def test_a_plan_names_the_members_that_are_asked(open_all: OpenAll, monkeypatch:
     this, route, plans = ASKED[name], Planner._route, list[list[tuple[int, int]]]()
 
     def noted(self: Planner, member: int, trail: Trail) -> Iterator[tuple[int, int]]:
-        start = len(self._text.whole)
+        start = len(self.text.whole)
         walk = [(member, 0), *route(self, member, trail)]
         plans.append([(start + offset, planned) for planned, offset in walk])
         return iter(walk[1:])
