@@ -138,7 +138,7 @@ def _is_border(text: bytes, at: int) -> bool:
 
 
 class Planner:
-    """Plans for one reply, whose text and contexts grow elsewhere; `trails` are those of its guesses, whoever makes them."""
+    """Plans for one reply, whose text and contexts grow elsewhere; `trails` are those of its guesses."""
 
     def __init__(
         self,
